@@ -1,0 +1,31 @@
+"""Fused training kernels for DETR-family detectors: routed attention and multi-scale deformable attention."""
+
+from .backends import (
+    BackendUnavailableError,
+    available_backends,
+    backend,
+    can_run,
+    requested_backend,
+    set_backend,
+)
+from .ops.ms_deform_attn import ms_deform_attn
+from .ops.ms_deform_attn_fused import ms_deform_attn_fused
+from .ops.query_similarity import query_similarity
+from .ops.routed_attention import RoutingFactors, routed_attention, routing_bias
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "RoutingFactors",
+    "available_backends",
+    "backend",
+    "can_run",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "query_similarity",
+    "requested_backend",
+    "routed_attention",
+    "routing_bias",
+    "set_backend",
+]

@@ -1,0 +1,133 @@
+"""Which backend runs an op, and why another cannot.
+
+`reference` is plain PyTorch, differentiated by PyTorch. `cpu` is the native C++ library. `cuda` and `triton` are
+names of the contract that this version has no kernels for. An explicit request runs or raises: it never falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+OPS = ("routed_attention", "query_similarity", "ms_deform_attn", "ms_deform_attn_fused")
+
+_FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_requested: str | None = None
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly requested backend cannot run this call."""
+
+
+def _validated(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return name
+
+
+def set_backend(name: str | None) -> None:
+    """Request `name` for every following call in this process; None returns to the fastest that can run.
+
+    Raises:
+        ValueError: `name` is not one of `BACKENDS`.
+    """
+    global _requested
+    _requested = _validated(name)
+
+
+def requested_backend() -> str | None:
+    """The backend asked for by `set_backend` or `backend`, or None."""
+    return _requested
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Request `name` inside the `with` block: `with backend("reference"): ...`.
+
+    The backward of an op runs on the backend that ran its forward.
+
+    Raises:
+        ValueError: `name` is not one of `BACKENDS`.
+    """
+    previous = _requested
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def can_run(op: str, name: str, *tensors: torch.Tensor) -> tuple[bool, str]:
+    """Whether backend `name` can run `op` on these tensors, and the reason.
+
+    Args:
+        op: one of `OPS`.
+        name: one of `BACKENDS`.
+        tensors: inputs of the call; without any, only what is installed is judged.
+
+    Raises:
+        ValueError: `op` or `name` is unknown.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    _validated(name)
+    if name == "reference":
+        return True, "plain PyTorch"
+    if name != "cpu":
+        return False, f"this version has no {name} kernel for {op}"
+    if native.load_error is not None:
+        return False, native.load_error
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return False, f"the cpu kernel takes CPU tensors, got one on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATING:
+            return False, f"the cpu kernel takes float16, bfloat16, float32 and float64, got {tensor.dtype}"
+    return True, "native C++ kernel"
+
+
+def available_backends(op: str, *inputs: object) -> dict[str, tuple[bool, str]]:
+    """For each backend whether it can run `op` on `inputs`, and why (not).
+
+    Args:
+        op: one of `OPS`.
+        inputs: the positional inputs of the call; what is no tensor (None, shapes) is ignored, and a
+            `RoutingFactors` counts as its tensors.
+
+    Returns:
+        `{"reference": (True, "plain PyTorch"), "cpu": (False, "<reason>"), ...}`
+    """
+    tensors = tuple(_tensors_in(inputs))
+    return {name: can_run(op, name, *tensors) for name in BACKENDS}
+
+
+def resolve(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
+    """The backend that will run this call: the requested one, or the fastest that can.
+
+    Raises:
+        BackendUnavailableError: the requested backend cannot run this call; the message says why.
+    """
+    present = tuple(_tensors_in(tensors))
+    if requested is not None:
+        runs, reason = can_run(op, requested, *present)
+        if not runs:
+            raise BackendUnavailableError(f"{op}: backend {requested!r} was requested but cannot run: {reason}")
+        return requested
+    for name in _FASTEST_FIRST.get(present[0].device.type, ("reference",)):
+        if can_run(op, name, *present)[0]:
+            return name
+    raise AssertionError("the reference backend can always run")
+
+
+def _tensors_in(inputs: object) -> Iterator[torch.Tensor]:
+    if isinstance(inputs, torch.Tensor):
+        yield inputs
+    elif isinstance(inputs, tuple | list):
+        for item in inputs:
+            yield from _tensors_in(item)

@@ -1,0 +1,1 @@
+"""One file an op: equation, shapes, contract check, fake, autograd, autocast and backend table."""

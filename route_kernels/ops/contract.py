@@ -1,0 +1,57 @@
+"""The vocabulary of the ops' contract checks: one error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Dimension = tuple[str, int] | str
+"""A free dimension by its name, or a (name, size) pair that is already bound."""
+
+
+def expect_shape(op: str, argument: str, tensor: torch.Tensor, *dimensions: Dimension) -> None:
+    """Raises ValueError unless `tensor` has these dimensions, e.g. `"M", ("D", 32)`."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {argument}: expected a tensor, got {type(tensor).__name__}")
+    matches = tensor.dim() == len(dimensions) and all(
+        isinstance(dimension, str) or size == dimension[1]
+        for size, dimension in zip(tensor.shape, dimensions, strict=True)
+    )
+    if not matches:
+        expected = ", ".join(d if isinstance(d, str) else f"{d[0]}={d[1]}" for d in dimensions)
+        raise ValueError(f"{op}: {argument}: expected shape [{expected}], got {list(tensor.shape)}")
+
+
+def expect_floating(op: str, argument: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype] = FLOATING) -> None:
+    """Raises TypeError unless `tensor` has one of the allowed dtypes."""
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in dict.fromkeys(allowed))
+        raise TypeError(f"{op}: {argument}: expected dtype {names}, got {tensor.dtype}")
+
+
+def expect_same_device(op: str, first: tuple[str, torch.Tensor], **others: torch.Tensor | None) -> None:
+    """Raises ValueError unless every tensor is on the device of the first."""
+    name, tensor = first
+    for argument, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ValueError(f"{op}: {argument}: expected on {tensor.device} like {name}, got one on {other.device}")
+
+
+def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself where its last dimension is contiguous (any other strides), else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
+
+
+def no_second_derivative(op: str):
+    """The autograd formula of a backward op: a clear error instead of a silent zero."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{op}: second derivatives are not supported by the fused kernels; "
+            'use `with route_kernels.backend("reference"):` for the plain PyTorch form'
+        )
+
+    return backward

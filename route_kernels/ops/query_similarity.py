@@ -1,0 +1,73 @@
+"""How similar each query is to the others: the first entry of the gate's input in Route-DETR (arXiv 2512.13876).
+
+    x^ = x / max(|x|, eps)
+    relu: s_i = (1/N) sum_{j != i} relu(x^_i . x^_j)                       no gradient; what the public code computes
+    mean: s_i = (1/(N-1)) sum_{j != i} x^_i . x^_j                         differentiable, O(N C); the paper's wording
+
+B batch, N queries, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends, reference
+from .contract import expect_floating, expect_shape, last_dim_contiguous
+from .registry import register
+
+OP = "query_similarity"
+MODES = ("relu", "mean")
+
+
+def query_similarity(x: torch.Tensor, mode: str = "relu") -> torch.Tensor:
+    """Mean cosine similarity of each query to the others, without an N x N tensor.
+
+    Args:
+        x: [B, N, C], float16, bfloat16, float32 or float64.
+        mode: "relu" (rectified, over N, no gradient) or "mean" (over N - 1, differentiable).
+
+    Returns:
+        [B, N] in the dtype of x; N = 1 gives 0.
+
+    Raises:
+        ValueError: x is not [B, N, C], or the mode is unknown.
+        TypeError: x is not floating.
+        BackendUnavailableError: an explicitly requested backend cannot run.
+    """
+    chosen = backends.resolve(OP, backends.requested_backend(), x)
+    if mode == "mean" or chosen == "reference":  # O(N C) in plain PyTorch: nothing to fuse, on any backend
+        check(x, mode)
+        return reference.query_similarity(x, mode)
+    return torch.ops.route_kernels.query_similarity(x.detach(), mode, chosen)
+
+
+def check(x: torch.Tensor, mode: str) -> None:
+    """The contract, for real and fake tensors alike."""
+    expect_shape(OP, "x", x, "B", "N", "C")
+    expect_floating(OP, "x", x)
+    if mode not in MODES:
+        raise ValueError(f"{OP}: mode: expected one of {', '.join(MODES)}, got {mode!r}")
+
+
+def _kernel(x: torch.Tensor, mode: str, backend: str | None) -> torch.Tensor:
+    check(x, mode)
+    if mode == "mean":
+        return reference.query_similarity(x, mode)
+    return _FORWARD[backends.resolve(OP, backend, x)](last_dim_contiguous(x))
+
+
+def _cpu_forward(x: torch.Tensor) -> torch.Tensor:
+    output = x.new_empty(x.shape[:2])
+    torch.ops.route_kernels_native.query_similarity_relu(x, output)
+    return output
+
+
+_FORWARD = {"cpu": _cpu_forward}
+
+
+def _fake(x: torch.Tensor, mode: str, backend: str | None) -> torch.Tensor:
+    check(x, mode)
+    return x.new_empty(x.shape[:2])
+
+
+register("query_similarity(Tensor x, str mode, str? backend) -> Tensor", _kernel, _fake)

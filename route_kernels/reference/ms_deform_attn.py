@@ -1,0 +1,104 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equation 3), one corner after another.
+
+Dimensions: B batch, S flattened feature positions, H heads, D channels of one head, N queries, L levels, P points of a
+level, K points over all levels. float16 and bfloat16 values are computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .precision import accumulate_dtype
+
+
+def _bilinear(
+    level: torch.Tensor,  # [B, H, h * w, D]
+    height: int,
+    width: int,
+    locations: torch.Tensor,  # [B, H, T, 2] as (x, y) in [0, 1]
+) -> torch.Tensor:
+    """Samples at pixel x = x_loc w - 0.5 (align_corners=False), zeros outside: [B, H, T, D]."""
+    x, y = locations[..., 0] * width - 0.5, locations[..., 1] * height - 0.5
+    inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for NaN, too
+    x, y = (torch.where(inside, pixel, torch.zeros_like(pixel)) for pixel in (x, y))
+    column, row = x.detach().floor(), y.detach().floor()
+    fraction_x, fraction_y = x - column, y - row
+    sampled = torch.zeros((), dtype=level.dtype, device=level.device)
+    for down, weight_y in ((0, 1 - fraction_y), (1, fraction_y)):
+        for right, weight_x in ((0, 1 - fraction_x), (1, fraction_x)):
+            c, r = column.long() + right, row.long() + down
+            exists = inside & (c >= 0) & (c < width) & (r >= 0) & (r < height)
+            position = torch.where(exists, r * width + c, torch.zeros_like(c))
+            corner = level.gather(2, position.unsqueeze(-1).expand(-1, -1, -1, level.shape[-1]))
+            weight = torch.where(exists, weight_y * weight_x, torch.zeros_like(x))
+            sampled = sampled + weight.unsqueeze(-1) * corner.masked_fill(~exists.unsqueeze(-1), 0)
+    return sampled
+
+
+def _attend(
+    value: torch.Tensor,  # [B, S, H, D]
+    shapes: tuple[tuple[int, int], ...],
+    starts: tuple[int, ...],
+    points: tuple[int, ...],
+    locations: torch.Tensor,  # [B, N, H, K, 2]
+    weights: torch.Tensor,  # [B, N, H, K]
+) -> torch.Tensor:
+    batch, queries, heads, _ = weights.shape
+    channels = value.shape[-1]
+    output = value.new_zeros(batch, heads, queries, channels)
+    first_point = 0
+    for (height, width), start, count in zip(shapes, starts, points, strict=True):
+        if height * width > 0 and count > 0:
+            level = value[:, start : start + height * width].transpose(1, 2)
+            chosen = slice(first_point, first_point + count)
+            location = locations[:, :, :, chosen].transpose(1, 2).reshape(batch, heads, queries * count, 2)
+            weight = weights[:, :, :, chosen].transpose(1, 2)  # [B, H, N, P]
+            sampled = _bilinear(level, height, width, location).view(batch, heads, queries, count, channels)
+            output = output + (weight.unsqueeze(-1) * sampled).sum(dim=3)
+        first_point += count
+    return output.transpose(1, 2).reshape(batch, queries, heads * channels)
+
+
+def ms_deform_attn(
+    value: torch.Tensor,  # [B, S, H, D]
+    shapes: tuple[tuple[int, int], ...],
+    starts: tuple[int, ...],
+    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
+    attention_weights: torch.Tensor,  # [B, N, H, L, P]
+) -> torch.Tensor:
+    """sum over levels and points of weight times the bilinear sample: [B, N, H * D]."""
+    dtype, accumulate = value.dtype, accumulate_dtype(value.dtype)
+    points = (sampling_locations.shape[4],) * len(shapes)
+    locations = sampling_locations.to(accumulate).flatten(3, 4)
+    weights = attention_weights.to(accumulate).flatten(3, 4)
+    return _attend(value.to(accumulate), shapes, starts, points, locations, weights).to(dtype)
+
+
+def ms_deform_attn_fused(
+    value: torch.Tensor,  # [B, S, H, D]
+    shapes: tuple[tuple[int, int], ...],
+    starts: tuple[int, ...],
+    reference_points: torch.Tensor,  # [B, N, L or 1, 2 or 4]
+    sampling_offsets: torch.Tensor,  # [B, N, H, K, 2]
+    attention_logits: torch.Tensor,  # [B, N, H, K]
+    points: tuple[int, ...],
+    value_mask: torch.Tensor | None,  # [B, S] bool, True counts as zero
+) -> torch.Tensor:
+    """Softmax over all K points, locations from offsets, gather and weighted sum: [B, N, H * D]."""
+    dtype, accumulate = value.dtype, accumulate_dtype(value.dtype)
+    value = value.to(accumulate)
+    if value_mask is not None:
+        value = value.masked_fill(value_mask[:, :, None, None], 0)
+    weights = torch.softmax(attention_logits.to(accumulate), dim=-1)
+    levels = len(shapes)
+    counts = torch.tensor(points, device=value.device)
+    reference = reference_points.to(accumulate).expand(-1, -1, levels, -1)
+    reference = reference.repeat_interleave(counts, dim=2, output_size=sum(points)).unsqueeze(2)  # [B, N, 1, K, 2 or 4]
+    offsets = sampling_offsets.to(accumulate)
+    if reference.shape[-1] == 2:
+        sizes = torch.tensor([(width, height) for height, width in shapes], dtype=accumulate, device=value.device)
+        locations = reference + offsets / sizes.repeat_interleave(counts, dim=0)
+    else:
+        of_its_level = counts.repeat_interleave(counts).to(accumulate).unsqueeze(-1)  # [K, 1]
+        locations = reference[..., :2] + offsets / of_its_level * reference[..., 2:] * 0.5
+    return _attend(value, shapes, starts, points, locations, weights).to(dtype)

@@ -1,0 +1,63 @@
+"""Routed attention (Route-DETR, arXiv 2512.13876), every tensor of N x M elements written out.
+
+Dimensions: B batch, H heads, N queries, M keys, D channels of one head, R rank of a product, G rank of the gate.
+float16 and bfloat16 inputs are computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .precision import accumulate_dtype
+
+
+def routing_bias(
+    sup_q: torch.Tensor,  # [B, N, R]
+    sup_k: torch.Tensor,  # [B, M, R]
+    del_q: torch.Tensor,  # [B, N, R]
+    del_k: torch.Tensor,  # [B, M, R]
+    gate_q: torch.Tensor,  # [B, N, G]
+    gate_k: torch.Tensor,  # [B, M, G]
+    limit: float | None,
+) -> torch.Tensor:
+    """b_ij = clamp(p_ij sup_ij + (1 - p_ij) del_ij, -limit, limit), p_ij = sigmoid(gate_q_i . gate_k_j): [B, N, M]."""
+    p = torch.sigmoid(gate_q @ gate_k.mT)
+    r = p * (sup_q @ sup_k.mT) + (1 - p) * (del_q @ del_k.mT)
+    return r if limit is None else r.clamp(-limit, limit)
+
+
+def visible_keys(key_ranges: torch.Tensor, keys: int) -> torch.Tensor:
+    """[N, 2, 2] or [B, N, 2, 2] half-open intervals -> bool [..., N, M]: j is in one of a query's two intervals."""
+    j = torch.arange(keys, device=key_ranges.device)
+    start, end = key_ranges[..., 0, None], key_ranges[..., 1, None]  # [..., N, 2, 1]
+    return ((start <= j) & (j < end)).any(dim=-2)
+
+
+def routed_attention(
+    query: torch.Tensor,  # [B, H, N, D]
+    key: torch.Tensor,  # [B, H, M, D]
+    value: torch.Tensor,  # [B, H, M, D]
+    factors: tuple[torch.Tensor, ...] | None,
+    limit: float | None,
+    attn_mask: torch.Tensor | None,
+    key_ranges: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """O_hi = sum_j softmax_j(scale q_hi . k_hj + b_ij + mask_ij) v_hj: [B, H, N, D]; no key to attend gives 0."""
+    dtype, accumulate = query.dtype, accumulate_dtype(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value = (x.to(accumulate) for x in (query, key, value))
+        logits = scale * (query @ key.mT)
+        if factors is not None:
+            logits = logits + routing_bias(*(x.to(accumulate) for x in factors), limit).unsqueeze(1)
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            logits = logits + attn_mask.to(accumulate)
+        elif attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, -torch.inf)
+        if key_ranges is not None:
+            visible = visible_keys(key_ranges, key.shape[-2])
+            visible = visible.unsqueeze(-3)  # one for all heads
+            logits = logits.masked_fill(~visible, -torch.inf)
+        nothing_to_attend = (logits == -torch.inf).all(dim=-1, keepdim=True)
+        probabilities = torch.softmax(logits.masked_fill(nothing_to_attend, 0.0), dim=-1)
+        return (probabilities.masked_fill(nothing_to_attend, 0.0) @ value).to(dtype)
