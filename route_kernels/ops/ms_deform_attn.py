@@ -1,0 +1,199 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equation 3).
+
+    output_nh = sum_l sum_p attention_weights_nhlp bilinear(value_hl, sampling_locations_nhlp)
+
+Bilinear with zeros outside and align_corners=False: pixel x = x_loc w - 0.5.
+B batch, S flattened feature positions, H heads, D channels of one head, N queries, L levels, P points of a level.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends, reference
+from ..reference.precision import accumulate_dtype
+from .contract import (
+    FLOATING,
+    expect_floating,
+    expect_same_device,
+    expect_shape,
+    last_dim_contiguous,
+    no_second_derivative,
+)
+from .levels import (
+    LevelStarts,
+    SpatialShapes,
+    check_levels,
+    flat_level_starts,
+    flat_spatial_shapes,
+    level_pairs,
+    level_starts,
+)
+from .registry import register
+
+OP = "ms_deform_attn"
+
+
+def ms_deform_attn(
+    value: torch.Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: LevelStarts,
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Weighted sum of bilinear samples of several feature levels, with the calling convention of Deformable DETR.
+
+    Args:
+        value: [B, S, H, D], float16, bfloat16, float32 or float64, any strides.
+        spatial_shapes: the (h, w) of each level: a sequence of pairs of ints, or an integer tensor [L, 2] (which is
+            read: it synchronises a GPU and does not compile).
+        level_start_index: where each level starts in S: a sequence of ints, an integer tensor [L], or None for one
+            level after the other.
+        sampling_locations: [B, N, H, L, P, 2] as (x, y), 0 to 1 over a level. Floating; float64 only with a float64
+            value.
+        attention_weights: [B, N, H, L, P], dtypes as sampling_locations.
+
+    Returns:
+        [B, N, H * D] in the dtype of value; coordinates and sums are float32 (float64 for float64). A sample whose
+        location is NaN, infinite or outside its level adds nothing and has zero gradient. Under autocast value
+        is cast to the autocast dtype; locations and weights stay as they are.
+
+    Raises:
+        ValueError: a shape, level or device is wrong; the message names the argument.
+        TypeError: a dtype is wrong.
+        BackendUnavailableError: an explicitly requested backend cannot run.
+        RuntimeError: a second derivative was asked of a fused kernel.
+    """
+    sizes = flat_spatial_shapes(OP, spatial_shapes)
+    starts = flat_level_starts(OP, level_start_index)
+    value = autocast_value(value)
+    chosen = backends.resolve(OP, backends.requested_backend(), value, sampling_locations, attention_weights)
+    if chosen == "reference":
+        check(value, sizes, starts, sampling_locations, attention_weights)
+        return reference.ms_deform_attn(
+            value, level_pairs(sizes), level_starts(sizes, starts), sampling_locations, attention_weights
+        )
+    return torch.ops.route_kernels.ms_deform_attn(value, sizes, starts, sampling_locations, attention_weights, chosen)
+
+
+def check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights) -> None:
+    """The contract, for real and fake tensors alike; the levels as flat lists of ints."""
+    expect_shape(OP, "value", value, "B", "S", "H", "D")
+    batch, positions, heads, _ = value.shape
+    check_levels(OP, spatial_shapes, level_start_index, positions)
+    levels = ("L", len(spatial_shapes) // 2)
+    expect_shape(
+        OP, "sampling_locations", sampling_locations, ("B", batch), "N", ("H", heads), levels, "P", ("", 2)
+    )  # fmt: skip
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    expect_shape(
+        OP, "attention_weights", attention_weights, ("B", batch), ("N", queries), ("H", heads), levels, ("P", points)
+    )
+    expect_floating(OP, "value", value)
+    allowed = not_wider_than_sums(value.dtype)
+    expect_floating(OP, "sampling_locations", sampling_locations, allowed)
+    expect_floating(OP, "attention_weights", attention_weights, allowed)
+    expect_same_device(OP, ("value", value), sampling_locations=sampling_locations, attention_weights=attention_weights)
+
+
+def not_wider_than_sums(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The floating dtypes that the accumulation for a value of `dtype` holds exactly."""
+    return FLOATING if accumulate_dtype(dtype) == torch.float64 else FLOATING[:3]
+
+
+def autocast_value(value: torch.Tensor) -> torch.Tensor:
+    """value in the autocast dtype where autocast is on; float64 is left alone."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    device = value.device.type
+    if not torch.is_autocast_enabled(device) or not value.is_floating_point() or value.dtype == torch.float64:
+        return value
+    return value.to(torch.get_autocast_dtype(device))
+
+
+def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, N, H, ...] whose points of one query and head lie one after the other; B, N and H have any strides."""
+    return tensor if tensor.numel() == 0 or tensor[0, 0, 0].is_contiguous() else tensor.contiguous()
+
+
+def _kernel(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend):
+    check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    run = _FORWARD[backends.resolve(OP, backend, value)]
+    starts = level_starts(spatial_shapes, level_start_index)
+    return run(last_dim_contiguous(value), spatial_shapes, starts, sampling_locations, attention_weights)
+
+
+def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend):
+    check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
+
+
+def _backward_kernel(
+    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend
+):
+    run = _BACKWARD[backends.resolve(OP, backend, value)]
+    starts = level_starts(spatial_shapes, level_start_index)
+    grad_output, value = last_dim_contiguous(grad_output), last_dim_contiguous(value)
+    return run(grad_output, value, spatial_shapes, starts, sampling_locations, attention_weights)
+
+
+def _backward_fake(
+    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend
+):
+    return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
+
+
+def _cpu_forward(value, spatial_shapes, starts, locations, weights):
+    batch, _, heads, channels = value.shape
+    output = value.new_empty(batch, locations.shape[1], heads * channels)
+    torch.ops.route_kernels_native.ms_deform_attn_forward(
+        value, spatial_shapes, starts, contiguous_rows(locations), contiguous_rows(weights), output
+    )
+    return output
+
+
+def _cpu_backward(grad_output, value, spatial_shapes, starts, locations, weights):
+    grads = tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+    torch.ops.route_kernels_native.ms_deform_attn_backward(
+        grad_output, value, spatial_shapes, starts, contiguous_rows(locations), contiguous_rows(weights), *grads
+    )
+    return grads
+
+
+_FORWARD = {"cpu": _cpu_forward}
+_BACKWARD = {"cpu": _cpu_backward}
+
+
+def _setup_context(ctx, inputs, output):
+    value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.backend = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _backward(ctx, grad_output):
+    value, locations, weights = ctx.saved_tensors
+    grad_value, grad_locations, grad_weights = torch.ops.route_kernels.ms_deform_attn_backward(
+        grad_output, value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.backend
+    )
+    return grad_value, None, None, grad_locations, grad_weights, None
+
+
+_INPUTS = (
+    "Tensor value, SymInt[] spatial_shapes, SymInt[]? level_start_index, Tensor sampling_locations, "
+    "Tensor attention_weights, str? backend"
+)
+
+register(
+    f"ms_deform_attn({_INPUTS}) -> Tensor",
+    _kernel,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+register(
+    f"ms_deform_attn_backward(Tensor grad_output, {_INPUTS}) -> (Tensor value, Tensor locations, Tensor weights)",
+    _backward_kernel,
+    _backward_fake,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=no_second_derivative(OP),
+)
