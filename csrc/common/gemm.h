@@ -1,0 +1,59 @@
+#pragma once
+// The one matrix product that the attention kernels are made of: a register block of 8 rows by 2 vectors.
+
+#include "simd.h"
+
+namespace rk {
+namespace RK_SIMD {
+namespace {
+
+#if RK_SIMD_BYTES == 64
+constexpr int GEMM_ROWS = 8;  // 16 accumulators of 32 registers; two FMAs of latency 4 need 8
+#else
+constexpr int GEMM_ROWS = 4;  // 8 accumulators of 16 registers
+#endif
+
+template <typename T, bool ACCUMULATE, int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void gemm_block(
+    int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row) {
+  Vec<T> sum[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v)
+      sum[r][v] = ACCUMULATE ? load(c + r * c_row + v * LANES<T>) : Vec<T>{};
+  for (int64_t p = 0; p < k; ++p) {
+    Vec<T> row_of_b[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) row_of_b[v] = load(b + p * b_row + v * LANES<T>);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec<T> factor = broadcast(a[r * a_row + p * a_column]);
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] += factor * row_of_b[v];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) store(c + r * c_row + v * LANES<T>, sum[r][v]);
+}
+
+template <typename T, bool ACCUMULATE, int ROWS>
+inline __attribute__((always_inline)) void gemm_rows(
+    int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
+    int64_t c_row) {
+  int64_t column = 0;
+  for (; column + 2 * LANES<T> <= n; column += 2 * LANES<T>)
+    gemm_block<T, ACCUMULATE, ROWS, 2>(k, a, a_row, a_column, b + column, b_row, c + column, c_row);
+  if (column < n) gemm_block<T, ACCUMULATE, ROWS, 1>(k, a, a_row, a_column, b + column, b_row, c + column, c_row);
+}
+
+// C (+)= A B. A [m, k] with any strides; B [k, n] and C [m, n] with contiguous rows; n a multiple of LANES<T>.
+template <typename T, bool ACCUMULATE>
+__attribute__((noinline)) void gemm(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
+    int64_t c_row) {
+  int64_t row = 0;
+  for (; row + GEMM_ROWS <= m; row += GEMM_ROWS)
+    gemm_rows<T, ACCUMULATE, GEMM_ROWS>(n, k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
+  for (; row < m; ++row)
+    gemm_rows<T, ACCUMULATE, 1>(n, k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
+}
+
+}  // namespace
+}  // namespace RK_SIMD
+}  // namespace rk

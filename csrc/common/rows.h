@@ -1,0 +1,60 @@
+#pragma once
+// Rows between a tensor's storage type and the accumulate type T, and blocks of one scratch allocation.
+
+#include "simd.h"
+#include "view.h"
+
+namespace rk {
+namespace RK_SIMD {
+namespace {
+
+// to[0, n) = factor * row, zeros in [n, padded).
+template <typename T>
+inline void read_row(T* to, int64_t n, int64_t padded, DType dtype, const void* data, int64_t offset, T factor) {
+  with_storage(dtype, [&](auto type) {
+    using Storage = decltype(type);
+    const Storage* from = static_cast<const Storage*>(data) + offset;
+    for (int64_t i = 0; i < n; ++i) to[i] = factor * load_as<T>(from[i]);
+  });
+  for (int64_t i = n; i < padded; ++i) to[i] = 0;
+}
+
+// row = factor * from[0, n), rounded once.
+template <typename T>
+inline void write_row(const T* from, int64_t n, DType dtype, void* data, int64_t offset, T factor) {
+  with_storage(dtype, [&](auto type) {
+    using Storage = decltype(type);
+    Storage* to = static_cast<Storage*>(data) + offset;
+    for (int64_t i = 0; i < n; ++i) to[i] = store_as<Storage>(factor * from[i]);
+  });
+}
+
+// to[d * to_row + j] = rows[j][d] for `rows` rows of n entries: columns become rows.
+template <typename T>
+inline void transpose(const T* from, int64_t from_row, int64_t rows, int64_t n, T* to, int64_t to_row) {
+  for (int64_t d = 0; d < n; ++d)
+    for (int64_t j = 0; j < rows; ++j) to[d * to_row + j] = from[j * from_row + d];
+}
+
+constexpr int64_t ALIGNMENT = 64;
+
+// Hands out 64-byte aligned blocks of one allocation; with a null base it only counts.
+struct Blocks {
+  char* base;
+  int64_t used = 0;
+
+  explicit Blocks(char* start) : base(start) {
+    if (base != nullptr) used = (ALIGNMENT - int64_t(reinterpret_cast<uintptr_t>(base) % ALIGNMENT)) % ALIGNMENT;
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* block = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (count * int64_t(sizeof(T)) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return block;
+  }
+};
+
+}  // namespace
+}  // namespace RK_SIMD
+}  // namespace rk

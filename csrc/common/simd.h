@@ -1,0 +1,249 @@
+#pragma once
+// Vectors of the SIMD level that this file is compiled for (GCC and Clang vector extensions, so one source serves
+// SSE2, AVX2, AVX-512 and NEON). Everything is local to the translation unit and free of standard C++ headers: an
+// inline function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "host_device.h"
+
+#if defined(__AVX512F__)
+#define RK_SIMD_BYTES 64
+#elif defined(__AVX2__)
+#define RK_SIMD_BYTES 32
+#else
+#define RK_SIMD_BYTES 16
+#endif
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef RK_SIMD
+#error "RK_SIMD names the namespace of the SIMD level: baseline, avx2 or avx512"
+#endif
+
+namespace rk {
+namespace RK_SIMD {
+namespace {
+
+template <typename T>
+struct VectorOf;
+
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(RK_SIMD_BYTES)));
+  typedef float unaligned __attribute__((vector_size(RK_SIMD_BYTES), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(RK_SIMD_BYTES)));
+};
+
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(RK_SIMD_BYTES)));
+  typedef double unaligned __attribute__((vector_size(RK_SIMD_BYTES), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(RK_SIMD_BYTES)));
+};
+
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int64_t LANES = RK_SIMD_BYTES / int64_t(sizeof(T));
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+template <typename T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x - 0 is x for every x, so this folds to one broadcast
+}
+
+template <typename T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+inline T sum_of_lanes(Vec<T> v) {
+  T sum = 0;
+  for (int64_t lane = 0; lane < LANES<T>; ++lane) sum += v[lane];
+  return sum;
+}
+
+template <typename T>
+inline T max_of_lanes(Vec<T> v) {
+  T best = v[0];
+  for (int64_t lane = 1; lane < LANES<T>; ++lane) best = v[lane] > best ? v[lane] : best;
+  return best;
+}
+
+template <typename T>
+constexpr int64_t round_up_to_lanes(int64_t n) {
+  return (n + LANES<T> - 1) / LANES<T> * LANES<T>;
+}
+
+// exp(x) for x <= 0 (and up to 80, for rounding): x = n ln2 + r, |r| <= ln2 / 2, exp(x) = 2^n exp(r).
+// Below the smallest normal number the result is 0; NaN stays NaN. At most 2 ulp.
+inline Vec<float> exp_nonpositive(Vec<float> x) {
+  using Bits = VectorOf<float>::bits;
+  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const Vec<float> shifted = x * 1.44269504088896341f + shifter;
+  const Vec<float> n = shifted - shifter;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = broadcast(1.9875691500e-4f);  // Cephes expf
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const Bits exponent = ((Bits)shifted + (127 - 0x4B400000)) << 23;
+  return x < -87.33f ? Vec<float>{} : p * (Vec<float>)exponent;
+}
+
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  using Bits = VectorOf<double>::bits;
+  const double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  const Vec<double> shifted = x * 1.4426950408889634074 + shifter;
+  const Vec<double> n = shifted - shifter;
+  const Vec<double> r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+  Vec<double> p = broadcast(1.0 / 6227020800.0);  // Taylor: |r|^14 / 14! < 5e-18
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const Bits exponent = ((Bits)shifted + (1023 - 0x4338000000000000LL)) << 52;
+  return x < -708.0 ? Vec<double>{} : p * (Vec<double>)exponent;
+}
+
+// ---- storage types -------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float to_float(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
+
+inline float to_float(Half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
+  if (magnitude >= 0x7C00u) return from_bits(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));  // inf, NaN
+  if (magnitude < 0x400u) return from_bits(sign | to_bits(float(magnitude) * 5.9604644775390625e-8f));  // 2^-24
+  return from_bits(sign | ((magnitude << 13) + 0x38000000u));
+#endif
+}
+
+// Round to nearest, ties to even.
+inline BFloat16 to_bfloat16(float x) {
+  const uint32_t bits = to_bits(x);
+  if (x != x) return {uint16_t((bits >> 16) | 0x40u)};
+  return {uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+inline Half to_half(float x) {
+#if defined(__F16C__)
+  return {uint16_t(_cvtss_sh(x, 0))};
+#else
+  const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return {uint16_t(sign | 0x7E00u)};
+  if (magnitude >= 0x477FF000u) return {uint16_t(sign | 0x7C00u)};  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {  // below 2^-14: let the adder round to a multiple of 2^-24
+    const float rounded = from_bits(magnitude) + 0.5f;
+    return {uint16_t(sign | (to_bits(rounded) - 0x3F000000u))};
+  }
+  return {uint16_t(sign | ((magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13))};
+#endif
+}
+
+template <typename T, typename Storage>
+inline T load_as(Storage x) {
+  return T(x);
+}
+template <>
+inline float load_as<float, BFloat16>(BFloat16 x) {
+  return to_float(x);
+}
+template <>
+inline float load_as<float, Half>(Half x) {
+  return to_float(x);
+}
+template <>
+inline double load_as<double, BFloat16>(BFloat16 x) {
+  return to_float(x);
+}
+template <>
+inline double load_as<double, Half>(Half x) {
+  return to_float(x);
+}
+
+template <typename Storage, typename T>
+inline Storage store_as(T x) {
+  return Storage(x);
+}
+template <>
+inline BFloat16 store_as<BFloat16, float>(float x) {
+  return to_bfloat16(x);
+}
+template <>
+inline Half store_as<Half, float>(float x) {
+  return to_half(x);
+}
+template <>
+inline BFloat16 store_as<BFloat16, double>(double x) {
+  return to_bfloat16(float(x));
+}
+template <>
+inline Half store_as<Half, double>(double x) {
+  return to_half(float(x));
+}
+
+// Calls `call(Storage{})` with the C++ type of a floating dtype.
+template <typename Call>
+inline void with_storage(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::float64: return call(double{});
+    case DType::float32: return call(float{});
+    case DType::float16: return call(Half{});
+    case DType::bfloat16: return call(BFloat16{});
+    default: return;
+  }
+}
+
+}  // namespace
+}  // namespace RK_SIMD
+}  // namespace rk

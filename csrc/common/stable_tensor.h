@@ -1,0 +1,62 @@
+#pragma once
+// PyTorch's stable ABI on one side, the kernels' plain arguments on the other.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "dispatch.h"
+#include "host_device.h"
+#include "parallel.h"
+#include "view.h"
+
+namespace rk {
+
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Bool: return DType::boolean;
+    case ScalarType::Int: return DType::int32;
+    default: STD_TORCH_CHECK(false, "route_kernels: a dtype that no kernel takes"); return DType::none;
+  }
+}
+
+inline View view_of(const Tensor& tensor) {
+  View view;
+  view.data = tensor.data_ptr();
+  view.dtype = dtype_of(tensor);
+  STD_TORCH_CHECK(tensor.dim() <= 5, "route_kernels: a tensor of more than five dimensions");
+  for (int64_t d = 0; d < tensor.dim(); ++d) view.stride[d] = tensor.stride(d);
+  return view;
+}
+
+inline View view_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? view_of(*tensor) : View{}; }
+
+// Workers are PyTorch's own threads: torch.set_num_threads() rules.
+inline Parallel torch_threads() {
+  return {
+      int64_t(torch::stable::get_num_threads()),
+      [](int64_t workers, WorkerBody body, void* context) {
+        torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t worker = begin; worker < end; ++worker) body(worker, context);
+        });
+      }};
+}
+
+// Scratch memory from PyTorch's allocator: an out-of-memory is PyTorch's error, and nothing leaks.
+inline Tensor workspace(int64_t bytes) {
+  const int64_t size[1] = {bytes};
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(size, 1), torch::headeronly::ScalarType::Byte);
+}
+
+inline std::string simd_level_string() { return simd_level_name(); }
+
+}  // namespace rk

@@ -1,0 +1,17 @@
+#pragma once
+// A tensor as a kernel sees it: where it starts, what it stores, and its strides in elements. The last dimension is
+// contiguous unless a kernel says otherwise.
+
+#include <stdint.h>
+
+#include "host_device.h"
+
+namespace rk {
+
+struct View {
+  void* data = nullptr;  // null: the argument was not given
+  DType dtype = DType::none;
+  int64_t stride[5] = {0, 0, 0, 0, 0};
+};
+
+}  // namespace rk

@@ -1,0 +1,122 @@
+// s_i = (1/N) sum_{j != i} relu(x^_i . x^_j): a tile of cosines at a time, summed and forgotten.
+// Each worker owns whole blocks of queries.
+
+#include "args.h"
+
+#include "../common/gemm.h"
+#include "../common/rows.h"
+#include "math.h"
+
+namespace rk {
+namespace RK_SIMD {
+namespace {
+
+constexpr int64_t BLOCK_N = 32;   // queries of a tile
+constexpr int64_t BLOCK_M = 256;  // queries they are compared with
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+
+template <typename T>
+struct Workspace {
+  int64_t padded_queries;
+  T* unit;             // [B, N, C] x^
+  T* unit_transposed;  // [B, C, padded N]
+  T* tiles;            // [workers, BLOCK_N, BLOCK_M]
+  int64_t bytes;
+
+  explicit Workspace(const QuerySimilarity& a) {
+    Blocks blocks(a.workspace);
+    padded_queries = (a.queries + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
+    unit = blocks.take<T>(a.batch * a.queries * a.channels);
+    unit_transposed = blocks.take<T>(a.batch * a.channels * padded_queries);
+    tiles = blocks.take<T>(a.parallel.workers * BLOCK_N * BLOCK_M);
+    bytes = blocks.used + ALIGNMENT;
+  }
+};
+
+template <typename T>
+void normalize(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) {
+  const int64_t groups = (a.queries + BLOCK_M - 1) / BLOCK_M;  // of one image
+  const Share share = share_of(a.batch * groups, worker, a.parallel.workers);
+  for (int64_t item = share.begin; item < share.end; ++item) {
+    const int64_t b = item / groups, first = item % groups * BLOCK_M;
+    const int64_t rows = a.queries - first < BLOCK_M ? a.queries - first : BLOCK_M;
+    T* unit = w.unit + (b * a.queries + first) * a.channels;
+    for (int64_t i = 0; i < rows; ++i) {
+      T* row = unit + i * a.channels;
+      read_row<T>(
+          row, a.channels, a.channels, a.x.dtype, a.x.data, b * a.x.stride[0] + (first + i) * a.x.stride[1], T(1));
+      T squared = 0;
+      for (int64_t c = 0; c < a.channels; ++c) squared += row[c] * row[c];
+      const T factor = inverse_norm<T>(squared, root);
+      for (int64_t c = 0; c < a.channels; ++c) row[c] *= factor;
+    }
+    T* columns = w.unit_transposed + b * a.channels * w.padded_queries + first;
+    transpose(unit, a.channels, rows, a.channels, columns, w.padded_queries);
+    for (int64_t c = 0; c < a.channels; ++c)
+      for (int64_t j = rows; j < BLOCK_M; ++j) columns[c * w.padded_queries + j] = 0;
+  }
+}
+
+template <typename T>
+void sum_similarities(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) {
+  const int64_t groups = (a.queries + BLOCK_N - 1) / BLOCK_N;
+  const Share share = share_of(a.batch * groups, worker, a.parallel.workers);
+  T* tile = w.tiles + worker * BLOCK_N * BLOCK_M;
+  for (int64_t item = share.begin; item < share.end; ++item) {
+    const int64_t b = item / groups, first = item % groups * BLOCK_N;
+    const int64_t rows = a.queries - first < BLOCK_N ? a.queries - first : BLOCK_N;
+    T sums[BLOCK_N] = {};
+    for (int64_t j = 0; j < a.queries; j += BLOCK_M) {
+      gemm<T, false>(
+          rows, BLOCK_M, a.channels, w.unit + (b * a.queries + first) * a.channels, a.channels, 1,
+          w.unit_transposed + b * a.channels * w.padded_queries + j, w.padded_queries, tile, BLOCK_M);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* row = tile + i * BLOCK_M;
+        if (first + i >= j && first + i < j + BLOCK_M) row[first + i - j] = 0;  // not with itself
+        Vec<T> sum = {};
+        for (int64_t c = 0; c < BLOCK_M; c += LANES<T>) {
+          const Vec<T> cosine = load(row + c);
+          sum += cosine < 0 ? Vec<T>{} : cosine;  // a NaN stays one
+        }
+        sums[i] += sum_of_lanes<T>(sum);
+      }
+    }
+    write_row<T>(
+        sums, rows, a.output.dtype, a.output.data, b * a.output.stride[0] + first, T(1) / T(a.queries));
+  }
+}
+
+template <typename T>
+void run(const QuerySimilarity& a) {
+  const Workspace<T> w(a);
+  struct Context {
+    const QuerySimilarity* a;
+    const Workspace<T>* w;
+  } context{&a, &w};
+  a.parallel.run(
+      a.parallel.workers,
+      [](int64_t worker, void* c) { normalize(*static_cast<Context*>(c)->a, *static_cast<Context*>(c)->w, worker); },
+      &context);
+  a.parallel.run(
+      a.parallel.workers,
+      [](int64_t worker, void* c) {
+        sum_similarities(*static_cast<Context*>(c)->a, *static_cast<Context*>(c)->w, worker);
+      },
+      &context);
+}
+
+}  // namespace
+
+int64_t query_similarity_workspace(const QuerySimilarity& a) {
+  return a.x.dtype == DType::float64 ? Workspace<double>(a).bytes : Workspace<float>(a).bytes;
+}
+
+void query_similarity_relu(const QuerySimilarity& a) {
+  if (a.batch == 0 || a.queries == 0) return;
+  a.x.dtype == DType::float64 ? run<double>(a) : run<float>(a);
+}
+
+}  // namespace RK_SIMD
+}  // namespace rk

@@ -1,0 +1,31 @@
+// Every native kernel's schema on one screen. Outputs are allocated by the callers in route_kernels/ops, which also
+// check every shape and dtype; what an output is called `grad_x`, it has the shape and dtype of `x`.
+
+#include "common/stable_tensor.h"
+#include "query_similarity/op.h"
+#include "routed_attention/op.h"
+
+STABLE_TORCH_LIBRARY(route_kernels_native, m) {
+  m.def("simd_level() -> str");
+  m.def(
+      "routed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? sup_q, Tensor? sup_k, Tensor? del_q, "
+      "Tensor? del_k, Tensor? gate_q, Tensor? gate_k, float? limit, Tensor? attn_mask, Tensor? key_ranges, "
+      "float scale, Tensor(a!) output, Tensor(b!) lse) -> ()");
+  m.def(
+      "routed_attention_backward(Tensor grad_output, Tensor output, Tensor lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor? sup_q, Tensor? sup_k, Tensor? del_q, Tensor? del_k, Tensor? gate_q, Tensor? gate_k, "
+      "float? limit, Tensor? attn_mask, Tensor? key_ranges, float scale, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+      "Tensor(c!) grad_value, Tensor(d!)? grad_sup_q, Tensor(e!)? grad_sup_k, Tensor(f!)? grad_del_q, "
+      "Tensor(g!)? grad_del_k, Tensor(h!)? grad_gate_q, Tensor(i!)? grad_gate_k) -> ()");
+  m.def("query_similarity_relu(Tensor x, Tensor(a!) output) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("simd_level", TORCH_BOX(&rk::simd_level_string));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
+  m.impl("routed_attention_forward", TORCH_BOX(&rk::routed_attention_forward));
+  m.impl("routed_attention_backward", TORCH_BOX(&rk::routed_attention_backward));
+  m.impl("query_similarity_relu", TORCH_BOX(&rk::query_similarity_relu));
+}

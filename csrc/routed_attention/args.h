@@ -1,0 +1,40 @@
+#pragma once
+// B batch, H heads, N queries, M keys, D channels of one head, R rank of a product, G rank of the gate.
+
+#include "../common/dispatch.h"
+#include "../common/parallel.h"
+#include "../common/view.h"
+
+namespace rk {
+
+struct RoutedAttention {
+  int64_t batch, heads, queries, keys, channels;
+  int64_t sup_rank, del_rank, gate_rank;  // read where routed
+  bool routed, clamped;
+  double scale, limit;
+  View query;              // [B, H, N, D]
+  View key, value;         // [B, H, M, D]
+  View sup_q, del_q;       // [B, N, R]
+  View sup_k, del_k;       // [B, M, R]
+  View gate_q;             // [B, N, G]
+  View gate_k;             // [B, M, G]
+  View attn_mask;          // [B, H, N, M], any strides; bool (true = may attend) or floating; or none
+  View key_ranges;         // int32 [B, N, 2, 2], contiguous but for B and N; or none
+  View output;             // [B, H, N, D]
+  View lse;                // [B, H, N] in the accumulate type; +inf where a query has no key to attend
+  Parallel parallel;
+  char* workspace;
+};
+
+struct RoutedAttentionGradients {
+  View output;                                   // [B, H, N, D], incoming
+  View query, key, value;                        // contiguous, as their inputs
+  View sup_q, sup_k, del_q, del_k, gate_q, gate_k;
+};
+
+RK_DECLARE_LEVELS(int64_t, routed_attention_forward_workspace, const RoutedAttention&)
+RK_DECLARE_LEVELS(void, routed_attention_forward, const RoutedAttention&)
+RK_DECLARE_LEVELS(int64_t, routed_attention_backward_workspace, const RoutedAttention&)
+RK_DECLARE_LEVELS(void, routed_attention_backward, const RoutedAttention&, const RoutedAttentionGradients&)
+
+}  // namespace rk
