@@ -1,0 +1,351 @@
+"""Crowded digits: real handwriting, scaled and pasted over one another, as an ordinary COCO folder.
+
+scikit-learn bundles 1,797 scans of handwritten digits, 8 x 8 pixels each (E. Alpaydin and C. Kaynak, "Optical
+recognition of handwritten digits", UCI 1998). A seeded generator scales 5 to 25 of them to 16 to 44 pixels
+and pastes them with heavy overlap onto a textured canvas. No scan is used in both splits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+from route_detr.data.report import DatasetError
+
+GENERATOR_VERSION = 1
+PARAMETERS_FILE = "digits.json"
+VALIDATION_SHARE = 0.2
+INK_THRESHOLD = 0.5
+MIN_VISIBLE_FRACTION = 0.25
+PLACEMENT_ATTEMPTS = 20
+SCENE_ATTEMPTS = 20
+FRAME_SCALE = 10 / 8  # a scan gets a border of one cell, so that its strokes can end smoothly
+CLUSTERED_SHARE = 0.25
+MIN_CONTRAST = 70.0
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class DigitsParameters:
+    """All that determines a data set of crowded digits; written to ``digits.json`` in its folder."""
+
+    seed: int
+    train_images: int
+    val_images: int
+    image_size: int
+    digits_per_image: tuple[int, int]
+    digit_size: tuple[int, int]
+    generator_version: int = GENERATOR_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "train_images", "val_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name, smallest in (("digits_per_image", 1), ("digit_size", 8)):
+            low, high = getattr(self, name)
+            if not smallest <= low <= high:
+                raise ValueError(
+                    f"{name}: expected (low, high) with {smallest} <= low <= high, got {(low, high)}"
+                )
+        smallest_image = math.ceil(FRAME_SCALE * self.digit_size[1])
+        if self.image_size < smallest_image:
+            raise ValueError(
+                f"image_size: expected at least {smallest_image} for digits of up to {self.digit_size[1]} "
+                f"pixels, got {self.image_size}"
+            )
+
+    def as_json(self) -> dict:
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class DigitScene:
+    """One generated image and its digits, lowest first (later ones lie on top).
+
+    image    [S, S, 3] uint8
+    owner    [S, S] int16: the index of the digit whose ink is seen at a pixel, -1 where it is the canvas
+    boxes    [T, 4] int64 (x, y, w, h): tight around the whole digit's ink, hidden parts included
+    digits   [T] int64, 0 to 9
+    """
+
+    image: np.ndarray
+    owner: np.ndarray
+    boxes: np.ndarray
+    digits: np.ndarray
+
+    @property
+    def masks(self) -> np.ndarray:
+        """[T, S, S] bool: each digit's visible ink."""
+        return self.owner == np.arange(len(self.digits), dtype=self.owner.dtype)[:, None, None]
+
+
+def digit_scans(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scans ([K, 8, 8] float32 in 0..1) and digits ([K] int64) of "train" and "val": disjoint, by class."""
+    from sklearn.datasets import load_digits
+
+    bundled = load_digits()
+    scans, digits = bundled.images.astype(np.float32) / 16.0, bundled.target.astype(np.int64)
+    rng = np.random.default_rng((seed, len(SPLITS)))
+    members: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for digit in range(10):
+        shuffled = rng.permutation(np.flatnonzero(digits == digit))
+        held_out = round(VALIDATION_SHARE * len(shuffled))
+        members["val"].append(shuffled[:held_out])
+        members["train"].append(shuffled[held_out:])
+    chosen = {split: np.concatenate(parts) for split, parts in members.items()}
+    return {split: (scans[rows], digits[rows]) for split, rows in chosen.items()}
+
+
+def paint_canvas(size: int, rng: np.random.Generator) -> np.ndarray:
+    """[size, size, 3] float32 in 0..255: a colour with clouds and grain, at times a gradient or stripes."""
+    canvas = np.empty((size, size, 3), dtype=np.float32)
+    canvas[:] = rng.uniform(40, 215) + rng.uniform(-25, 25, 3).astype(np.float32)
+    for cells, strength in ((int(rng.integers(2, 5)), 22.0), (int(rng.integers(8, 20)), 12.0)):
+        clouds = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
+        texture = np.asarray(clouds.resize((size, size), Image.Resampling.BICUBIC))
+        canvas += texture[:, :, None] * rng.uniform(0.2, 1.0, 3).astype(np.float32) * strength
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    angle = rng.uniform(0, 2 * np.pi)
+    across = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
+    pattern = rng.integers(3)
+    if pattern == 1:
+        canvas += (across * rng.uniform(15, 50))[:, :, None].astype(np.float32)
+    elif pattern == 2:
+        stripes = np.sin(across * np.float32(rng.uniform(15, 70))) * np.float32(rng.uniform(5, 14))
+        canvas += stripes[:, :, None]
+    canvas += rng.integers(-4, 5, (size, size, 1)).astype(np.float32)
+    return canvas
+
+
+def ink_of(scan: np.ndarray, size: int, aspect: float) -> np.ndarray:
+    """Coverage [h, w] float32 in 0..1 by the ink of a scan whose 8 x 8 cells become ``size`` pixels wide and
+    high; ``aspect`` narrows (below 1) or flattens (above 1) it. Cut to the ink."""
+    framed = Image.fromarray(np.pad(scan, 1))
+    scaled = size * FRAME_SCALE
+    shape = (round(scaled * min(aspect, 1.0)), round(scaled / max(aspect, 1.0)))
+    smooth = np.asarray(framed.resize(shape, Image.Resampling.BICUBIC))
+    coverage = np.clip((smooth - 0.25) / 0.4, 0.0, 1.0)
+    inked = coverage > INK_THRESHOLD
+    rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
+    return coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def ink_colour(paper: float, rng: np.random.Generator) -> np.ndarray:
+    """[3] float32: a random colour whose brightness differs from the paper's by ``MIN_CONTRAST`` or more."""
+    darker, lighter = paper - MIN_CONTRAST, 255.0 - (paper + MIN_CONTRAST)
+    if rng.uniform() * (max(darker, 0) + max(lighter, 0)) < max(darker, 0):
+        brightness = rng.uniform(0, darker)
+    else:
+        brightness = rng.uniform(paper + MIN_CONTRAST, 255.0)
+    colour = rng.uniform(0, 255, 3).astype(np.float32)
+    return np.clip(colour + np.float32(brightness) - colour @ LUMA, 0, 255)
+
+
+def _corner(shape: tuple[int, int], size: int, boxes: list, rng: np.random.Generator) -> tuple[int, int]:
+    """Top left corner (x, y) for a digit: anywhere, or (``CLUSTERED_SHARE``) close to one already placed."""
+    height, width = shape
+    if boxes and rng.uniform() < CLUSTERED_SHARE:
+        x, y, w, h = boxes[rng.integers(len(boxes))]
+        shift_x, shift_y = rng.uniform(-0.7, 0.7, 2)
+        corner = (round(x + w / 2 - width / 2 + shift_x * w), round(y + h / 2 - height / 2 + shift_y * h))
+    else:
+        corner = (int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1)))
+    return min(max(corner[0], 0), size - width), min(max(corner[1], 0), size - height)
+
+
+def compose_scene(
+    scans: np.ndarray, digits: np.ndarray, parameters: DigitsParameters, rng: np.random.Generator
+) -> DigitScene:
+    """Pastes random scans ([K, 8, 8], of ``digits`` [K]) onto a canvas.
+
+    A digit that would leave itself or one below it with less than ``MIN_VISIBLE_FRACTION`` of its ink in
+    sight is placed elsewhere, and given up after ``PLACEMENT_ATTEMPTS``. Raises ValueError if the fewest
+    digits asked for do not fit in ``SCENE_ATTEMPTS`` scenes.
+    """
+    low, high = parameters.digits_per_image
+    for _ in range(SCENE_ATTEMPTS):
+        scene = _paste(scans, digits, int(rng.integers(low, high + 1)), parameters, rng)
+        if len(scene.digits) >= low:
+            return scene
+    raise ValueError(
+        f"digits_per_image: {low} digits of {parameters.digit_size} pixels do not fit on "
+        f"{parameters.image_size} x {parameters.image_size}; "
+        "expected fewer or smaller digits, or a larger image_size"
+    )
+
+
+def _paste(
+    scans: np.ndarray, digits: np.ndarray, count: int, parameters: DigitsParameters, rng: np.random.Generator
+) -> DigitScene:
+    size = parameters.image_size
+    canvas = paint_canvas(size, rng)
+    paper = float(np.clip(canvas.mean((0, 1)) @ LUMA, 0, 255))
+    owner = np.full((size, size), -1, dtype=np.int16)
+    boxes: list[tuple[int, int, int, int]] = []
+    labels: list[int] = []
+    ink_pixels, visible = np.zeros(count), np.zeros(count)
+    for _ in range(count):
+        row = rng.integers(len(scans))
+        coverage = ink_of(
+            scans[row],
+            int(rng.integers(parameters.digit_size[0], parameters.digit_size[1] + 1)),
+            rng.uniform(0.8, 1.2),
+        )
+        inked = coverage > INK_THRESHOLD
+        height, width = inked.shape
+        for _ in range(PLACEMENT_ATTEMPTS):
+            x, y = _corner((height, width), size, boxes, rng)
+            window = np.s_[y : y + height, x : x + width]
+            hidden = np.bincount(owner[window][inked] + 1, minlength=count + 1)[1:]
+            if ((visible - hidden) >= MIN_VISIBLE_FRACTION * ink_pixels).all():
+                break
+        else:
+            continue
+        index = len(boxes)
+        visible -= hidden
+        visible[index] = ink_pixels[index] = inked.sum()
+        owner[window][inked] = index
+        canvas[window] += coverage[:, :, None] * (ink_colour(paper, rng) - canvas[window])
+        boxes.append((x, y, width, height))
+        labels.append(int(digits[row]))
+    contrast, brightness = rng.uniform(0.75, 1.1), rng.uniform(-15, 15)
+    image = np.clip((canvas - 127.5) * contrast + 127.5 + brightness, 0, 255).astype(np.uint8)
+    return DigitScene(
+        image, owner, np.array(boxes, dtype=np.int64).reshape(-1, 4), np.array(labels, dtype=np.int64)
+    )
+
+
+def scene_annotations(scene: DigitScene, image_id: int, first_id: int) -> list[dict]:
+    """COCO annotations of a scene: amodal ``bbox``; ``segmentation`` (RLE) and ``area`` of visible ink."""
+    encoded = rle.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
+    rows = zip(scene.digits, scene.boxes, rle.area(encoded), encoded, strict=True)
+    return [
+        {
+            "id": first_id + index,
+            "image_id": image_id,
+            "category_id": int(digit) + 1,
+            "bbox": [int(edge) for edge in box],
+            "area": int(area),
+            "iscrowd": 0,
+            "segmentation": {"size": mask["size"], "counts": mask["counts"].decode("ascii")},
+        }
+        for index, (digit, box, area, mask) in enumerate(rows)
+    ]
+
+
+def generate_scene(parameters: DigitsParameters, split: str, index: int, scans=None) -> DigitScene:
+    """Scene ``index`` of ``split`` ("train" or "val"), which depends on nothing but the arguments.
+
+    ``scans`` is what ``digit_scans(parameters.seed)`` returned, for a caller that makes many scenes.
+    """
+    split_scans, split_digits = (scans or digit_scans(parameters.seed))[split]
+    rng = np.random.default_rng((parameters.seed, SPLITS.index(split), index))
+    return compose_scene(split_scans, split_digits, parameters, rng)
+
+
+def is_digits_folder(out: str | os.PathLike, parameters: DigitsParameters) -> bool:
+    """Whether ``out`` holds exactly this data set, told by its ``digits.json``, written last."""
+    try:
+        found = json.loads((Path(out) / PARAMETERS_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return found == parameters.as_json()
+
+
+def write_digits(
+    out: str | os.PathLike,
+    *,
+    seed: int = 0,
+    train_images: int = 2000,
+    val_images: int = 100,
+    image_size: int = 128,
+    digits_per_image: Sequence[int] = (5, 25),
+    digit_size: Sequence[int] = (16, 44),
+    progress: bool = True,
+) -> bool:
+    """Writes crowded digits as a COCO folder ``out``: ``annotations/``, ``train2017/``, ``val2017/``,
+    ``digits.json``.
+
+    The same arguments give the same pixels and annotations, bit for bit, and image i does not depend on how
+    many there are. The folder appears whole or not at all: it is written beside ``out`` as ``OUT.partial-*``
+    and renamed. Returns True when it wrote, False when ``out`` held exactly this data set already. Raises
+    DatasetError when ``out`` holds anything else, ValueError on an argument out of range.
+    """
+    out = Path(out)
+    parameters = DigitsParameters(
+        seed, train_images, val_images, image_size, tuple(digits_per_image), tuple(digit_size)
+    )
+    if is_digits_folder(out, parameters):
+        return False
+    _require_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        _write_folder(partial, parameters, progress)
+        if out.is_dir():
+            out.rmdir()
+        try:
+            partial.rename(out)
+        except OSError:
+            if is_digits_folder(out, parameters):
+                return False
+            raise
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+    return True
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise DatasetError(f"{out}: expected a folder to write crowded digits to, found a file")
+    if out.is_dir() and any(out.iterdir()):
+        found = "crowded digits with other parameters" if (out / PARAMETERS_FILE).is_file() else "other files"
+        raise DatasetError(
+            f"{out}: expected an empty or absent folder to write crowded digits to, found {found}; "
+            "choose another folder, or delete this one"
+        )
+
+
+def _write_folder(folder: Path, parameters: DigitsParameters, progress: bool) -> None:
+    scans = digit_scans(parameters.seed)
+    images_of = {"train": parameters.train_images, "val": parameters.val_images}
+    (folder / "annotations").mkdir()
+    with tqdm(
+        total=sum(images_of.values()), desc="crowded digits", unit="image", disable=not progress
+    ) as bar:
+        for split in SPLITS:
+            image_dir = folder / f"{split}2017"
+            image_dir.mkdir()
+            images, annotations = [], []
+            for index in range(images_of[split]):
+                scene = generate_scene(parameters, split, index, scans)
+                name = f"{index + 1:012d}.png"
+                Image.fromarray(scene.image).save(image_dir / name, compress_level=1)
+                side = parameters.image_size
+                images.append({"id": index + 1, "file_name": name, "width": side, "height": side})
+                annotations += scene_annotations(scene, index + 1, len(annotations) + 1)
+                bar.update()
+            contents = {
+                "info": {"description": "Crowded digits", "version": str(parameters.generator_version)},
+                "licenses": [],
+                "images": images,
+                "annotations": annotations,
+                "categories": [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)],
+            }
+            path = folder / "annotations" / f"instances_{split}2017.json"
+            path.write_text(json.dumps(contents), encoding="utf-8")
+    (folder / PARAMETERS_FILE).write_text(json.dumps(parameters.as_json(), indent=2) + "\n", encoding="utf-8")
