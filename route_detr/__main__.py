@@ -1,0 +1,5 @@
+import sys
+
+from route_detr.cli import main
+
+sys.exit(main())

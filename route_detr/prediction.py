@@ -1,0 +1,162 @@
+"""A trained detector from a checkpoint, and what it finds in image files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import route_kernels as rk
+from route_detr.boxes import corners
+from route_detr.checkpoint import CheckpointError, load_checkpoint, write_atomically, write_text
+from route_detr.config import Config
+from route_detr.data import CocoDetection, Scene, eval_transforms, normalised, read_rgb
+from route_detr.detector import Detector, detections
+from route_detr.evaluation import coco_results
+
+PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A detector in evaluation mode with all that inference needs; no data set is asked for."""
+
+    detector: Detector
+    config: Config
+    category_ids: list[int]
+    category_names: list[str]
+    data: dict[str, str]
+    device: torch.device
+
+    def input_of(self, image: Image.Image) -> Tensor:
+        """[1, 3, h, w] float32: the image as in evaluation."""
+        scene = Scene(image, np.zeros((0, 4)), np.zeros(0, dtype=np.int64))
+        scene = eval_transforms(self.config.transforms)(scene, np.random.default_rng(0))
+        return normalised(scene.image)[None].to(self.device)
+
+    @torch.no_grad()
+    def detect(self, image: Image.Image, score_threshold: float = 0.0) -> dict[str, Tensor]:
+        """scores [K], labels [K] and boxes [K, 4] (xyxy, pixels of ``image``), the best first, on the CPU."""
+        self.detector.eval()
+        output = self.detector(self.input_of(image), None)
+        found = detections(output, [(image.height, image.width)], self.config.train.top_k)[0]
+        kept = found["scores"] >= score_threshold
+        return {name: value[kept].cpu() for name, value in found.items()}
+
+    def routing(self, image: Image.Image) -> dict[int, dict[str, Tensor]]:
+        """For each routed layer bias and gate [N, N] (strength 1), boxes [N, 4] xyxy in pixels, confidence [N]."""
+        size = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
+        layers = {}
+        for layer, view in self.detector.routing_factors(self.input_of(image), None).items():
+            gate = (view.factors.gate_q @ view.factors.gate_k.transpose(-1, -2)).sigmoid()
+            layers[layer] = {
+                "bias": rk.routing_bias(view.factors)[0].cpu(),
+                "gate": gate[0].cpu(),
+                "boxes": corners(view.boxes[0]).cpu() * size,
+                "confidence": view.confidence[0].cpu(),
+            }
+        return layers
+
+
+def load_trained(path: str | Path, device: torch.device) -> Trained:
+    """The detector that a checkpoint holds.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign, or does not fit the configuration in it.
+    """
+    state = load_checkpoint(path)
+    try:
+        config = Config.from_dict(state["config"])
+        detector = Detector(config.detector).to(device)
+        detector.load_state_dict(state["model"])
+        ids = [int(category["id"]) for category in state["categories"]]
+        names = [str(category["name"]) for category in state["categories"]]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit this version of the detector: {error}") from error
+    return Trained(detector.eval(), config, ids, names, state.get("data", {}), device)
+
+
+def detection_examples(
+    trained: Trained, dataset: CocoDetection, indices: Sequence[int], score: float
+) -> list[dict[str, Any]]:
+    """What `plots.plot_detections` shows of these images."""
+    examples = []
+    for index in indices:
+        image = dataset.raw_image(index)
+        truth = {"boxes": dataset.boxes(index), "labels": dataset.labels(index)}
+        examples.append({"image": image, "truth": truth, "found": trained.detect(image, score)})
+    return examples
+
+
+def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """The files named, and the images in the folders named (their ending decides), in order.
+
+    Raises:
+        FileNotFoundError: nothing has that name, or a folder holds no image.
+    """
+    endings = set(Image.registered_extensions())
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in endings and file.is_file())
+            if not inside:
+                raise FileNotFoundError(f"{path}: a folder without images")
+            files += inside
+        elif path.exists():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such image or folder")
+    return files
+
+
+def predict_files(trained: Trained, files: Sequence[Path], out: Path, score_threshold: float) -> Iterator[Path]:
+    """Write a picture with boxes for each file, then ``predictions.json``; yields each picture's path.
+
+    The JSON is a list of COCO results (``image_id`` counts the files from 1), each with its ``file_name`` and
+    ``category_name``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for number, file in enumerate(files, start=1):
+        image = read_rgb(file)
+        found = trained.detect(image, score_threshold)
+        for result in coco_results([found], [number], trained.category_ids):
+            name = trained.category_names[trained.category_ids.index(result["category_id"])]
+            results.append({**result, "file_name": str(file), "category_name": name})
+        stem, repeat = file.stem, 2
+        while stem in taken:
+            stem, repeat = f"{file.stem}-{repeat}", repeat + 1
+        taken.add(stem)
+        picture = draw_detections(image, found, trained.category_names)
+        write_atomically(out / f"{stem}.png", lambda stream, picture=picture: picture.save(stream, format="PNG"))
+        yield out / f"{stem}.png"
+    write_text(out / "predictions.json", json.dumps(results, indent=1) + "\n")
+
+
+def draw_detections(image: Image.Image, found: dict[str, Tensor], names: Sequence[str]) -> Image.Image:
+    """The image with boxes and labels, enlarged when it is too small for legible labels; the best drawn last."""
+    enlarged = max(1, -(-512 // max(image.size)))
+    picture = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    line = max(2, max(picture.size) // 400)
+    font = ImageFont.load_default(size=max(12, max(picture.size) // 55))
+    rows = zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist(), strict=True)
+    for score, label, box in reversed(list(rows)):
+        colour = PALETTE[label % len(PALETTE)]
+        x0, y0, x1, y1 = (coordinate * enlarged for coordinate in box)
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
+        text = f"{names[label]} {score:.2f}"
+        _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
+        y = max(0.0, y0 - (bottom + 4))
+        draw.rectangle((x0, y, x0 + right + 6, y + bottom + 4), fill=colour)
+        draw.text((x0 + 3, y + 1), text, fill="white", font=font)
+    return picture

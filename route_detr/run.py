@@ -1,0 +1,105 @@
+"""The folder of one training run: configuration, metrics, TensorBoard events, checkpoints, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from route_detr.checkpoint import save_checkpoint, write_text
+from route_detr.errors import RunError
+
+
+class Run:
+    """One folder. ``last.pt`` decides whether a run exists; everything else follows from it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.last = self.folder / "last.pt"
+        self.best = self.folder / "best.pt"
+        self._events: SummaryWriter | None = None
+
+    def check_new(self) -> None:
+        """Raise `RunError` when the folder holds a run already, or anything else that would be written over."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"{self.folder}: is a file, not a run folder")
+        for file in (self.last, self.best, self.metrics_file):
+            if file.exists():
+                raise RunError(
+                    f"{self.folder}: already holds a run ({file.name}); continue it with --resume or choose another --name"
+                )
+
+    def check_resumable(self) -> None:
+        """Raise `RunError` when there is nothing to continue."""
+        if not self.last.is_file():
+            raise RunError(f"{self.folder}: nothing to resume, no last.pt; start the run without --resume")
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def save(self, state: dict[str, Any], *, best: bool = False) -> None:
+        """Write ``last.pt``, and before it ``best.pt`` when ``best``: a kill between them repeats the end of the epoch."""
+        if best:
+            save_checkpoint(self.best, state)
+        save_checkpoint(self.last, state)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl; a line torn by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        records = []
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def rewind(self, epoch: int, step: int) -> None:
+        """Drop what was recorded after a checkpoint of ``step`` steps and ``epoch`` finished epochs."""
+        kept = [
+            json.dumps(record) + "\n"
+            for record in self.records()
+            if (record["epoch"] < epoch if record["kind"] == "epoch" else record["step"] <= step)
+        ]
+        write_text(self.metrics_file, "".join(kept))
+        self._events = SummaryWriter(str(self.folder), purge_step=step + 1)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl and its numbers to the TensorBoard events.
+
+        ``record`` has ``kind`` ("step" or "epoch"), ``epoch``, ``step`` and numbers, which may be None.
+        """
+        with open(self.metrics_file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+        if self._events is None:
+            self._events = SummaryWriter(str(self.folder))
+        for name, value in record.items():
+            if name not in ("kind", "epoch", "step") and value is not None:
+                self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if record["kind"] == "epoch":
+            self._events.flush()
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
+    """The folder meant by a path or by the name of a run below ``runs``."""
+    for folder in (Path(name), Path(runs) / name):
+        if folder.is_dir():
+            return folder
+    raise RunError(f"{name}: no such run folder, here or below {runs}/")
+
+
+def find_checkpoint(name: str | Path, which: str = "best", runs: str | Path = "runs") -> Path:
+    """A checkpoint file: ``name`` itself, or ``which`` ("best" or "last") of the run that ``name`` means."""
+    if Path(name).is_file():
+        return Path(name)
+    return find_run(name, runs) / f"{which}.pt"
