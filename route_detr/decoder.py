@@ -1,0 +1,151 @@
+"""Deformable decoder with iterative box refinement and, in training, a routed auxiliary branch (arXiv 2512.13876).
+
+Branches share every weight. The main branch has plain self-attention; the auxiliary branch adds lambda(t) B to the
+self-attention logits of the routed layers. Two exact identities save work (dropout is 0): layers before the first
+routed one give both branches the same result and run once; after it the branches are packed side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import route_kernels as rk
+from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
+
+from .config import DetectorConfig
+from .encoder import Memory
+from .heads import PredictionHead, Predictions, feed_forward, joined_branches
+from .proposals import Queries
+
+MIN_AREA = 1e-6  # of a reference box, before the logarithm
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries of a branch, deformable cross-attention to the memory, feed-forward."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.self_attention = RoutedSelfAttention(dim, config.num_heads)
+        self.self_norm = nn.LayerNorm(dim)
+        self.cross_attention = MSDeformAttn(dim, config.num_levels, config.num_heads, config.num_points)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.ffn = feed_forward(dim, config.ffn_dim)
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool
+    ) -> Tensor:
+        """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""
+        x = self.self_norm(queries.content + self._self_attention(queries, routing, keep_main))
+        x = self.cross_norm(x + self._cross_attention(x, queries, memory))
+        return self.ffn_norm(x + self.ffn(x))
+
+    def _self_attention(
+        self, queries: Queries, routing: rk.RoutingFactors | None, keep_main: bool
+    ) -> Tensor:
+        content, position = queries.content, queries.position.expand_as(queries.content)
+        if routing is None:
+            attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1))
+            return attended.unflatten(0, content.shape[:2])
+        aux = self.self_attention(content[:, -1], position[:, -1], routing)
+        if not keep_main:
+            return aux[:, None]
+        main = self.self_attention(content[:, 0], position[:, 0])
+        return torch.stack([main, aux], 1)
+
+    def _cross_attention(self, content: Tensor, queries: Queries, memory: Memory) -> Tensor:
+        """All branches side by side on the query axis: the value is projected once."""
+        reference = queries.box_logits.sigmoid().expand(*content.shape[:3], 4).flatten(1, 2)
+        attended = self.cross_attention(
+            (content + queries.position).flatten(1, 2),
+            memory.sampling_reference(reference),
+            memory.features,
+            memory.spatial_shapes,
+            padding_mask=memory.padding,
+        )
+        return attended.unflatten(1, content.shape[1:3])
+
+
+class Decoder(nn.Module):
+    """Queries -> one `Predictions` a layer."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.packed = config.branches == "packed"
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.heads = nn.ModuleList(
+            PredictionHead(config.embed_dim, config.num_classes) for _ in range(config.decoder_layers)
+        )
+        self.routers = nn.ModuleDict(
+            {
+                str(index): QueryRouter(
+                    config.embed_dim,
+                    rank=config.router_rank,
+                    hidden_dim=config.router_hidden_dim,
+                    gate_rank=config.router_gate_rank,
+                    limit=config.router_limit,
+                    nonnegative=config.router_nonnegative,
+                )
+                for index in config.routed_layer_indices
+            }
+        )
+
+    def forward(self, queries: Queries, memory: Memory, strength: float | None = None) -> list[Predictions]:
+        """Main branch alone (strength None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""
+        if strength is None:
+            return self._run(queries, memory)
+        if self.packed:
+            return self._run(queries, memory, strength) if strength > 0 else self._run(queries, memory)
+        main = self._run(queries, memory)
+        aux = self._run(queries, memory, strength, keep_main=False)
+        return [joined_branches(*pair) for pair in zip(main, aux, strict=True)]
+
+    def _run(
+        self,
+        queries: Queries,
+        memory: Memory,
+        strength: float | None = None,
+        keep_main: bool = True,
+        observe: Callable[[int, Queries], None] | None = None,
+    ) -> list[Predictions]:
+        predictions = []
+        for index, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
+            if observe is not None:
+                observe(index, queries)
+            routed = strength is not None and str(index) in self.routers
+            routing = self.routing(index, queries, strength) if routed else None
+            content = layer(queries, memory, routing, keep_main)
+            logits, box_logits = head(content, queries.box_logits)
+            predictions.append(Predictions(logits, box_logits.sigmoid()))
+            queries = Queries(content, queries.position, box_logits.detach(), logits.detach())
+        return predictions
+
+    def routing(self, index: int, queries: Queries, strength: float) -> rk.RoutingFactors:
+        """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`."""
+        content = queries.content[:, -1]
+        similarity = rk.query_similarity(content.detach())
+        confidence = None if queries.logits is None else best_class_probability(queries.logits[:, -1])
+        area = queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1)
+        return self.routers[str(index)](
+            content + queries.position[:, -1],
+            similarity=similarity,
+            confidence=confidence,
+            geometry=area.clamp_min(MIN_AREA).log(),
+            strength=strength,
+        )
+
+    @torch.no_grad()
+    def observed_queries(self, queries: Queries, memory: Memory) -> dict[int, Queries]:
+        """The main branch's queries as they enter each routed layer."""
+        entering: dict[int, Queries] = {}
+        self._run(queries, memory, observe=entering.__setitem__)
+        return {int(index): entering[int(index)] for index in self.routers}
+
+
+def best_class_probability(logits: Tensor) -> Tensor:
+    """[..., K] -> [...]: sigmoid of the highest class logit."""
+    return logits.amax(-1).sigmoid()

@@ -1,0 +1,189 @@
+"""Two-stage Deformable-DETR++ with routed dual-branch training (Route-DETR, arXiv 2512.13876)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import route_kernels as rk
+from route_kernels.nn import MSDeformAttn
+
+from .backbone import Backbone, FeatureLevels
+from .boxes import corners
+from .config import DetectorConfig, TrainConfig
+from .decoder import Decoder, best_class_probability
+from .encoder import Encoder, Memory, flatten_levels
+from .heads import Predictions
+from .proposals import Proposals, Queries
+
+
+class DetectorOutput(NamedTuple):
+    """Predictions of every decoder layer [B, G, N, .], of the first stage [B, 1, S, .], and alpha.
+
+    G = 2 holds (main, auxiliary); G = 1 is one result that stands for both branches.
+    """
+
+    layers: list[Predictions]
+    proposals: Predictions
+    aux_weight: Tensor  # 0-dim; 0 where there is no auxiliary branch
+
+    @property
+    def logits(self) -> Tensor:
+        """Class logits [B, N, K] of the main branch's last layer."""
+        return self.layers[-1].logits[:, 0]
+
+    @property
+    def boxes(self) -> Tensor:
+        """Boxes [B, N, 4] (cx, cy, w, h) in [0, 1] of the main branch's last layer."""
+        return self.layers[-1].boxes[:, 0]
+
+
+class RoutedLayerView(NamedTuple):
+    """What a routed layer's bias is made of, for inspection."""
+
+    factors: rk.RoutingFactors  # at strength 1
+    boxes: Tensor  # [B, N, 4] reference boxes that enter the layer
+    confidence: Tensor  # [B, N] highest class probability of the layer before; 0 in the first layer
+
+
+class RoutingState(nn.Module):
+    """lambda and alpha as buffers: a reloaded run goes on where it stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("strength", torch.zeros(()))
+        self.register_buffer("aux_weight", torch.zeros(()))
+
+
+class Detector(nn.Module):
+    """Images [B, 3, H, W] and padding_mask [B, H, W] bool (True = padding, or None) -> DetectorOutput.
+
+    In training mode a routed detector runs the auxiliary branch too, once lambda > 0; while lambda is 0 the branches are
+    one. In eval mode it is the plain detector: routers are not touched.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.backbone)
+        self.feature_levels = FeatureLevels(self.backbone.channels, config.embed_dim, config.num_levels)
+        self.encoder = Encoder(config)
+        self.proposals = Proposals(config)
+        self.decoder = Decoder(config)
+        self.routing = RoutingState()
+
+    @torch.no_grad()
+    def set_routing(self, strength: float, aux_weight: float) -> None:
+        """Sets lambda and alpha, both >= 0. ValueError for other values, and for non-zero ones without routing."""
+        for name, value in (("strength", strength), ("aux_weight", aux_weight)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+            if value and not self.config.route:
+                raise ValueError(f"{name}: expected 0 in a detector without routing, got {value!r}")
+        self.routing.strength.fill_(strength)
+        self.routing.aux_weight.fill_(aux_weight)
+
+    def forward(self, images: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
+        dual = self.training and self.config.route
+        strength = float(self.routing.strength) if dual else None
+        memory = self._memory(images, padding_mask)
+        proposals, queries = self.proposals(memory)
+        layers = self.decoder(queries, memory, strength)
+        aux_weight = self.routing.aux_weight if dual else torch.zeros_like(self.routing.aux_weight)
+        return DetectorOutput(layers, proposals, aux_weight)
+
+    def _memory(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
+        _check_images(images, padding_mask)
+        if padding_mask is not None and not bool(padding_mask.any()):
+            padding_mask = None
+        levels = self.feature_levels(self.backbone(images))
+        return self.encoder(*flatten_levels(levels, padding_mask))
+
+    @torch.no_grad()
+    def routing_factors(
+        self, images: Tensor, padding_mask: Tensor | None = None
+    ) -> dict[int, RoutedLayerView]:
+        """What each routed layer has learned, seen on the main branch's queries in eval mode; {} without routing."""
+        was_training = self.training
+        self.eval()
+        try:
+            memory = self._memory(images, padding_mask)
+            entering = self.decoder.observed_queries(self.proposals(memory)[1], memory)
+            return {index: self._view(index, queries) for index, queries in entering.items()}
+        finally:
+            self.train(was_training)
+
+    def _view(self, index: int, queries: Queries) -> RoutedLayerView:
+        boxes = queries.box_logits[:, 0].sigmoid()
+        if queries.logits is None:
+            confidence = boxes.new_zeros(boxes.shape[:2])
+        else:
+            confidence = best_class_probability(queries.logits[:, 0])
+        return RoutedLayerView(self.decoder.routing(index, queries, strength=1.0), boxes, confidence)
+
+
+def _check_images(images: Tensor, padding_mask: Tensor | None) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images: expected a floating-point tensor [B, 3, H, W], got {images.dtype} {tuple(images.shape)}"
+        )
+    expected = (images.shape[0], *images.shape[2:])
+    if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != expected):
+        raise ValueError(
+            f"padding_mask: expected bool {expected}, got {padding_mask.dtype} {tuple(padding_mask.shape)}"
+        )
+
+
+@torch.no_grad()
+def detections(output: DetectorOutput, sizes: list[tuple[int, int]], top_k: int = 100) -> list[dict[str, Tensor]]:
+    """The top_k (query, class) pairs of each image, best first, from the main branch's last layer.
+
+    sizes: (height, width) in pixels of each image. Returns for each image scores [k], labels [k] int64 and boxes [k, 4]
+    (x0, y0, x1, y1) in pixels, clipped to the image; k = min(top_k, N K).
+    """
+    probabilities = output.logits.sigmoid()
+    batch, queries, classes = probabilities.shape
+    if len(sizes) != batch:
+        raise ValueError(f"sizes: expected {batch} pairs (height, width), got {len(sizes)}")
+    scores, best = probabilities.flatten(1).topk(min(top_k, queries * classes), dim=1)
+    boxes = corners(output.boxes).clamp(0, 1)
+    boxes = boxes.gather(1, (best // classes)[..., None].expand(-1, -1, 4))
+    scale = boxes.new_tensor([(width, height, width, height) for height, width in sizes])[:, None]
+    return [
+        {"scores": s, "labels": label, "boxes": box}
+        for s, label, box in zip(scores, best % classes, boxes * scale, strict=True)
+    ]
+
+
+def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict]:
+    """Optimizer groups "main", "backbone" and "sampling" (layers that give sampling offsets), by learning rate."""
+    scales = {
+        "main": 1.0,
+        "backbone": config.backbone_learning_rate_scale,
+        "sampling": config.sampling_learning_rate_scale,
+    }
+    sampling = {
+        parameter
+        for module in detector.modules()
+        if isinstance(module, MSDeformAttn)
+        for parameter in module.sampling_offsets.parameters()
+    }
+    backbone = set(detector.backbone.parameters())
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in scales}
+    for parameter in detector.parameters():
+        if parameter.requires_grad:
+            name = "sampling" if parameter in sampling else "backbone" if parameter in backbone else "main"
+            groups[name].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": groups[name],
+            "lr": config.learning_rate * scale,
+            "weight_decay": config.weight_decay,
+        }
+        for name, scale in scales.items()
+        if groups[name]
+    ]

@@ -1,0 +1,93 @@
+"""Deformable encoder (Deformable DETR, arXiv 2010.04159) over the flattened feature levels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from route_kernels.nn import MSDeformAttn
+
+from .config import DetectorConfig
+from .heads import feed_forward
+from .position import image_embedding, image_positions, valid_extent
+
+
+class Memory(NamedTuple):
+    """Feature levels of a batch, flattened to S positions."""
+
+    features: Tensor  # [B, S, C]
+    positions: Tensor  # [B or 1, S, 2] (x, y) as fractions of each image's own extent
+    spatial_shapes: list[tuple[int, int]]  # (h, w) of each level
+    padding: Tensor | None  # [B, S] bool, True = padding; None: no padding anywhere
+    valid_ratios: Tensor | None  # [B, L, 2] (x, y): share of each level that is not padding
+
+    def sampling_reference(self, reference: Tensor) -> Tensor:
+        """Image fractions [B, N, 2 or 4] -> fractions of each padded level, [B, N, L or 1, 2 or 4]."""
+        if self.valid_ratios is None:
+            return reference[:, :, None]
+        return reference[:, :, None] * self.valid_ratios[:, None].repeat(1, 1, 1, reference.shape[-1] // 2)
+
+
+def flatten_levels(levels: list[Tensor], padding_mask: Tensor | None) -> tuple[Memory, Tensor]:
+    """Levels [B, C, h, w] and the images' padding [B, H, W] or None -> memory, sine embedding [B or 1, S, C]."""
+    shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
+    features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
+    paddings = [None if padding_mask is None else _resized(padding_mask, shape) for shape in shapes]
+    grids = [
+        image_positions(*shape, padding, features).flatten(1, 2)
+        for shape, padding in zip(shapes, paddings, strict=True)
+    ]
+    positions = torch.cat(grids, 1)
+    embedding = image_embedding(positions, features.shape[-1])
+    if padding_mask is None:
+        return Memory(features, positions, shapes, None, None), embedding
+    ratios = [
+        torch.stack(valid_extent(padding), -1) / features.new_tensor([width, height])
+        for padding, (height, width) in zip(paddings, shapes, strict=True)
+    ]
+    padding = torch.cat([padding.flatten(1) for padding in paddings], 1)
+    return Memory(features, positions, shapes, padding, torch.stack(ratios, 1)), embedding
+
+
+def _resized(padding_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    return nn.functional.interpolate(padding_mask[:, None].float(), size=shape)[:, 0] > 0.5
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.attention = MSDeformAttn(dim, config.num_levels, config.num_heads, config.num_points)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.ffn = feed_forward(dim, config.ffn_dim)
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Tensor:
+        x = memory.features
+        attended = self.attention(
+            x + position, reference, x, memory.spatial_shapes, padding_mask=memory.padding
+        )
+        x = self.attention_norm(x + attended)
+        return self.ffn_norm(x + self.ffn(x))
+
+
+class Encoder(nn.Module):
+    """Memory -> memory with encoded features; adds one learned embedding a level to the sine embedding."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.level_embedding = nn.Parameter(torch.randn(config.num_levels, config.embed_dim))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+
+    def forward(self, memory: Memory, embedding: Tensor) -> Memory:
+        sizes = [height * width for height, width in memory.spatial_shapes]
+        level_embedding = torch.cat(
+            [row.expand(size, -1) for row, size in zip(self.level_embedding, sizes, strict=True)]
+        )
+        batch = memory.features.shape[0]
+        reference = memory.sampling_reference(memory.positions.expand(batch, -1, -1))
+        for layer in self.layers:
+            memory = memory._replace(features=layer(memory, embedding + level_embedding, reference))
+        return memory

@@ -1,0 +1,200 @@
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from route_detr.boxes import corners, generalized_iou, inverse_sigmoid
+from route_detr.config import TrainConfig
+from route_detr.criterion import Criterion, focal_loss
+from route_detr.detector import DetectorOutput
+from route_detr.heads import Predictions
+from route_detr.matcher import Matcher, padded_targets
+
+CLASSES = 3
+
+
+def random_boxes(*shape):
+    return torch.cat([torch.rand(*shape, 2) * 0.8 + 0.1, torch.rand(*shape, 2) * 0.3 + 0.05], -1).double()
+
+
+def random_predictions(batch, branches, queries, classes=CLASSES):
+    logits = torch.randn(batch, branches, queries, classes, dtype=torch.float64)
+    return Predictions(logits.requires_grad_(), random_boxes(batch, branches, queries).requires_grad_())
+
+
+def random_targets(*counts):
+    return [SimpleNamespace(boxes=random_boxes(n), labels=torch.randint(CLASSES, (n,))) for n in counts]
+
+
+def random_output(batch, queries=6, aux_weight=0.5):
+    layers = [random_predictions(batch, 1, queries), random_predictions(batch, 2, queries)]
+    proposals = random_predictions(batch, 1, 11, classes=1)
+    return DetectorOutput(layers, proposals, torch.tensor(aux_weight, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((0, 0, 2, 2), (0, 0, 2, 2), 1.0),
+        ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7 - 2 / 9),
+        ((0, 0, 4, 4), (1, 1, 2, 2), 1 / 16),
+        ((0, 0, 1, 1), (2, 0, 3, 1), -1 / 3),
+        ((0, 0, 1, 1), (1, 0, 2, 1), 0.0),
+        ((0, 0, 1, 1), (3, 3, 4, 4), -14 / 16),
+        ((1, 1, 1, 1), (1, 1, 1, 1), 0.0),
+        ((0, 0, 2, 0), (0, 0, 2, 2), 0.0),
+    ],
+)
+def test_generalized_iou_by_hand(a, b, expected):
+    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    assert generalized_iou(a, b).item() == pytest.approx(expected, abs=1e-12)
+    assert generalized_iou(b, a).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_corners():
+    assert corners(torch.tensor([5.0, 4.0, 2.0, 6.0])).tolist() == [4, 1, 6, 7]
+
+
+def test_inverse_sigmoid_is_finite_at_the_ends():
+    x = torch.tensor([0.0, 1e-4, 0.5, 0.7, 1.0], dtype=torch.float64)
+    assert torch.allclose(inverse_sigmoid(x).sigmoid(), x, atol=1.1e-5)
+
+
+@pytest.mark.parametrize(("logit", "truth"), list(itertools.product([-30.0, -2.0, 0.0, 0.7, 30.0], [0.0, 1.0])))
+def test_focal_loss_is_the_formula(logit, truth):
+    p = 1 / (1 + math.exp(-logit))
+    p_t, alpha_t, sign = (p, 0.25, 1) if truth else (1 - p, 0.75, -1)
+    log_p_t = -math.log1p(math.exp(-sign * logit))
+    expected = -alpha_t * (1 - p_t) ** 2 * log_p_t
+    computed = focal_loss(*(torch.tensor(x, dtype=torch.float64) for x in (logit, truth)), 0.25, 2.0)
+    assert computed.item() == pytest.approx(expected, rel=1e-9, abs=1e-30)
+
+
+def pair_cost(logit, box, label, true, config):
+    """The matching cost of one query and one target, from the formulas."""
+    p = 1 / (1 + math.exp(-logit[label].item()))
+    positive = config.focal_alpha * (1 - p) ** config.focal_gamma * -math.log(p)
+    negative = (1 - config.focal_alpha) * p**config.focal_gamma * -math.log(1 - p)
+    l1 = (box - true).abs().sum().item()
+    giou = generalized_iou(corners(box), corners(true)).item()
+    return (
+        config.match_class_weight * (positive - negative)
+        + config.match_l1_weight * l1
+        - config.match_giou_weight * giou
+    )
+
+
+def cheapest_by_brute_force(logits, boxes, target, config):
+    """The lowest total cost over all injective maps between the queries and the targets of one image."""
+    cost = [
+        [pair_cost(logits[q], boxes[q], target.labels[t], target.boxes[t], config) for t in range(len(target.labels))]
+        for q in range(len(logits))
+    ]
+    if len(cost[0]) > len(cost):
+        cost = list(zip(*cost, strict=True))
+    rows, columns = len(cost), len(cost[0])
+    return min(
+        sum(cost[q][t] for t, q in enumerate(chosen)) for chosen in itertools.permutations(range(rows), columns)
+    )
+
+
+def test_batched_matches_cost_as_little_as_brute_force():
+    torch.manual_seed(0)
+    config = TrainConfig()
+    targets = random_targets(3, 0, 1, 5)
+    sets = [random_predictions(4, 3, 4), random_predictions(4, 1, 5)]
+    padded = padded_targets(targets, like=sets[0].boxes)
+    matches = Matcher(config)(sets, padded, [["a0", "a1", "a2"], ["b"]])
+    for predictions, found in zip(sets, matches, strict=True):
+        queries = predictions.boxes.shape[2]
+        assert found.image.tolist() == [i for i, t in enumerate(targets) for _ in range(min(queries, len(t.labels)))]
+        for branch, image in itertools.product(range(predictions.boxes.shape[1]), range(4)):
+            target, here = targets[image], found.image == image
+            chosen, wanted = found.query[branch, here].tolist(), found.target[branch, here].tolist()
+            assert len(set(chosen)) == len(chosen) and len(set(wanted)) == len(wanted)
+            if not chosen:
+                continue
+            logits, boxes = predictions.logits[image, branch], predictions.boxes[image, branch]
+            total = sum(
+                pair_cost(logits[q], boxes[q], target.labels[t], target.boxes[t], config)
+                for q, t in zip(chosen, wanted, strict=True)
+            )
+            assert total == pytest.approx(cheapest_by_brute_force(logits, boxes, target, config), abs=1e-9)
+
+
+def test_costs_cross_to_the_host_once(monkeypatch):
+    copies = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or original(self))
+    Criterion(TrainConfig())(random_output(2), random_targets(2, 3))
+    assert len(copies) == 1
+
+
+def test_losses_equal_a_plain_loop_over_layers_branches_and_images():
+    torch.manual_seed(1)
+    config = TrainConfig(class_weight=1.5, l1_weight=3.0, giou_weight=0.5)
+    output, targets = random_output(3), random_targets(4, 0, 2)
+    losses = Criterion(config)(output, targets)
+    rows = {
+        "proposals": (output.proposals, 0, 1.0),
+        "layer0": (output.layers[0], 0, 1.5),
+        "layer1.main": (output.layers[1], 0, 1.0),
+        "layer1.aux": (output.layers[1], 1, 0.5),
+    }
+    for name, (predictions, branch, weight) in rows.items():
+        expected = dict.fromkeys(("class", "l1", "giou"), 0.0)
+        for image, target in enumerate(targets):
+            logits, boxes = predictions.logits[image, branch], predictions.boxes[image, branch]
+            labels = torch.zeros_like(target.labels) if name == "proposals" else target.labels
+            one = padded_targets([SimpleNamespace(boxes=target.boxes, labels=labels)], like=boxes)
+            alone = Predictions(logits[None, None], boxes[None, None])
+            _, query, matched = (x.flatten() for x in Matcher(config)([alone], one, [["alone"]])[0])
+            truth = torch.zeros_like(logits)
+            truth[query, labels[matched]] = 1
+            expected["class"] += 1.5 * focal_loss(logits, truth, 0.25, 2.0).sum().item()
+            for q, t in zip(query, matched, strict=True):
+                expected["l1"] += 3.0 * (boxes[q] - target.boxes[t]).abs().sum().item()
+                expected["giou"] += 0.5 * (1 - generalized_iou(corners(boxes[q]), corners(target.boxes[t])).item())
+        for kind, value in expected.items():
+            assert losses[f"{name}/{kind}"].item() == pytest.approx(weight * value / 6, rel=1e-12)
+
+
+def test_parts_sum_to_the_loss_and_carry_no_gradient():
+    losses = Criterion(TrainConfig())(random_output(2), random_targets(2, 3))
+    total = losses.pop("loss")
+    assert total.requires_grad
+    assert sum(part.item() for part in losses.values()) == pytest.approx(total.item(), rel=1e-12)
+    assert not any(part.requires_grad for part in losses.values())
+    assert len(losses) == 3 * 4
+
+
+def test_images_without_targets_still_teach_the_classifier():
+    output = random_output(2)
+    losses = Criterion(TrainConfig())(output, random_targets(0, 0))
+    losses["loss"].backward()
+    assert losses["layer0/l1"] == 0 and losses["proposals/giou"] == 0
+    assert output.layers[0].logits.grad.abs().sum() > 0
+    assert all(p.boxes.grad is None or p.boxes.grad.abs().sum() == 0 for p in output.layers)
+
+
+def test_non_finite_cost_is_an_error_that_names_the_layer():
+    output = random_output(2)
+    with torch.no_grad():
+        output.layers[1].logits[1, 1, 2, :] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"layer1\.aux, image 1 is not finite"):
+        Criterion(TrainConfig())(output, random_targets(2, 3))
+
+
+@pytest.mark.parametrize("bad", [-1, CLASSES])
+def test_label_out_of_range_is_a_clear_error(bad):
+    targets = random_targets(2, 3)
+    targets[1].labels[0] = bad
+    with pytest.raises(ValueError, match=r"targets\[1\]\.labels: expected numbers from 0 to 2"):
+        Criterion(TrainConfig())(random_output(2), targets)
+
+
+def test_wrong_number_of_targets_is_a_clear_error():
+    with pytest.raises(ValueError, match="targets: expected one for each of 2 images, got 3"):
+        Criterion(TrainConfig())(random_output(2), random_targets(1, 1, 1))
