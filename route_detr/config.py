@@ -203,7 +203,7 @@ def _converted(expected: Any, value: Any, where: str) -> Any:
         value = tuple(value)
         valid = expected in (tuple[int, ...], str | tuple[int, ...]) and all(type(item) is int for item in value)
     elif expected in (float, float | None):
-        valid = type(value) in (int, float) or (value is None and expected != float)
+        valid = type(value) in (int, float) or (value is None and expected is not float)
         value = float(value) if type(value) is int else value
     else:
         valid = {
@@ -221,9 +221,7 @@ PRESETS = {
     # For 128 x 128 images on two CPU cores, from scratch.
     "tiny": Config(
         DetectorConfig(
-            backbone=BackboneConfig(
-                block="basic", stem_channels=32, channels=(32, 64, 128, 256), depths=(1, 1, 1, 1)
-            ),
+            backbone=BackboneConfig(block="basic", stem_channels=32, channels=(32, 64, 128, 256), depths=(1, 1, 1, 1)),
             num_classes=10,
             embed_dim=128,
             num_heads=8,

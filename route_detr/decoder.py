@@ -36,17 +36,13 @@ class DecoderLayer(nn.Module):
         self.ffn = feed_forward(dim, config.ffn_dim)
         self.ffn_norm = nn.LayerNorm(dim)
 
-    def forward(
-        self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool
-    ) -> Tensor:
+    def forward(self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""
         x = self.self_norm(queries.content + self._self_attention(queries, routing, keep_main))
         x = self.cross_norm(x + self._cross_attention(x, queries, memory))
         return self.ffn_norm(x + self.ffn(x))
 
-    def _self_attention(
-        self, queries: Queries, routing: rk.RoutingFactors | None, keep_main: bool
-    ) -> Tensor:
+    def _self_attention(self, queries: Queries, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         content, position = queries.content, queries.position.expand_as(queries.content)
         if routing is None:
             attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1))

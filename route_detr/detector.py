@@ -61,8 +61,8 @@ class RoutingState(nn.Module):
 class Detector(nn.Module):
     """Images [B, 3, H, W] and padding_mask [B, H, W] bool (True = padding, or None) -> DetectorOutput.
 
-    In training mode a routed detector runs the auxiliary branch too, once lambda > 0; while lambda is 0 the branches are
-    one. In eval mode it is the plain detector: routers are not touched.
+    In training mode a routed detector runs the auxiliary branch too, once lambda > 0; while lambda is 0 the
+    branches are one. In eval mode it is the plain detector: routers are not touched.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
@@ -103,9 +103,7 @@ class Detector(nn.Module):
         return self.encoder(*flatten_levels(levels, padding_mask))
 
     @torch.no_grad()
-    def routing_factors(
-        self, images: Tensor, padding_mask: Tensor | None = None
-    ) -> dict[int, RoutedLayerView]:
+    def routing_factors(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[int, RoutedLayerView]:
         """What each routed layer has learned, seen on the main branch's queries in eval mode; {} without routing."""
         was_training = self.training
         self.eval()

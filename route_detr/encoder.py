@@ -66,9 +66,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Tensor:
         x = memory.features
-        attended = self.attention(
-            x + position, reference, x, memory.spatial_shapes, padding_mask=memory.padding
-        )
+        attended = self.attention(x + position, reference, x, memory.spatial_shapes, padding_mask=memory.padding)
         x = self.attention_norm(x + attended)
         return self.ffn_norm(x + self.ffn(x))
 

@@ -95,9 +95,7 @@ def cheapest_by_brute_force(logits, boxes, target, config):
     if len(cost[0]) > len(cost):
         cost = list(zip(*cost, strict=True))
     rows, columns = len(cost), len(cost[0])
-    return min(
-        sum(cost[q][t] for t, q in enumerate(chosen)) for chosen in itertools.permutations(range(rows), columns)
-    )
+    return min(sum(cost[q][t] for t, q in enumerate(chosen)) for chosen in itertools.permutations(range(rows), columns))
 
 
 def test_batched_matches_cost_as_little_as_brute_force():
