@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from route_detr.data.report import DatasetError, Report
 
 ROUNDING = 1.0
 SUSPICIOUS_SHARE = 0.5
+LARGEST_NUMBER = 2.0**53
 SECTIONS = ("images", "annotations", "categories")
 
 
@@ -111,7 +111,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 def _entries(section: list, noun: str, faults: Report) -> list[dict[str, Any]]:

@@ -77,12 +77,14 @@ class DigitScene:
     image    [S, S, 3] uint8
     owner    [S, S] int16: the index of the digit whose ink is seen at a pixel, -1 where it is the canvas
     boxes    [T, 4] int64 (x, y, w, h): tight around the whole digit's ink, hidden parts included
+    ink      [T] int64: how many pixels the whole digit's ink has, hidden ones included
     digits   [T] int64, 0 to 9
     """
 
     image: np.ndarray
     owner: np.ndarray
     boxes: np.ndarray
+    ink: np.ndarray
     digits: np.ndarray
 
     @property
@@ -222,8 +224,13 @@ def _paste(
         labels.append(int(digits[row]))
     contrast, brightness = rng.uniform(0.75, 1.1), rng.uniform(-15, 15)
     image = np.clip((canvas - 127.5) * contrast + 127.5 + brightness, 0, 255).astype(np.uint8)
+    placed = len(boxes)
     return DigitScene(
-        image, owner, np.array(boxes, dtype=np.int64).reshape(-1, 4), np.array(labels, dtype=np.int64)
+        image,
+        owner,
+        boxes=np.array(boxes, dtype=np.int64).reshape(-1, 4),
+        ink=ink_pixels[:placed].astype(np.int64),
+        digits=np.array(labels, dtype=np.int64),
     )
 
 

@@ -1,0 +1,588 @@
+"""Reading COCO files: whatever an image or annotation is like, it is read, corrected and counted, or refused."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+
+from route_detr.data import (
+    CocoDetection,
+    DatasetError,
+    DatasetWarning,
+    TransformConfig,
+    coco_layout,
+    collate,
+    eval_transforms,
+    open_splits,
+    read_rgb,
+    train_transforms,
+)
+
+AS_STORED = eval_transforms(TransformConfig.single_scale(40))
+ORIENTATION = 0x0112
+
+
+def annotation(number=1, image=1, category=5, bbox=(10, 10, 20, 10), **more):
+    return {"id": number, "image_id": image, "category_id": category, "bbox": list(bbox), **more}
+
+
+def content(**changes):
+    """Two 60 x 40 images, the second without boxes, and the categories 90 and 5."""
+    sections = {
+        "images": [
+            {"id": 1, "file_name": "a.png", "width": 60, "height": 40},
+            {"id": 2, "file_name": "b.png", "width": 60, "height": 40},
+        ],
+        "annotations": [annotation(1), annotation(2, category=90, bbox=[0, 0, 60, 40])],
+        "categories": [{"id": 90, "name": "cat"}, {"id": 5, "name": "dog"}],
+    }
+    return {**copy.deepcopy(sections), **changes}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40), (10, 20, 30)).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def opened(folder, sections=None, transforms=AS_STORED, **options):
+    text = (
+        sections
+        if isinstance(sections, str | bytes)
+        else json.dumps(content() if sections is None else sections)
+    )
+    path = folder / "instances.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return CocoDetection(path, folder / "images", transforms, **options)
+
+
+def test_categories_boxes_and_sizes_are_read_and_images_without_boxes_are_kept(folder, capsys):
+    dataset = opened(folder)
+    assert len(dataset) == 2 and dataset.num_classes == 2 and dataset.num_boxes == 2
+    assert dataset.category_ids == [5, 90] and dataset.category_names == ["dog", "cat"]
+    image, target = dataset[0]
+    assert image.shape == (3, 40, 60) and image.dtype == torch.float32
+    assert target.image_id == 1 and target.size == target.original_size == (40, 60)
+    assert target.labels.tolist() == [0, 1]
+    torch.testing.assert_close(
+        target.boxes, torch.tensor([[1 / 3, 3 / 8, 1 / 3, 1 / 4], [0.5, 0.5, 1.0, 1.0]])
+    )
+    _, empty = dataset[1]
+    assert empty.boxes.shape == (0, 4) and empty.boxes.dtype == torch.float32
+    assert empty.labels.shape == (0,) and empty.labels.dtype == torch.int64
+    assert dataset.boxes(0).tolist() == [[10, 10, 30, 20], [0, 0, 60, 40]]
+    assert not dataset.report
+    assert dataset.coco.getImgIds() == [1, 2]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+def test_size_and_original_size_differ_when_the_image_is_resized(folder):
+    _, target = opened(folder, transforms=eval_transforms(TransformConfig.single_scale(80)))[0]
+    assert target.size == (80, 120) and target.original_size == (40, 60)
+
+
+def test_crowd_regions_are_no_targets_but_stay_for_evaluation(folder):
+    crowd = annotation(3, iscrowd=1, segmentation={"size": [40, 60], "counts": [0, 2400]}, area=2400)
+    dataset = opened(folder, content(annotations=[annotation(1), crowd]))
+    assert dataset.labels(0).tolist() == [0]
+    kept = dataset.coco.loadAnns([3])[0]
+    assert kept["iscrowd"] == 1 and kept["segmentation"] == crowd["segmentation"] and kept["area"] == 2400
+
+
+def test_missing_area_and_iscrowd_are_filled_in_and_given_areas_stay(folder):
+    dataset = opened(folder, content(annotations=[annotation(1), annotation(2, area=7.5, iscrowd=False)]))
+    assert [(a["area"], a["iscrowd"]) for a in dataset.coco.loadAnns([1, 2])] == [(200.0, 0), (7.5, 0)]
+
+
+@pytest.mark.parametrize("first_id", [0, 1])
+def test_perfect_detections_reach_an_ap_of_one_even_with_an_annotation_id_of_zero(folder, first_id, capsys):
+    dataset = opened(folder, content(annotations=[annotation(first_id), annotation(8, image=2, category=90)]))
+    truth = dataset.coco
+    perfect = [
+        {key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0}
+        for a in truth.dataset["annotations"]
+    ]
+    assert capsys.readouterr().out == ""
+    evaluation = COCOeval(truth, truth.loadRes(perfect), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+BROKEN = {
+    "not JSON": ("{'images': []", ["expected JSON"]),
+    "cut off": (json.dumps(content())[:200], ["expected JSON"]),
+    "not text": (b"\xff\xfe\x00\x01binary", ["expected JSON"]),
+    "nested beyond reason": ("[" * 100_000, ["expected JSON"]),
+    "a list": ([1, 2], ["JSON object", "list"]),
+    "no annotations": ({"images": [], "categories": []}, ["'annotations'", "only categories, images"]),
+    "images no list": (content(images={"id": 1}), ["'images'", "dict"]),
+    "no categories": (content(categories=[]), ["at least one entry in 'categories'"]),
+    "entry no object": (content(images=[3]), ["image entries", "number 0 is int 3"]),
+    "image without id": (
+        content(images=[{"file_name": "a.png"}]),
+        ["without an integer 'id'", "number 0 has none"],
+    ),
+    "category id text": (
+        content(categories=[{"id": "5"}]),
+        ["category entries without an integer", 'str "5"'],
+    ),
+    "image id twice": (content(images=content()["images"][:1] * 2), ["image ids that occur twice: 1 (1)"]),
+    "category id twice": (
+        content(categories=[{"id": 5}, {"id": 5}]),
+        ["category ids that occur twice", "(5)"],
+    ),
+    "annotation id twice": (
+        content(annotations=[annotation(4)] * 3),
+        ["annotation ids that occur twice: 2 (4; 4)"],
+    ),
+    "no file name": (
+        content(images=[{"id": 1, "width": 9, "height": 9}]),
+        ["'file_name'", "image 1 has none"],
+    ),
+    "width not a number": (
+        content(images=[{"id": 1, "file_name": "a.png", "width": "60", "height": 40}]),
+        ["'width' and 'height'", "image 1: 60 x 40"],
+    ),
+    "height zero": (
+        content(images=[{"id": 1, "file_name": "a.png", "width": 60, "height": 0}]),
+        ["positive integers", "image 1: 60 x 0"],
+    ),
+    "unknown image": (
+        content(annotations=[annotation(7, image=99)]),
+        ["'image_id'", "annotation 7 names int 99"],
+    ),
+    "unknown category": (
+        content(annotations=[annotation(7, category=1)]),
+        ["'category_id'", "annotation 7 names int 1"],
+    ),
+    "category id a list": (
+        content(annotations=[annotation(7, category=[5])]),
+        ["'category_id'", "annotation 7"],
+    ),
+    "no image id": (
+        content(annotations=[{"id": 7, "category_id": 5, "bbox": [1, 1, 2, 2]}]),
+        ["annotations without 'image_id'", "annotation 7"],
+    ),
+    "no bbox": (
+        content(annotations=[{"id": 7, "image_id": 1, "category_id": 5}]),
+        ["'bbox'", "annotation 7 has none"],
+    ),
+    "bbox of text": (content(annotations=[annotation(7, bbox=["1", 2, 3, 4])]), ["'bbox'", "annotation 7"]),
+    "bbox of three": (
+        content(annotations=[annotation(7, bbox=[1, 2, 3])]),
+        ["four finite numbers", "annotation 7"],
+    ),
+    "bbox of NaN": (content(annotations=[annotation(7, bbox=[1, 2, float("nan"), 4])]), ["finite", "NaN"]),
+    "bbox of infinity": (
+        content(annotations=[annotation(7, bbox=[1, 2, 3, float("inf")])]),
+        ["finite", "Infinity"],
+    ),
+    "bbox beyond floats": (
+        content(annotations=[annotation(7, bbox=[1, 2, 3, 10**400])]),
+        ["finite", "annotation 7"],
+    ),
+    "bbox null": (content(annotations=[annotation(7) | {"bbox": None}]), ["'bbox'", "null"]),
+    "iscrowd 2": (content(annotations=[annotation(7, iscrowd=2)]), ["'iscrowd'", "annotation 7 has int 2"]),
+    "iscrowd a list": (content(annotations=[annotation(7, iscrowd=[])]), ["'iscrowd'", "annotation 7"]),
+    "bbox in fractions": (
+        content(annotations=[annotation(7, bbox=[0.2, 0.3, 0.5, 0.25])]),
+        ["expected boxes in pixels", "annotation 7 has [0.2, 0.3, 0.5, 0.25]"],
+    ),
+    "many faults": (
+        content(annotations=[annotation(n, image=99) for n in range(1, 51)]),
+        ["names no image of the file: 50 (first: annotation 1 names int 99; annotation 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_annotation_file_is_one_clear_error(folder, name):
+    sections, expected = BROKEN[name]
+    with pytest.raises(DatasetError) as error:
+        opened(folder, sections)
+    message = str(error.value)
+    assert message.startswith(str(folder / "instances.json"))
+    assert all(part in message for part in expected), message
+    assert len(message) < 600
+
+
+def test_a_missing_annotation_file_or_image_folder_is_named(folder):
+    with pytest.raises(DatasetError, match=r"absent\.json: expected a COCO annotation file, found none"):
+        CocoDetection(folder / "absent.json", folder / "images", AS_STORED)
+    with pytest.raises(DatasetError, match="found a folder"):
+        CocoDetection(folder, folder / "images", AS_STORED)
+    opened(folder)
+    with pytest.raises(DatasetError, match="nowhere: expected the folder of the images"):
+        CocoDetection(folder / "instances.json", folder / "nowhere", AS_STORED)
+
+
+CORRECTED = {
+    "partly outside": ([50, -5, 20, 15], "cut at the border", [50, 0, 60, 10]),
+    "all outside": ([70, 10, 20, 20], "lie outside", None),
+    "touching from outside": ([60, 0, 5, 5], "lie outside", None),
+    "zero width": ([10, 10, 0, 5], "not positive", None),
+    "negative height": ([10, 10, 5, -5], "not positive", None),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_a_box_that_does_not_fit_is_cut_or_dropped_and_counted(folder, name):
+    bbox, kind, expected = CORRECTED[name]
+    good = [annotation(n) for n in (1, 2, 3)]
+    with pytest.warns(DatasetWarning, match=kind):
+        dataset = opened(folder, content(annotations=[*good, annotation(7, bbox=bbox)]))
+    (counted,) = dataset.report.counts
+    assert kind in counted and dataset.report.counts[counted] == 1
+    assert "annotation 7 of image 1" in dataset.report.lines()[0]
+    assert dataset.boxes(0).tolist()[3:] == ([] if expected is None else [expected])
+    assert (7 in dataset.coco.anns) == (expected is not None)
+    if expected is not None:
+        x0, y0, x1, y1 = expected
+        assert dataset.coco.anns[7]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
+        assert dataset.coco.anns[7]["area"] == (x1 - x0) * (y1 - y0)
+
+
+def test_less_than_a_pixel_outside_is_rounding_cut_for_training_and_kept_for_evaluation(folder):
+    dataset = opened(folder, content(annotations=[annotation(1, bbox=[-0.5, 10, 20, 30.4])]))
+    assert not dataset.report
+    torch.testing.assert_close(dataset.boxes(0), torch.tensor([[0, 10, 19.5, 40]]))
+    assert dataset.coco.anns[1]["bbox"] == [-0.5, 10, 20, 30.4]
+
+
+def test_only_the_first_examples_of_many_are_shown(folder):
+    with pytest.warns(DatasetWarning):
+        dataset = opened(
+            folder, content(annotations=[annotation(n, bbox=[1, 1, 0, 9]) for n in range(1, 41)])
+        )
+    line = dataset.report.lines()[0]
+    assert (
+        ": 40 (first: annotation 1 of" in line and "annotation 3 of" in line and "annotation 4 of" not in line
+    )
+
+
+def test_corner_boxes_are_suspected_when_most_boxes_do_not_fit(folder):
+    corners = [annotation(n, bbox=[30, 20, 58, 38]) for n in (1, 2, 3)]
+    with pytest.warns(DatasetWarning, match="rather than COCO's x, y, width, height"):
+        opened(folder, content(annotations=corners))
+
+
+def test_an_area_that_is_no_number_is_replaced_and_counted(folder):
+    with pytest.warns(DatasetWarning, match="areas replaced"):
+        dataset = opened(folder, content(annotations=[annotation(1, area=float("nan"))]))
+    assert dataset.coco.anns[1]["area"] == 200
+
+
+def test_sizes_missing_from_the_file_are_read_from_the_images_and_counted(folder):
+    with pytest.warns(DatasetWarning, match="image sizes read from the files"):
+        dataset = opened(folder, content(images=[{"id": 1, "file_name": "a.png"}]))
+    assert dataset[0][1].original_size == (40, 60)
+
+
+def test_missing_and_empty_image_files_are_one_error_up_front(folder):
+    images = [{"id": n, "file_name": f"sub/{n}.png", "width": 60, "height": 40} for n in range(10, 30)]
+    (folder / "images" / "b.png").write_bytes(b"")
+    with pytest.raises(DatasetError) as error:
+        opened(folder, content(images=content()["images"] + images))
+    assert "of 22 images" in str(error.value)
+    assert f"image files missing: 20 (first: {folder / 'images' / 'sub' / '10.png'}; " in str(error.value)
+    assert f"image files empty: 1 ({folder / 'images' / 'b.png'})" in str(error.value)
+
+
+def test_images_in_subfolders_are_found(folder):
+    (folder / "images" / "sub").mkdir()
+    (folder / "images" / "a.png").rename(folder / "images" / "sub" / "a.png")
+    sections = content()
+    sections["images"][0]["file_name"] = "sub/a.png"
+    assert opened(folder, sections)[0][0].shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("check_headers", [None, False])
+def test_a_size_that_disagrees_with_the_file_is_an_error_naming_both(folder, check_headers):
+    Image.new("RGB", (32, 24)).save(folder / "images" / "b.png")
+    expected = r"b\.png: .*expected the annotation file's 60 x 40 pixels, the image has 32 x 24"
+    if check_headers is None:
+        with pytest.raises(DatasetError, match=expected):
+            opened(folder)
+    else:
+        dataset = opened(folder, check_headers=False)
+        with pytest.raises(DatasetError, match=expected):
+            dataset[1]
+
+
+def test_a_file_that_is_no_image_is_an_error_up_front(folder):
+    (folder / "images" / "b.png").write_text("<html>not found</html>")
+    with pytest.raises(DatasetError, match=r"b\.png: cannot be used as an image"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(("extension", "workers"), [("png", 0), ("jpg", 0), ("png", 1)])
+def test_a_truncated_image_is_an_error_that_names_it(folder, extension, workers):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    path = folder / "images" / f"b.{extension}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    sections = content()
+    sections["images"][1]["file_name"] = path.name
+    loader = DataLoader(opened(folder, sections), batch_size=2, collate_fn=collate, num_workers=workers)
+    with pytest.raises(DatasetError, match=rf"b\.{extension}: cannot be used as an image"):
+        next(iter(loader))
+
+
+def grey_levels(maximum, dtype):
+    return np.linspace(0, maximum, 2400).reshape(40, 60).astype(dtype)
+
+
+def transparent(mode):
+    image = Image.new("RGBA", (60, 40), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (30, 0, 60, 40))
+    return image.convert(mode) if mode != "P" else image.quantize(8)
+
+
+STORED_AS = {
+    "1": (lambda: Image.new("1", (60, 40), 1), "png", (255, 255, 255), (255, 255, 255)),
+    "L": (lambda: Image.new("L", (60, 40), 77), "png", (77, 77, 77), (77, 77, 77)),
+    "P": (lambda: Image.new("RGB", (60, 40), (9, 99, 200)).quantize(4), "png", (9, 99, 200), (9, 99, 200)),
+    "CMYK": (lambda: Image.new("CMYK", (60, 40), (0, 255, 255, 0)), "jpg", (254, 0, 0), (254, 0, 0)),
+    "RGBA over white": (lambda: transparent("RGBA"), "png", (200, 0, 0), (255, 255, 255)),
+    "LA over white": (lambda: transparent("LA"), "png", (60, 60, 60), (255, 255, 255)),
+    "P over white": (lambda: transparent("P"), "png", (200, 0, 0), (255, 255, 255)),
+    "16 bit": (lambda: Image.fromarray(grey_levels(65535, np.uint16)), "png", (0, 0, 0), (255, 255, 255)),
+    "16 bit tiff": (
+        lambda: Image.fromarray(grey_levels(65535, np.uint16)),
+        "tif",
+        (0, 0, 0),
+        (255, 255, 255),
+    ),
+    "32 bit tiff": (lambda: Image.fromarray(grey_levels(65535, np.int32)), "tif", (0, 0, 0), (255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize("name", STORED_AS)
+def test_every_way_to_store_an_image_becomes_rgb(folder, name):
+    make, extension, top_left, bottom_right = STORED_AS[name]
+    make().save(folder / "images" / f"x.{extension}")
+    sections = content()
+    sections["images"][0]["file_name"] = f"x.{extension}"
+    dataset = opened(folder, sections)
+    image = dataset.raw_image(0)
+    assert image.mode == "RGB" and image.size == (60, 40)
+    found = np.array([image.getpixel((0, 0)), image.getpixel((59, 39))])
+    assert np.abs(found - np.array([top_left, bottom_right])).max() <= 3
+    assert dataset[0][0].shape == (3, 40, 60)
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped(folder):
+    Image.fromarray(grey_levels(65535, np.uint16)).save(folder / "images" / "a.png")
+    image = np.asarray(read_rgb(folder / "images" / "a.png"))
+    assert np.abs(image[:, :, 0] - grey_levels(255, np.float64)).max() <= 1
+
+
+def test_a_floating_point_image_is_refused_with_the_reason(folder):
+    Image.fromarray(np.ones((40, 60), dtype=np.float32)).save(folder / "images" / "f.tif")
+    sections = content()
+    sections["images"][0]["file_name"] = "f.tif"
+    with pytest.raises(DatasetError, match=r"f\.tif.*no defined range"):
+        opened(folder, sections)[0]
+
+
+def save_with_orientation(path, orientation, size=(60, 40)):
+    """A dark image, stored with a white mark in the top left quarter."""
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1] // 2))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image.save(path, exif=exif, quality=95)
+
+
+# After the orientation, the mark of the top left quarter is at (right?, bottom?).
+MARK = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", MARK)
+def test_exif_orientation_is_applied_when_the_annotations_have_the_rotated_size(
+    folder, orientation, extension
+):
+    save_with_orientation(folder / "images" / f"x.{extension}", orientation)
+    width, height = (40, 60) if orientation > 4 else (60, 40)
+    entry = {"id": 1, "file_name": f"x.{extension}", "width": width, "height": height}
+    dataset = opened(folder, content(images=[entry], annotations=[annotation(1)]))
+    image = dataset.raw_image(0)
+    assert image.size == (width, height)
+    right, bottom = MARK[orientation]
+    corners = {
+        (x, y): image.getpixel((5 + x * (width - 10), 5 + y * (height - 10)))[0]
+        for x in (0, 1)
+        for y in (0, 1)
+    }
+    assert corners[right, bottom] > 200
+    assert all(level < 60 for corner, level in corners.items() if corner != (right, bottom))
+    assert dataset[0][1].original_size == (height, width)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_exif_orientation_is_ignored_when_the_annotations_have_the_stored_size(folder, orientation):
+    save_with_orientation(folder / "images" / "x.jpg", orientation)
+    entry = {"id": 1, "file_name": "x.jpg", "width": 60, "height": 40}
+    image = opened(folder, content(images=[entry], annotations=[annotation(1)])).raw_image(0)
+    assert image.size == (60, 40)
+    assert image.getpixel((5, 5))[0] > 200 and image.getpixel((55, 5))[0] < 60
+
+
+def test_a_square_image_with_a_quarter_turn_is_rotated(folder):
+    save_with_orientation(folder / "images" / "x.jpg", 6, size=(40, 40))
+    entry = {"id": 1, "file_name": "x.jpg", "width": 40, "height": 40}
+    image = opened(folder, content(images=[entry], annotations=[annotation(1)])).raw_image(0)
+    assert image.getpixel((35, 5))[0] > 200 and image.getpixel((5, 5))[0] < 60
+
+
+def test_a_size_that_fits_neither_frame_names_both(folder):
+    save_with_orientation(folder / "images" / "x.jpg", 6)
+    entry = {"id": 1, "file_name": "x.jpg", "width": 50, "height": 50}
+    with pytest.raises(DatasetError, match=r"the image has 60 x 40 \(40 x 60 with its EXIF orientation\)"):
+        opened(folder, content(images=[entry], annotations=[]))
+
+
+AUGMENTED = TransformConfig(
+    scales=(32, 40, 48), max_size=96, crop=0.5, crop_scales=(40, 50), crop_size=(20, 40), eval_scale=40
+)
+
+
+def fingerprint(samples):
+    return [(image.shape, image.sum().item(), target.boxes.tolist()) for image, target in samples]
+
+
+@pytest.fixture
+def augmented(folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(folder / "images" / name)
+    return opened(folder, transforms=train_transforms(AUGMENTED), seed=3)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(folder, augmented):
+    def epoch(dataset, number, order=(0, 1)):
+        dataset.set_epoch(number)
+        samples = {index: dataset[index] for index in order}
+        return fingerprint([samples[0], samples[1]])
+
+    epochs = [epoch(augmented, number) for number in range(4)]
+    torch.manual_seed(1)
+    assert [epoch(augmented, number, order=(1, 0)) for number in range(4)] == epochs
+    assert len({str(one) for one in epochs}) == 4
+    other_seed = opened(folder, transforms=train_transforms(AUGMENTED), seed=4)
+    assert [epoch(other_seed, number) for number in range(4)] != epochs
+
+
+def test_workers_change_nothing_and_living_workers_see_the_epoch(augmented):
+    alone = {}
+    for epoch in (0, 1):
+        augmented.set_epoch(epoch)
+        alone[epoch] = fingerprint([augmented[0], augmented[1]])
+    loader = DataLoader(augmented, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (1, 0):
+        augmented.set_epoch(epoch)
+        assert fingerprint(loader) == alone[epoch]
+
+
+def test_a_data_set_can_be_pickled_for_spawned_workers(augmented):
+    assert len(augmented.coco.anns) == 2
+    again = pickle.loads(pickle.dumps(augmented))
+    assert fingerprint([again[0]]) == fingerprint([augmented[0]])
+    assert len(again.coco.anns) == 2
+
+
+@pytest.fixture
+def layout_root(folder):
+    root = folder / "root"
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content()))
+        (folder / "images").rename(root / f"{split}2017") if split == "train" else (root / "val2017").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40)).save(root / "val2017" / name)
+    return root
+
+
+def test_a_coco_folder_is_found_and_opened(layout_root):
+    layout = coco_layout(layout_root)
+    assert layout.train.annotations == layout_root / "annotations" / "instances_train2017.json"
+    assert layout.val.images == layout_root / "val2017"
+    train, val = open_splits(layout, AUGMENTED, seed=2)
+    assert (len(train), len(val), train.seed) == (2, 2, 2)
+    assert val[0][0].shape == (3, 40, 60)
+
+
+def test_explicit_paths_replace_parts_of_the_layout_or_all_of_it(layout_root, tmp_path):
+    elsewhere = tmp_path / "mine.json"
+    elsewhere.write_text(json.dumps(content()))
+    assert coco_layout(layout_root, val_json=elsewhere).val.annotations == elsewhere
+    explicit = coco_layout(
+        train_json=elsewhere,
+        train_images=layout_root / "train2017",
+        val_json=elsewhere,
+        val_images=layout_root,
+    )
+    assert explicit.train.images == layout_root / "train2017" and explicit.val.images == layout_root
+    only_val = coco_layout(val_json=elsewhere, val_images=layout_root, splits=("val",))
+    assert only_val.train is None and only_val.val.annotations == elsewhere
+
+
+def test_what_was_looked_for_is_listed(layout_root, tmp_path):
+    with pytest.raises(DatasetError) as error:
+        coco_layout(tmp_path / "nothing")
+    for part in (
+        "annotations/instances_train2017.json",
+        "train2017",
+        "instances_val2017.json",
+        "--val-images",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(DatasetError, match="--val-json: not given") as error:
+        coco_layout(train_json=layout_root / "annotations" / "instances_train2017.json")
+    assert "--train-images: not given" in str(error.value) and "train-json" not in str(error.value)
+    with pytest.raises(ValueError, match="splits"):
+        coco_layout(layout_root, splits=("test",))
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "expected"),
+    [
+        (
+            "val",
+            {"categories": [{"id": 5, "name": "dog"}, {"id": 90, "name": "cow"}]},
+            "id 90 is 'cat' and 'cow'",
+        ),
+        (
+            "val",
+            {"categories": [*content()["categories"], {"id": 6, "name": "hen"}]},
+            "id 6 is 'absent' and 'hen'",
+        ),
+        ("train", {"annotations": []}, "at least one box"),
+        ("val", {"annotations": [annotation(1, iscrowd=1)]}, "at least one box"),
+        ("train", {"images": [], "annotations": []}, "found none in 0 images"),
+    ],
+)
+def test_splits_that_cannot_train_together_are_refused(layout_root, split, changes, expected):
+    path = layout_root / "annotations" / f"instances_{split}2017.json"
+    path.write_text(json.dumps(content(**changes)))
+    with pytest.raises(DatasetError, match=expected) as error:
+        open_splits(coco_layout(layout_root), AUGMENTED)
+    assert str(path) in str(error.value)
+
+
+def test_the_order_of_categories_and_annotations_in_the_file_does_not_matter(folder):
+    flipped = content(categories=content()["categories"][::-1])
+    assert opened(folder, flipped).category_ids == opened(folder).category_ids == [5, 90]
