@@ -1,12 +1,12 @@
-"""Reading COCO files: whatever an image or annotation is like, it is read, corrected and counted, or refused."""
+"""Reading COCO files: whatever is in one, it is read, corrected and counted, or refused before training."""
 
-import copy
 import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from coco_samples import AS_STORED, annotation, content, opened, with_two_images
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
@@ -16,52 +16,15 @@ from route_detr.data import (
     DatasetError,
     DatasetWarning,
     TransformConfig,
-    coco_layout,
     collate,
     eval_transforms,
-    open_splits,
-    read_rgb,
     train_transforms,
 )
-
-AS_STORED = eval_transforms(TransformConfig.single_scale(40))
-ORIENTATION = 0x0112
-
-
-def annotation(number=1, image=1, category=5, bbox=(10, 10, 20, 10), **more):
-    return {"id": number, "image_id": image, "category_id": category, "bbox": list(bbox), **more}
-
-
-def content(**changes):
-    """Two 60 x 40 images, the second without boxes, and the categories 90 and 5."""
-    sections = {
-        "images": [
-            {"id": 1, "file_name": "a.png", "width": 60, "height": 40},
-            {"id": 2, "file_name": "b.png", "width": 60, "height": 40},
-        ],
-        "annotations": [annotation(1), annotation(2, category=90, bbox=[0, 0, 60, 40])],
-        "categories": [{"id": 90, "name": "cat"}, {"id": 5, "name": "dog"}],
-    }
-    return {**copy.deepcopy(sections), **changes}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "images").mkdir()
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (60, 40), (10, 20, 30)).save(tmp_path / "images" / name)
-    return tmp_path
-
-
-def opened(folder, sections=None, transforms=AS_STORED, **options):
-    text = (
-        sections
-        if isinstance(sections, str | bytes)
-        else json.dumps(content() if sections is None else sections)
-    )
-    path = folder / "instances.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return CocoDetection(path, folder / "images", transforms, **options)
+    return with_two_images(tmp_path)
 
 
 def test_categories_boxes_and_sizes_are_read_and_images_without_boxes_are_kept(folder, capsys):
@@ -340,121 +303,6 @@ def test_a_truncated_image_is_an_error_that_names_it(folder, extension, workers)
         next(iter(loader))
 
 
-def grey_levels(maximum, dtype):
-    return np.linspace(0, maximum, 2400).reshape(40, 60).astype(dtype)
-
-
-def transparent(mode):
-    image = Image.new("RGBA", (60, 40), (200, 0, 0, 255))
-    image.paste((0, 0, 0, 0), (30, 0, 60, 40))
-    return image.convert(mode) if mode != "P" else image.quantize(8)
-
-
-STORED_AS = {
-    "1": (lambda: Image.new("1", (60, 40), 1), "png", (255, 255, 255), (255, 255, 255)),
-    "L": (lambda: Image.new("L", (60, 40), 77), "png", (77, 77, 77), (77, 77, 77)),
-    "P": (lambda: Image.new("RGB", (60, 40), (9, 99, 200)).quantize(4), "png", (9, 99, 200), (9, 99, 200)),
-    "CMYK": (lambda: Image.new("CMYK", (60, 40), (0, 255, 255, 0)), "jpg", (254, 0, 0), (254, 0, 0)),
-    "RGBA over white": (lambda: transparent("RGBA"), "png", (200, 0, 0), (255, 255, 255)),
-    "LA over white": (lambda: transparent("LA"), "png", (60, 60, 60), (255, 255, 255)),
-    "P over white": (lambda: transparent("P"), "png", (200, 0, 0), (255, 255, 255)),
-    "16 bit": (lambda: Image.fromarray(grey_levels(65535, np.uint16)), "png", (0, 0, 0), (255, 255, 255)),
-    "16 bit tiff": (
-        lambda: Image.fromarray(grey_levels(65535, np.uint16)),
-        "tif",
-        (0, 0, 0),
-        (255, 255, 255),
-    ),
-    "32 bit tiff": (lambda: Image.fromarray(grey_levels(65535, np.int32)), "tif", (0, 0, 0), (255, 255, 255)),
-}
-
-
-@pytest.mark.parametrize("name", STORED_AS)
-def test_every_way_to_store_an_image_becomes_rgb(folder, name):
-    make, extension, top_left, bottom_right = STORED_AS[name]
-    make().save(folder / "images" / f"x.{extension}")
-    sections = content()
-    sections["images"][0]["file_name"] = f"x.{extension}"
-    dataset = opened(folder, sections)
-    image = dataset.raw_image(0)
-    assert image.mode == "RGB" and image.size == (60, 40)
-    found = np.array([image.getpixel((0, 0)), image.getpixel((59, 39))])
-    assert np.abs(found - np.array([top_left, bottom_right])).max() <= 3
-    assert dataset[0][0].shape == (3, 40, 60)
-
-
-def test_sixteen_bit_greys_are_scaled_not_clipped(folder):
-    Image.fromarray(grey_levels(65535, np.uint16)).save(folder / "images" / "a.png")
-    image = np.asarray(read_rgb(folder / "images" / "a.png"))
-    assert np.abs(image[:, :, 0] - grey_levels(255, np.float64)).max() <= 1
-
-
-def test_a_floating_point_image_is_refused_with_the_reason(folder):
-    Image.fromarray(np.ones((40, 60), dtype=np.float32)).save(folder / "images" / "f.tif")
-    sections = content()
-    sections["images"][0]["file_name"] = "f.tif"
-    with pytest.raises(DatasetError, match=r"f\.tif.*no defined range"):
-        opened(folder, sections)[0]
-
-
-def save_with_orientation(path, orientation, size=(60, 40)):
-    """A dark image, stored with a white mark in the top left quarter."""
-    image = Image.new("RGB", size)
-    image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1] // 2))
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    image.save(path, exif=exif, quality=95)
-
-
-# After the orientation, the mark of the top left quarter is at (right?, bottom?).
-MARK = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}
-
-
-@pytest.mark.parametrize("extension", ["jpg", "png"])
-@pytest.mark.parametrize("orientation", MARK)
-def test_exif_orientation_is_applied_when_the_annotations_have_the_rotated_size(
-    folder, orientation, extension
-):
-    save_with_orientation(folder / "images" / f"x.{extension}", orientation)
-    width, height = (40, 60) if orientation > 4 else (60, 40)
-    entry = {"id": 1, "file_name": f"x.{extension}", "width": width, "height": height}
-    dataset = opened(folder, content(images=[entry], annotations=[annotation(1)]))
-    image = dataset.raw_image(0)
-    assert image.size == (width, height)
-    right, bottom = MARK[orientation]
-    corners = {
-        (x, y): image.getpixel((5 + x * (width - 10), 5 + y * (height - 10)))[0]
-        for x in (0, 1)
-        for y in (0, 1)
-    }
-    assert corners[right, bottom] > 200
-    assert all(level < 60 for corner, level in corners.items() if corner != (right, bottom))
-    assert dataset[0][1].original_size == (height, width)
-
-
-@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_exif_orientation_is_ignored_when_the_annotations_have_the_stored_size(folder, orientation):
-    save_with_orientation(folder / "images" / "x.jpg", orientation)
-    entry = {"id": 1, "file_name": "x.jpg", "width": 60, "height": 40}
-    image = opened(folder, content(images=[entry], annotations=[annotation(1)])).raw_image(0)
-    assert image.size == (60, 40)
-    assert image.getpixel((5, 5))[0] > 200 and image.getpixel((55, 5))[0] < 60
-
-
-def test_a_square_image_with_a_quarter_turn_is_rotated(folder):
-    save_with_orientation(folder / "images" / "x.jpg", 6, size=(40, 40))
-    entry = {"id": 1, "file_name": "x.jpg", "width": 40, "height": 40}
-    image = opened(folder, content(images=[entry], annotations=[annotation(1)])).raw_image(0)
-    assert image.getpixel((35, 5))[0] > 200 and image.getpixel((5, 5))[0] < 60
-
-
-def test_a_size_that_fits_neither_frame_names_both(folder):
-    save_with_orientation(folder / "images" / "x.jpg", 6)
-    entry = {"id": 1, "file_name": "x.jpg", "width": 50, "height": 50}
-    with pytest.raises(DatasetError, match=r"the image has 60 x 40 \(40 x 60 with its EXIF orientation\)"):
-        opened(folder, content(images=[entry], annotations=[]))
-
-
 AUGMENTED = TransformConfig(
     scales=(32, 40, 48), max_size=96, crop=0.5, crop_scales=(40, 50), crop_size=(20, 40), eval_scale=40
 )
@@ -502,85 +350,6 @@ def test_a_data_set_can_be_pickled_for_spawned_workers(augmented):
     again = pickle.loads(pickle.dumps(augmented))
     assert fingerprint([again[0]]) == fingerprint([augmented[0]])
     assert len(again.coco.anns) == 2
-
-
-@pytest.fixture
-def layout_root(folder):
-    root = folder / "root"
-    (root / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content()))
-        (folder / "images").rename(root / f"{split}2017") if split == "train" else (root / "val2017").mkdir()
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (60, 40)).save(root / "val2017" / name)
-    return root
-
-
-def test_a_coco_folder_is_found_and_opened(layout_root):
-    layout = coco_layout(layout_root)
-    assert layout.train.annotations == layout_root / "annotations" / "instances_train2017.json"
-    assert layout.val.images == layout_root / "val2017"
-    train, val = open_splits(layout, AUGMENTED, seed=2)
-    assert (len(train), len(val), train.seed) == (2, 2, 2)
-    assert val[0][0].shape == (3, 40, 60)
-
-
-def test_explicit_paths_replace_parts_of_the_layout_or_all_of_it(layout_root, tmp_path):
-    elsewhere = tmp_path / "mine.json"
-    elsewhere.write_text(json.dumps(content()))
-    assert coco_layout(layout_root, val_json=elsewhere).val.annotations == elsewhere
-    explicit = coco_layout(
-        train_json=elsewhere,
-        train_images=layout_root / "train2017",
-        val_json=elsewhere,
-        val_images=layout_root,
-    )
-    assert explicit.train.images == layout_root / "train2017" and explicit.val.images == layout_root
-    only_val = coco_layout(val_json=elsewhere, val_images=layout_root, splits=("val",))
-    assert only_val.train is None and only_val.val.annotations == elsewhere
-
-
-def test_what_was_looked_for_is_listed(layout_root, tmp_path):
-    with pytest.raises(DatasetError) as error:
-        coco_layout(tmp_path / "nothing")
-    for part in (
-        "annotations/instances_train2017.json",
-        "train2017",
-        "instances_val2017.json",
-        "--val-images",
-    ):
-        assert part in str(error.value)
-    with pytest.raises(DatasetError, match="--val-json: not given") as error:
-        coco_layout(train_json=layout_root / "annotations" / "instances_train2017.json")
-    assert "--train-images: not given" in str(error.value) and "train-json" not in str(error.value)
-    with pytest.raises(ValueError, match="splits"):
-        coco_layout(layout_root, splits=("test",))
-
-
-@pytest.mark.parametrize(
-    ("split", "changes", "expected"),
-    [
-        (
-            "val",
-            {"categories": [{"id": 5, "name": "dog"}, {"id": 90, "name": "cow"}]},
-            "id 90 is 'cat' and 'cow'",
-        ),
-        (
-            "val",
-            {"categories": [*content()["categories"], {"id": 6, "name": "hen"}]},
-            "id 6 is 'absent' and 'hen'",
-        ),
-        ("train", {"annotations": []}, "at least one box"),
-        ("val", {"annotations": [annotation(1, iscrowd=1)]}, "at least one box"),
-        ("train", {"images": [], "annotations": []}, "found none in 0 images"),
-    ],
-)
-def test_splits_that_cannot_train_together_are_refused(layout_root, split, changes, expected):
-    path = layout_root / "annotations" / f"instances_{split}2017.json"
-    path.write_text(json.dumps(content(**changes)))
-    with pytest.raises(DatasetError, match=expected) as error:
-        open_splits(coco_layout(layout_root), AUGMENTED)
-    assert str(path) in str(error.value)
 
 
 def test_the_order_of_categories_and_annotations_in_the_file_does_not_matter(folder):
