@@ -1,8 +1,8 @@
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from small_detector import SMALL, assert_close, small_batch, small_detector, trained_step
 from torch import nn
 
 import route_kernels as rk
@@ -10,199 +10,7 @@ from route_detr.boxes import corners, generalized_iou
 from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig, preset
 from route_detr.criterion import Criterion
 from route_detr.detector import Detector, detections, parameter_groups
-from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
-
-SMALL = {
-    "backbone": BackboneConfig(block="basic", stem_channels=4, channels=(4, 8, 8, 12), depths=(1, 1, 1, 1)),
-    "num_classes": 3,
-    "embed_dim": 16,
-    "num_heads": 2,
-    "num_points": 2,
-    "num_levels": 4,
-    "encoder_layers": 1,
-    "decoder_layers": 3,
-    "num_queries": 7,
-    "ffn_dim": 16,
-    "router_hidden_dim": 8,
-    "router_rank": 4,
-    "router_gate_rank": 5,
-}
-
-
-def small_detector(seed=0, dtype=torch.float64, **changes):
-    """A small detector whose zero-initialised layers are perturbed, so that every gradient path is alive."""
-    torch.manual_seed(seed)
-    detector = Detector(DetectorConfig(**{**SMALL, **changes})).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in detector.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    return detector
-
-
-def small_batch(seed=0, size=(70, 45), counts=(3, 0), dtype=torch.float64, padded=True):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(len(counts), 3, *size, generator=generator, dtype=dtype)
-    padding_mask = torch.zeros(len(counts), *size, dtype=torch.bool)
-    if padded:
-        padding_mask[0, 50:], padding_mask[1, :, 33:] = True, True
-        images = images.masked_fill(padding_mask[:, None], 0)
-    targets = [
-        SimpleNamespace(
-            boxes=torch.rand(count, 4, generator=generator) * 0.3 + 0.2,
-            labels=torch.randint(3, (count,), generator=generator),
-        )
-        for count in counts
-    ]
-    return images, padding_mask, targets
-
-
-def trained_step(detector, batch, strength, aux_weight):
-    """Losses and gradients of one training step; the running statistics of the norms are left as they were."""
-    images, padding_mask, targets = batch
-    if detector.config.route:
-        detector.set_routing(strength, aux_weight)
-    detector.train()
-    for module in detector.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.track_running_stats = False
-    detector.zero_grad()
-    output = detector(images, padding_mask)
-    losses = Criterion(TrainConfig())(output, targets)
-    losses["loss"].backward()
-    gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in detector.named_parameters()
-    }
-    return output, losses, gradients
-
-
-def assert_close(actual, expected, relative=1e-9):
-    assert (actual - expected).abs().max() <= relative * expected.abs().max().clamp_min(1e-6)
-
-
-def layer_losses(losses):
-    """{(layer, kind): loss over both branches}."""
-    merged = Counter()
-    for name, part in losses.items():
-        if name != "loss":
-            row, kind = name.split("/")
-            merged[row.partition(".")[0], kind] += part.item()
-    return merged
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.7])
-@pytest.mark.parametrize("routed", ["last:1", "last:2", "all", (1,), (0, 2)])
-def test_packed_branches_equal_two_passes(routed, strength):
-    detectors = [small_detector(routed_layers=routed, branches=form) for form in ("packed", "two_pass")]
-    (packed, losses, gradients), (naive, expected_losses, expected) = (
-        trained_step(detector, small_batch(), strength, 0.6) for detector in detectors
-    )
-    fork = detectors[0].config.routed_layer_indices[0] if strength else 3
-    assert [layer.boxes.shape[1] for layer in packed.layers] == [1] * fork + [2] * (3 - fork)
-    assert [layer.boxes.shape[1] for layer in naive.layers] == [2, 2, 2]
-    for ours, theirs in zip(packed.layers, naive.layers, strict=True):
-        assert_close(ours.boxes.expand_as(theirs.boxes), theirs.boxes)
-        assert_close(ours.logits.expand_as(theirs.logits), theirs.logits)
-    assert_close(losses["loss"], expected_losses["loss"])
-    assert layer_losses(losses) == pytest.approx(layer_losses(expected_losses), rel=1e-9, abs=1e-12)
-    assert gradients.keys() == expected.keys()
-    for name in expected:
-        assert_close(gradients[name], expected[name])
-
-
-def test_every_trained_parameter_gets_a_gradient():
-    _, _, gradients = trained_step(small_detector(routed_layers="all"), small_batch(), 0.3, 0.6)
-    without = {name for name, gradient in gradients.items() if gradient.abs().sum() == 0}
-    assert without == set()
-
-
-def test_branches_differ_after_the_fork_only():
-    output, _, _ = trained_step(small_detector(routed_layers=(1,)), small_batch(), 1.0, 0.6)
-    main, aux = output.layers[1].boxes.unbind(1)
-    assert (main - aux).abs().max() > 1e-6
-
-
-@pytest.mark.parametrize("branches", ["packed", "two_pass"])
-def test_warm_up_is_the_plain_detector_counted_one_plus_alpha_times(branches):
-    batch = small_batch()
-    routed = small_detector(branches=branches)
-    plain = small_detector(route=False)
-    plain.load_state_dict({k: v for k, v in routed.state_dict().items() if ".routers." not in k})
-    _, losses, gradients = trained_step(routed, batch, 0.0, 0.4)
-    _, plain_losses, _ = trained_step(plain, batch, 0.0, 0.0)
-    for (layer, kind), value in layer_losses(plain_losses).items():
-        factor = 1 if layer == "proposals" else 1.4
-        assert layer_losses(losses)[layer, kind] == pytest.approx(factor * value, rel=1e-6)
-    assert all(gradients[name].abs().sum() == 0 for name in gradients if ".routers." in name)
-
-
-def test_warm_up_runs_each_decoder_layer_once():
-    detector = small_detector()
-    calls = []
-    for layer in detector.decoder.layers:
-        layer.self_attention.register_forward_hook(lambda *_: calls.append(1))
-    trained_step(detector, small_batch(), 0.0, 0.4)
-    assert len(calls) == 3
-
-
-def test_two_routed_layers_of_three_fork_late():
-    """One pass of layer 0; for layers 1 and 2 one cross-attention over one value, one more self-attention."""
-    detector = small_detector(routed_layers="last:2")
-    calls = Counter()
-    for name, module in detector.decoder.named_modules():
-        if isinstance(module, RoutedSelfAttention | MSDeformAttn):
-            module.register_forward_hook(lambda module, *_, name=name: calls.update([name]))
-    trained_step(detector, small_batch(), 0.3, 0.4)
-    assert [calls[f"layers.{i}.self_attention"] for i in range(3)] == [1, 2, 2]
-    assert [calls[f"layers.{i}.cross_attention"] for i in range(3)] == [1, 1, 1]
-
-
-def test_eval_costs_nothing(monkeypatch):
-    routed = small_detector(routed_layers="all").eval()
-    routed.set_routing(0.3, 0.7)
-    plain = small_detector(route=False, seed=1).eval()
-    plain.load_state_dict({k: v for k, v in routed.state_dict().items() if ".routers." not in k})
-    routings = []
-
-    def forbidden(*_, **__):
-        raise AssertionError("a router ran in eval mode")
-
-    original = RoutedSelfAttention.forward
-    monkeypatch.setattr(QueryRouter, "forward", forbidden)
-    monkeypatch.setattr(
-        RoutedSelfAttention, "forward", lambda self, q, p, r=None: routings.append(r) or original(self, q, p, r)
-    )
-    monkeypatch.setattr(rk, "query_similarity", forbidden)
-    images, padding_mask, _ = small_batch()
-    with torch.no_grad():
-        ours, theirs = routed(images, padding_mask), plain(images, padding_mask)
-    assert routings == [None] * 6
-    assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.logits, theirs.logits)
-    assert ours.aux_weight == 0 and all(layer.boxes.shape[1] == 1 for layer in ours.layers)
-
-
-def test_plain_detector_has_no_router():
-    detector = small_detector(route=False)
-    assert not any(isinstance(module, QueryRouter) for module in detector.modules())
-    output, losses, _ = trained_step(detector, small_batch(), 0.0, 0.0)
-    assert output.aux_weight == 0
-    assert "layer2/class" in losses
-
-
-def test_strength_and_alpha_survive_reload(tmp_path):
-    first = small_detector()
-    first.set_routing(0.25, 0.625)
-    torch.save(first.state_dict(), tmp_path / "weights.pt")
-    second = small_detector(seed=1)
-    second.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-    assert second.routing.strength == 0.25 and second.routing.aux_weight == 0.625
-    batch = small_batch()
-    (_, losses, _), (_, expected, _) = (
-        trained_step(detector, batch, detector.routing.strength.item(), detector.routing.aux_weight.item())
-        for detector in (second, first)
-    )
-    assert losses["loss"] == expected["loss"]
-    assert second.train()(*batch[:2]).layers[-1].boxes.shape[1] == 2
+from route_detr.encoder import flatten_levels
 
 
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
@@ -276,8 +84,6 @@ def test_content_of_the_padding_is_not_seen_beyond_the_convolutions():
     detector = small_detector().eval()
     images, padding_mask, _ = small_batch()
     features = detector.feature_levels(detector.backbone(images))
-    from route_detr.encoder import flatten_levels
-
     memory, embedding = flatten_levels(features, padding_mask)
     noise = torch.randn_like(memory.features) * memory.padding[..., None]
     outputs = []

@@ -1,0 +1,133 @@
+from collections import Counter
+
+import pytest
+import torch
+from small_detector import assert_close, small_batch, small_detector, trained_step
+
+import route_kernels as rk
+from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
+
+
+def layer_losses(losses):
+    """{(layer, kind): loss over both branches}."""
+    merged = Counter()
+    for name, part in losses.items():
+        if name != "loss":
+            row, kind = name.split("/")
+            merged[row.partition(".")[0], kind] += part.item()
+    return merged
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.7])
+@pytest.mark.parametrize("routed", ["last:1", "last:2", "all", (1,), (0, 2)])
+def test_packed_branches_equal_two_passes(routed, strength):
+    detectors = [small_detector(routed_layers=routed, branches=form) for form in ("packed", "two_pass")]
+    (packed, losses, gradients), (naive, expected_losses, expected) = (
+        trained_step(detector, small_batch(), strength, 0.6) for detector in detectors
+    )
+    fork = detectors[0].config.routed_layer_indices[0] if strength else 3
+    assert [layer.boxes.shape[1] for layer in packed.layers] == [1] * fork + [2] * (3 - fork)
+    assert [layer.boxes.shape[1] for layer in naive.layers] == [2, 2, 2]
+    for ours, theirs in zip(packed.layers, naive.layers, strict=True):
+        assert_close(ours.boxes.expand_as(theirs.boxes), theirs.boxes)
+        assert_close(ours.logits.expand_as(theirs.logits), theirs.logits)
+    assert_close(losses["loss"], expected_losses["loss"])
+    assert layer_losses(losses) == pytest.approx(layer_losses(expected_losses), rel=1e-9, abs=1e-12)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        assert_close(gradients[name], expected[name])
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    _, _, gradients = trained_step(small_detector(routed_layers="all"), small_batch(), 0.3, 0.6)
+    without = {name for name, gradient in gradients.items() if gradient.abs().sum() == 0}
+    assert without == set()
+
+
+def test_branches_differ_after_the_fork_only():
+    output, _, _ = trained_step(small_detector(routed_layers=(1,)), small_batch(), 1.0, 0.6)
+    main, aux = output.layers[1].boxes.unbind(1)
+    assert (main - aux).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("branches", ["packed", "two_pass"])
+def test_warm_up_is_the_plain_detector_counted_one_plus_alpha_times(branches):
+    batch = small_batch()
+    routed = small_detector(branches=branches)
+    plain = small_detector(route=False)
+    plain.load_state_dict({k: v for k, v in routed.state_dict().items() if ".routers." not in k})
+    _, losses, gradients = trained_step(routed, batch, 0.0, 0.4)
+    _, plain_losses, _ = trained_step(plain, batch, 0.0, 0.0)
+    for (layer, kind), value in layer_losses(plain_losses).items():
+        factor = 1 if layer == "proposals" else 1.4
+        assert layer_losses(losses)[layer, kind] == pytest.approx(factor * value, rel=1e-6)
+    assert all(gradients[name].abs().sum() == 0 for name in gradients if ".routers." in name)
+
+
+def test_warm_up_runs_each_decoder_layer_once():
+    detector = small_detector()
+    calls = []
+    for layer in detector.decoder.layers:
+        layer.self_attention.register_forward_hook(lambda *_: calls.append(1))
+    trained_step(detector, small_batch(), 0.0, 0.4)
+    assert len(calls) == 3
+
+
+def test_two_routed_layers_of_three_fork_late():
+    """One pass of layer 0; for layers 1 and 2 one cross-attention over one value, one more self-attention."""
+    detector = small_detector(routed_layers="last:2")
+    calls = Counter()
+    for name, module in detector.decoder.named_modules():
+        if isinstance(module, RoutedSelfAttention | MSDeformAttn):
+            module.register_forward_hook(lambda module, *_, name=name: calls.update([name]))
+    trained_step(detector, small_batch(), 0.3, 0.4)
+    assert [calls[f"layers.{i}.self_attention"] for i in range(3)] == [1, 2, 2]
+    assert [calls[f"layers.{i}.cross_attention"] for i in range(3)] == [1, 1, 1]
+
+
+def test_eval_costs_nothing(monkeypatch):
+    routed = small_detector(routed_layers="all").eval()
+    routed.set_routing(0.3, 0.7)
+    plain = small_detector(route=False, seed=1).eval()
+    plain.load_state_dict({k: v for k, v in routed.state_dict().items() if ".routers." not in k})
+    routings = []
+
+    def forbidden(*_, **__):
+        raise AssertionError("a router ran in eval mode")
+
+    original = RoutedSelfAttention.forward
+    monkeypatch.setattr(QueryRouter, "forward", forbidden)
+    monkeypatch.setattr(
+        RoutedSelfAttention, "forward", lambda self, q, p, r=None: routings.append(r) or original(self, q, p, r)
+    )
+    monkeypatch.setattr(rk, "query_similarity", forbidden)
+    images, padding_mask, _ = small_batch()
+    with torch.no_grad():
+        ours, theirs = routed(images, padding_mask), plain(images, padding_mask)
+    assert routings == [None] * 6
+    assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.logits, theirs.logits)
+    assert ours.aux_weight == 0 and all(layer.boxes.shape[1] == 1 for layer in ours.layers)
+
+
+def test_plain_detector_has_no_router():
+    detector = small_detector(route=False)
+    assert not any(isinstance(module, QueryRouter) for module in detector.modules())
+    output, losses, _ = trained_step(detector, small_batch(), 0.0, 0.0)
+    assert output.aux_weight == 0
+    assert "layer2/class" in losses
+
+
+def test_strength_and_alpha_survive_reload(tmp_path):
+    first = small_detector()
+    first.set_routing(0.25, 0.625)
+    torch.save(first.state_dict(), tmp_path / "weights.pt")
+    second = small_detector(seed=1)
+    second.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert second.routing.strength == 0.25 and second.routing.aux_weight == 0.625
+    batch = small_batch()
+    (_, losses, _), (_, expected, _) = (
+        trained_step(detector, batch, detector.routing.strength.item(), detector.routing.aux_weight.item())
+        for detector in (second, first)
+    )
+    assert losses["loss"] == expected["loss"]
+    assert second.train()(*batch[:2]).layers[-1].boxes.shape[1] == 2
