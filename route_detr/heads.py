@@ -28,9 +28,9 @@ class PredictionHead(nn.Module):
         self.classify = nn.Linear(embed_dim, num_classes)
         self.refine = nn.Sequential(
             nn.Linear(embed_dim, embed_dim),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Linear(embed_dim, embed_dim),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Linear(embed_dim, 4),
         )
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
@@ -44,7 +44,7 @@ class PredictionHead(nn.Module):
 
 def feed_forward(embed_dim: int, hidden_dim: int) -> nn.Sequential:
     """The feed-forward block of a transformer layer, Xavier-initialised."""
-    block = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, embed_dim))
+    block = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim))
     for linear in (block[0], block[2]):
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
