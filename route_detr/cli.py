@@ -132,17 +132,24 @@ def _overrides(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
         key, separator, value = setting.partition("=")
         if not separator:
             raise UsageError(f"--set {setting}: expected KEY=VALUE, as train.clip_norm=0.2")
+        if key in changes:
+            raise UsageError(f"--set {key}: given by {changes[key][0]} too")
         changes[key] = (f"--set {key}", _parsed_value(value))
     return changes
 
 
 def _updated(config: Config, changes: dict[str, tuple[str, Any]]) -> Config:
-    for key, (option, value) in changes.items():
-        try:
-            config = config.updated({key: value})
-        except ValueError as error:
-            raise UsageError(f"{option}: {error}") from error
-    return config
+    """All changes at once, for some fit together only; the error names the option that is wrong by itself."""
+    try:
+        return config.updated({key: value for key, (_, value) in changes.items()})
+    except ValueError as error:
+        for key, (option, value) in changes.items():
+            try:
+                config.updated({key: value})
+            except ValueError as alone:
+                if str(alone) == str(error):
+                    raise UsageError(f"{option}: {error}") from error
+        raise
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -313,11 +320,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from route_detr.data.images import header_size
     from route_detr.prediction import image_files, predict_files
 
     if not 0 <= args.score_threshold <= 1:
         raise UsageError(f"--score-threshold: expected a number in 0..1, got {args.score_threshold}")
     files = image_files(args.images)
+    for file in files:
+        header_size(file)  # a file that is no image is told before any work is done
     _, trained = _load(args)
     pictures = predict_files(trained, files, args.out, args.score_threshold)
     count = sum(1 for _ in tqdm(pictures, total=len(files), unit="image", leave=False))

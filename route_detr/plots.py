@@ -105,7 +105,9 @@ def _draw_box(axes: Axes, box: Sequence[float], text: str, color: str, dashed: b
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=1.6, ls="--" if dashed else "-"))
     if text:
         label = {"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        axes.text(x0, y0, text, fontsize=6.5, color="white", va="bottom", ha="left", bbox=label, clip_on=True)
+        inside = y0 < 0.05 * max(axes.get_ylim())
+        va = "top" if inside else "bottom"
+        axes.text(x0, y0, text, fontsize=6.5, color="white", va=va, ha="left", bbox=label, clip_on=True)
 
 
 def plot_detections(examples: Sequence[Mapping[str, Any]], names: Sequence[str], path: str | Path) -> None:

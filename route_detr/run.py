@@ -30,7 +30,7 @@ class Run:
         for file in (self.last, self.best, self.metrics_file):
             if file.exists():
                 raise RunError(
-                    f"{self.folder}: already holds a run ({file.name}); continue it with --resume or choose another --name"
+                    f"{self.folder}: already holds a run ({file.name}); use --resume to continue it, or another --name"
                 )
 
     def check_resumable(self) -> None:
@@ -42,7 +42,7 @@ class Run:
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Write ``last.pt``, and before it ``best.pt`` when ``best``: a kill between them repeats the end of the epoch."""
+        """Write ``last.pt``; before it ``best.pt`` when ``best``, so that a kill between them loses neither."""
         if best:
             save_checkpoint(self.best, state)
         save_checkpoint(self.last, state)

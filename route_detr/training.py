@@ -25,6 +25,8 @@ from route_detr.plots import plot_curves
 from route_detr.progress import Progress
 from route_detr.run import Run
 
+CURVES_EVERY_SECONDS = 30.0
+
 
 class StopSignal:
     """Remembers SIGINT or SIGTERM so that a run stops between two steps. A second SIGINT stops at once."""
@@ -68,6 +70,7 @@ class Training:
             group["initial_lr"] = group["lr"]
         self.progress = Progress()
         self.stop = StopSignal()
+        self.drawn = -math.inf  # when the curves were
 
     @property
     def steps_per_epoch(self) -> int:
@@ -189,8 +192,9 @@ class Training:
             progress.best = progress.metrics
         self.run.record({**line, "seconds": round(progress.elapsed, 3)})
         self.run.save(self.state(), best=best)
-        if evaluated:
+        if evaluated and perf_counter() - self.drawn > CURVES_EVERY_SECONDS:
             plot_curves(self.run.records(), self.run.folder / "curves.png")
+            self.drawn = perf_counter()
         scores = f"  AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}" if evaluated else ""
         bar.write(f"epoch {progress.epoch}/{config.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
 

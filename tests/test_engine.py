@@ -1,0 +1,303 @@
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from small_training import SMALL, write_data
+
+from route_detr import run as run_module
+from route_detr import training as training_module
+from route_detr.config import preset
+from route_detr.data import coco_layout
+from route_detr.engine import check_finite, epoch_batches, train_one_epoch
+from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError
+from route_detr.progress import Progress
+from route_detr.run import Run
+from route_detr.training import Training
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    layout = coco_layout(write_data(tmp_path_factory.mktemp("coco")))
+    return {
+        f"{split}_{kind}": str(getattr(getattr(layout, split), part))
+        for split in ("train", "val")
+        for kind, part in (("json", "annotations"), ("images", "images"))
+    }
+
+
+def small_config(changes=None):
+    return preset("tiny").updated({**SMALL, **(changes or {})})
+
+
+def new_training(folder, data, changes=None):
+    training = Training(Run(folder), small_config(changes), data, torch.device("cpu"))
+    training.start()
+    return training
+
+
+def resumed(folder, data, changes=None):
+    training = Training(Run(folder), small_config(changes), data, torch.device("cpu"))
+    training.resume()
+    return training
+
+
+def timeless(run):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in run.records()]
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def assert_same_run(one, other):
+    assert_same_tensors(one.detector.state_dict(), other.detector.state_dict())
+    a, b = one.optimizer.state_dict(), other.optimizer.state_dict()
+    assert a["param_groups"] == b["param_groups"]
+    for number, moments in a["state"].items():
+        assert_same_tensors(moments, b["state"][number])
+    assert timeless(one.run) == timeless(other.run)
+    best = [torch.load(each.run.best, weights_only=True) for each in (one, other)]
+    assert_same_tensors(best[0]["model"], best[1]["model"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data):
+    training = new_training(tmp_path_factory.mktemp("runs") / "whole", data)
+    training.fit()
+    return training
+
+
+def test_metrics_have_a_line_for_each_step_and_epoch(uninterrupted):
+    records = uninterrupted.run.records()
+    assert [(r["kind"], r["epoch"], r["step"]) for r in records] == [
+        line
+        for epoch in range(3)
+        for line in [("step", epoch, 4 * epoch + i) for i in (1, 2, 3, 4)] + [("epoch", epoch, 4 * epoch + 4)]
+    ]
+    for record in records:
+        parts = {name: value for name, value in record.items() if "/" in name}
+        assert sum(parts.values()) == pytest.approx(record["loss"], rel=1e-5)
+    assert all(0 <= r["AP"] <= r["AP50"] <= 1 for r in records if r["kind"] == "epoch")
+    strengths = [r["routing_strength"] for r in records if r["kind"] == "step"]
+    assert strengths[:3] == [0, 0, 0] and strengths[-1] == pytest.approx(0.3) and strengths == sorted(strengths)
+    assert float(uninterrupted.detector.routing.strength) == pytest.approx(0.3)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing between the place where it strikes and the test may catch it."""
+
+
+PLACES = {
+    "after the very first step": ("record", 1),
+    "before a checkpoint within an epoch": ("save", 1),
+    "before the checkpoint that ends the steps of an epoch": ("save", 2),
+    "between the evaluation and the epoch's line": ("record", 5),
+    "between the epoch's line and its checkpoint": ("save", 3),
+    "between best.pt and last.pt": ("save_checkpoint", 4),
+    "within the second epoch": ("record", 8),
+    "in the last evaluation": ("evaluate", 3),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_killed_anywhere_continues_bit_for_bit(place, tmp_path, data, uninterrupted, monkeypatch):
+    function, call = PLACES[place]
+    training = new_training(tmp_path / "run", data)
+    owner = {"record": Run, "save": Run, "save_checkpoint": run_module}.get(function, training_module)
+    original = getattr(owner, function)
+    calls = []
+
+    def strike(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, strike)
+        with pytest.raises(Killed):
+            training.fit()
+    with open(training.run.metrics_file, "a") as stream:
+        stream.write('{"kind": "step", "epo')  # a line torn by the kill
+    torch.manual_seed(12345)
+    continued = resumed(tmp_path / "run", data)
+    assert continued.progress.step <= training.progress.step
+    continued.fit()
+    assert_same_run(continued, uninterrupted)
+
+
+def test_workers_change_nothing(tmp_path, data, uninterrupted):
+    training = new_training(tmp_path / "run", data, {"train.workers": 2})
+    training.fit()
+    assert_same_tensors(training.detector.state_dict(), uninterrupted.detector.state_dict())
+    assert timeless(training.run) == timeless(uninterrupted.run)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_saves_the_step_and_the_run_continues(tmp_path, data, uninterrupted, monkeypatch, signum):
+    training = new_training(tmp_path / "run", data, {"train.checkpoint_every": 100})
+    record = Run.record
+
+    def then_signal(run, line):
+        record(run, line)
+        if line["step"] == 6:
+            os.kill(os.getpid(), signum)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", then_signal)
+        with pytest.raises(Interrupted, match="at step 6") as stop:
+            training.fit()
+    assert stop.value.exit_code == 128 + signum
+    continued = resumed(tmp_path / "run", data, {"train.checkpoint_every": 100})
+    assert continued.progress.step == 6
+    continued.fit()
+    assert_same_tensors(continued.detector.state_dict(), uninterrupted.detector.state_dict())
+    assert timeless(continued.run) == timeless(uninterrupted.run)
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path, data):
+    training = new_training(tmp_path / "run", data, {"train.epochs": 1})
+    training.fit()
+    lines = training.run.metrics_file.read_text()
+    again = resumed(tmp_path / "run", data, {"train.epochs": 1})
+    again.fit()
+    assert again.run.metrics_file.read_text() == lines
+    assert again.summary().startswith("main branch")
+
+
+def _infinite_part(losses):
+    return {**losses, "loss": losses["loss"] * math.inf, "layer1/giou": losses["layer1/giou"] * math.nan}
+
+
+def _infinite_gradient(losses):
+    losses["loss"].register_hook(lambda gradient: gradient * math.inf)
+    return losses
+
+
+def _matching_fails(losses):
+    raise FloatingPointError("matching cost of layer0, image 0 is not finite")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_infinite_part, "the loss is not finite at step 4: loss = inf, layer1/giou = nan"),
+        (_infinite_gradient, "the loss is not finite at step 4: gradient norm = "),
+        (_matching_fails, "no finite loss at step 4: matching cost of layer0"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, data, spoil, message):
+    training = new_training(tmp_path / "run", data, {"train.strength_warmup_epochs": 5})
+    criterion = training.criterion
+
+    def criterion_that_fails_in_step_4(output, targets):
+        losses = criterion(output, targets)
+        return spoil(losses) if training.progress.step == 3 else losses
+
+    training.criterion = criterion_that_fails_in_step_4
+    with pytest.raises(NonFiniteLoss, match=message):
+        training.fit()
+    good = torch.load(training.run.last, weights_only=True)
+    assert (good["progress"]["step"], training.progress.step) == (2, 3)
+    for state in (good["model"], training.detector.state_dict()):
+        assert all(value.isfinite().all() for value in state.values())
+
+
+def test_weights_that_are_not_finite_are_a_loss_that_is_not_finite(tmp_path, data):
+    training = new_training(tmp_path / "run", data)
+    with torch.no_grad():
+        next(training.detector.decoder.parameters()).fill_(math.nan)
+    with pytest.raises(NonFiniteLoss, match=r"at step 1: .*layer0"):
+        training.fit()
+
+
+def test_check_finite_names_every_bad_part():
+    with pytest.raises(NonFiniteLoss, match=r"step 9: loss = inf, b = nan$"):
+        check_finite({"loss": math.inf, "a": 1.0, "b": math.nan}, 9)
+
+
+def test_the_order_of_an_epoch_is_a_permutation_that_seed_and_epoch_decide():
+    batches = epoch_batches(11, 4, seed=5, epoch=2)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert sorted(index for batch in batches for index in batch) == list(range(11))
+    torch.manual_seed(0)
+    assert epoch_batches(11, 4, seed=5, epoch=2) == batches
+    assert epoch_batches(11, 4, seed=5, epoch=3) != batches != epoch_batches(11, 4, seed=6, epoch=2)
+
+
+def test_learning_rate_warms_up_and_drops():
+    config = small_config({"train.epochs": 10, "train.warmup_steps": 4, "train.drop_at": 0.8}).train
+    factors = [Progress(step=step).learning_rate_factor(5, config) for step in range(50)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[39:41] == [1.0, 0.1] and factors[-1] == 0.1
+
+
+def test_a_time_budget_drops_the_rate_and_ends_the_run_with_an_evaluation(tmp_path, data):
+    config = small_config({"train.time_budget": 100.0}).train
+    assert Progress(step=1, elapsed=79.0).learning_rate_factor(50, config) == 1.0
+    assert Progress(step=1, elapsed=80.0).learning_rate_factor(50, config) == 0.1
+    training = new_training(tmp_path / "run", data, {"train.time_budget": 1e-6, "train.epochs": 1000})
+    training.fit()
+    assert [(r["kind"], r["step"]) for r in training.run.records()] == [("step", 1), ("epoch", 1)]
+    assert "AP" in training.run.records()[-1] and training.run.best.is_file()
+    again = resumed(tmp_path / "run", data, {"train.time_budget": 1e-6, "train.epochs": 1000})
+    again.fit()
+    assert again.progress.step == 1
+
+
+def test_evaluation_may_be_rarer_and_always_ends_the_run(tmp_path, data):
+    training = new_training(tmp_path / "run", data, {"train.eval_every": 2, "train.epochs": 3})
+    training.fit()
+    assert ["AP" in r for r in training.run.records() if r["kind"] == "epoch"] == [False, True, True]
+
+
+def test_one_epoch_without_routing_leaves_lambda_and_alpha_at_zero(tmp_path, data):
+    training = new_training(tmp_path / "run", data, {"detector.route": False})
+    steps = train_one_epoch(
+        *(training.detector, training.criterion, training.optimizer, training.train_set),
+        *(training.progress, training.config.train, training.device),
+    )
+    values = list(steps)
+    assert len(values) == training.progress.step == 4
+    assert {(v["routing_strength"], v["aux_weight"]) for v in values} == {(0.0, 0.0)}
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path, data, uninterrupted):
+    before = {file: file.read_bytes() for file in uninterrupted.run.folder.iterdir()}
+    with pytest.raises(RunError, match="already holds a run"):
+        new_training(uninterrupted.run.folder, data)
+    assert {file: file.read_bytes() for file in uninterrupted.run.folder.iterdir()} == before
+    with pytest.raises(RunError, match="nothing to resume"):
+        resumed(tmp_path / "nowhere", data)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_resume_notices_other_data_and_another_model(tmp_path, data):
+    new_training(tmp_path / "run", data)
+    other = coco_layout(write_data(tmp_path / "other", train_images=9))
+    changed = {**data, "train_json": str(other.train.annotations), "train_images": str(other.train.images)}
+    with pytest.raises(CheckpointError, match="the training set's images have changed"):
+        resumed(tmp_path / "run", changed)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        resumed(tmp_path / "run", data, {"detector.ffn_dim": 48})
+
+
+def test_config_json_gives_the_configuration_back(uninterrupted):
+    written = json.loads((uninterrupted.run.folder / "config.json").read_text())
+    assert written["detector"]["num_classes"] == 2
+    assert {key: written[key] for key in ("detector", "train", "transforms")} == json.loads(
+        json.dumps(uninterrupted.config.to_dict())
+    )

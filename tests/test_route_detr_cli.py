@@ -1,0 +1,335 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_training import options, write_data
+
+from route_detr.cli import main
+from route_detr.prediction import image_files
+from route_detr.run import Run
+
+ROOT = Path(__file__).parents[1]
+RUN_FILES = {"metrics.jsonl", "config.json", "last.pt", "best.pt", "curves.png", "detections.png"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_stay_as_they_were():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("coco"))
+
+
+def train_arguments(data, out, *more, changes=None):
+    return [
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        *options(changes),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert main(train_arguments(data, folder)) == 0
+    return folder
+
+
+def fails(capsys, *arguments, code=2):
+    """The one-line message of a command that must fail."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("route-detr: error: ")
+    return lines[0]
+
+
+def is_picture(path, at_least=300):
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and min(image.size) >= at_least
+
+
+def timeless(folder):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in Run(folder).records()]
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "route_detr", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_lines(process, folder, lines):
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(Run(folder).records()) < lines:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_train_writes_the_whole_run_folder(run, data):
+    files = {file.name for file in run.iterdir()}
+    assert RUN_FILES | {"routing.png"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert not any(name.endswith(".tmp") for name in files)
+    for picture in ("curves.png", "detections.png", "routing.png"):
+        assert is_picture(run / picture)
+    for checkpoint in ("last.pt", "best.pt"):
+        state = torch.load(run / checkpoint, weights_only=True)
+        assert [category["name"] for category in state["categories"]] == ["square", "bar"]
+    assert json.loads((run / "config.json").read_text())["data"]["train_images"] == str(data / "train2017")
+
+
+def test_a_run_killed_by_sigkill_resumes_bit_for_bit(run, data, tmp_path):
+    folder = tmp_path / "killed"
+    process = start(*train_arguments(data, folder))
+    wait_for_lines(process, folder, random.randint(2, 12))
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    assert main(["train", "--out", str(folder), "--resume", "--device", "cpu"]) == 0
+    states = [torch.load(each / "last.pt", weights_only=True) for each in (run, folder)]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+    assert timeless(run) == timeless(folder)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(data, tmp_path):
+    folder = tmp_path / "stopped"
+    process = start(*train_arguments(data, folder, changes={"train.epochs": 500, "train.eval_every": 500}))
+    wait_for_lines(process, folder, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"continue with: route-detr train --resume --out {folder}" in errors
+    assert "Traceback" not in errors
+    saved = torch.load(folder / "last.pt", weights_only=True)["progress"]["step"]
+    assert saved == Run(folder).records()[-1]["step"] >= 3
+
+
+def test_the_plain_baseline_has_no_routing(data, tmp_path, capsys):
+    folder = tmp_path / "plain"
+    assert main(train_arguments(data, folder, "--no-route", changes={"train.epochs": 1})) == 0
+    assert {record.get("routing_strength", 0) for record in Run(folder).records()} == {0}
+    assert {file.name for file in folder.iterdir()} >= RUN_FILES and not (folder / "routing.png").exists()
+    assert "trained with --no-route" in fails(capsys, "inspect", "routing", folder)
+    assert "--route = True: the run to resume has another value" in fails(
+        capsys, "train", "--out", folder, "--resume", "--route"
+    )
+
+
+def test_eval_prints_the_table_and_writes_json(run, data, tmp_path, capsys):
+    assert main(["eval", str(run), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.split()[:6] == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    written = json.loads((run / "eval-best.json").read_text())
+    best = torch.load(run / "best.pt", weights_only=True)["progress"]["best"]
+    assert written["AP"] == best["AP"] and written["AP50"] == best["AP50"] and written["images"] == 3
+    out = tmp_path / "last.json"
+    assert main(["eval", str(run), "--data", str(data), "--checkpoint", "last", "--out", str(out)]) == 0
+    last = [record for record in Run(run).records() if record["kind"] == "epoch"][-1]
+    assert json.loads(out.read_text())["AP"] == last["AP"]
+
+
+def test_eval_rejects_other_categories_and_data_without_boxes(run, data, tmp_path, capsys):
+    annotations = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    renamed = {**annotations, "categories": [{"id": 7, "name": "circle"}, {"id": 90, "name": "bar"}]}
+    paths = ["--val-json", tmp_path / "val.json", "--val-images", data / "val2017"]
+    (tmp_path / "val.json").write_text(json.dumps(renamed))
+    assert "category 7 is 'circle', for the detector 'square'" in fails(capsys, "eval", run, *paths)
+    (tmp_path / "val.json").write_text(json.dumps({**annotations, "annotations": []}))
+    assert main(["eval", str(run), *map(str, paths)]) == 2
+    assert "none of the 3 evaluated images has an annotated box" in capsys.readouterr().err
+
+
+@pytest.fixture
+def odd_images(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "more").mkdir(parents=True)
+    colours = Image.effect_noise((50, 40), 60)
+    colours.save(folder / "grey.png")
+    colours.convert("P").save(folder / "palette.png")
+    colours.convert("RGBA").save(folder / "alpha.png")
+    colours.convert("CMYK").save(folder / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colours.convert("RGB").save(folder / "turned.jpg", exif=exif)
+    colours.save(folder / "more" / "grey.png")
+    (folder / "notes.txt").write_text("not an image, and no one asked for it")
+    return folder
+
+
+def test_predict_takes_images_of_any_mode_and_folders(run, odd_images, tmp_path):
+    out = tmp_path / "found"
+    arguments = [str(odd_images), str(odd_images / "more" / "grey.png"), "--out", str(out), "--score-threshold", "0"]
+    assert main(["predict", str(run), *arguments]) == 0
+    names = {"alpha.png", "cmyk.png", "grey.png", "palette.png", "turned.png", "grey-2.png"}
+    assert {file.name for file in out.iterdir()} == names | {"predictions.json"}
+    assert all(is_picture(out / name) for name in names)
+    with Image.open(out / "turned.png") as upright, Image.open(out / "grey.png") as wide:
+        assert upright.height > upright.width and wide.width > wide.height
+    results = json.loads((out / "predictions.json").read_text())
+    assert {result["image_id"] for result in results} == {1, 2, 3, 4, 5, 6}
+    for result in results:
+        assert (result["category_id"], result["category_name"]) in {(7, "square"), (90, "bar")}
+        x, y, w, h = result["bbox"]
+        width, height = (40, 50) if result["file_name"].endswith("turned.jpg") else (50, 40)
+        assert 0 <= x <= x + w <= width + 0.01 and 0 <= y <= y + h <= height + 0.01
+        assert 0 <= result["score"] <= 1
+
+
+def test_predict_leaves_out_what_is_not_certain_enough(run, odd_images, tmp_path):
+    assert (
+        main(["predict", str(run), str(odd_images / "grey.png"), "--out", str(tmp_path), "--score-threshold", "1"]) == 0
+    )
+    assert json.loads((tmp_path / "predictions.json").read_text()) == []
+
+
+def test_predict_names_what_it_cannot_read(run, odd_images, tmp_path, capsys):
+    out = ["--out", tmp_path / "x"]
+    assert "notes.txt: cannot be" in fails(capsys, "predict", run, odd_images / "notes.txt", *out)
+    assert "absent.png: no such image or folder" in fails(capsys, "predict", run, odd_images / "absent.png", *out)
+    (tmp_path / "empty").mkdir()
+    assert "a folder without images" in fails(capsys, "predict", run, tmp_path / "empty", *out)
+    assert "--score-threshold" in fails(capsys, "predict", run, odd_images, *out, "--score-threshold", "2")
+
+
+def test_folders_are_expanded_in_order(odd_images):
+    assert [file.name for file in image_files([odd_images])] == [
+        "alpha.png",
+        "cmyk.jpg",
+        "grey.png",
+        "palette.png",
+        "turned.jpg",
+    ]
+
+
+def test_inspect_draws_routing_and_schedule(run, data, tmp_path):
+    image = str(data / "val2017" / "2.png")
+    assert main(["inspect", "routing", str(run), "--image", image, "--out", str(tmp_path / "routing.png")]) == 0
+    assert main(["inspect", "schedule", "--set", "train.epochs=6", "--out", str(tmp_path / "schedule.png")]) == 0
+    assert is_picture(tmp_path / "routing.png") and is_picture(tmp_path / "schedule.png")
+
+
+def test_data_digits_writes_a_coco_folder(tmp_path):
+    out = tmp_path / "digits"
+    sizes = ["--train-images", "2", "--val-images", "1", "--image-size", "96"]
+    assert main(["data", "digits", str(out), *sizes]) == 0
+    assert (out / "annotations" / "instances_train2017.json").is_file()
+    assert len(list((out / "train2017").iterdir())) == 2
+
+
+def test_without_data_the_bundled_digits_are_made_once(tmp_path, monkeypatch):
+    from route_detr import data as data_module
+
+    made = []
+
+    def few_digits(out):
+        made.append(out)
+        return write_digits(out, train_images=2, val_images=1, progress=False)
+
+    write_digits = data_module.write_digits
+    monkeypatch.setattr(data_module, "write_digits", few_digits)
+    monkeypatch.chdir(tmp_path)
+    small = [*options({"train.epochs": 1}), "--device", "cpu"]
+    assert main(["train", "--name", "a", *small]) == 0
+    assert main(["train", "--name", "b", *small]) == 0
+    assert made == ["data/digits"]
+    assert json.loads(Path("runs/b/config.json").read_text())["detector"]["num_classes"] == 10
+    assert main(["eval", "a", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "train.speed=9"], "--set train.speed: config: unknown key 'train.speed'"),
+        (["--epochs", "2", "--set", "train.epochs=2"], "--set train.epochs: given by --epochs too"),
+        (["--set", "train.epochs"], "--set train.epochs: expected KEY=VALUE"),
+        (["--set", "train.epochs=many"], "--set train.epochs: .*epochs: expected int, got 'many'"),
+        (["--epochs", "0"], "--epochs: epochs: expected a positive number, got 0"),
+        (["--preset", "huge"], "preset: expected one of tiny"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--device", "quantum"], "--device quantum: "),
+        (["--name", "x"], "--name and --out: expected one of them"),
+        (["--set", "detector.num_classes=5"], "--set detector.num_classes: the data set has 2 categories"),
+        (["--data", "no/such/folder"], "no COCO data set found from no/such/folder"),
+        (["--resume"], "nothing to resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, arguments, message):
+    import re
+
+    line = fails(capsys, "train", "--data", data, "--out", tmp_path / "run", *arguments)
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_written_over(run, data, capsys):
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    assert "already holds a run" in fails(capsys, *train_arguments(data, run))
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--epochs", "9"], "--epochs = 9: the run to resume has another value"),
+        (["--set", "detector.embed_dim=32"], "--set detector.embed_dim = 32: the run to resume has another value"),
+        (["--set", "train.speed=1"], "unknown key 'train.speed'"),
+        (["--preset", "deformable-detr-pp-r50"], "--preset deformable-detr-pp-r50: the run to resume began with"),
+    ],
+)
+def test_resume_rejects_what_contradicts_the_run(run, capsys, option, message):
+    assert message in fails(capsys, "train", "--out", run, "--resume", *option)
+
+
+def test_resume_rejects_other_data_and_takes_what_agrees(run, data, tmp_path, capsys):
+    other = write_data(tmp_path / "other")
+    assert "--data" in fails(capsys, "train", "--out", run, "--resume", "--data", other)
+    assert main(train_arguments(data, run, "--resume", "--workers", "1")) == 0
+
+
+def test_bad_checkpoints_and_runs_are_named(tmp_path, capsys, run):
+    assert "nowhere: no such run folder" in fails(capsys, "eval", tmp_path / "nowhere")
+    (tmp_path / "run").mkdir()
+    assert "best.pt: no such checkpoint" in fails(capsys, "eval", tmp_path / "run")
+    (tmp_path / "run" / "last.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
+    assert "last.pt: cannot be read" in fails(capsys, "eval", tmp_path / "run", "--checkpoint", "last")
+    assert "last.pt: cannot be read" in fails(capsys, "train", "--out", tmp_path / "run", "--resume")
+
+
+def test_a_loss_that_is_not_finite_ends_with_exit_code_1(data, tmp_path, capsys):
+    arguments = train_arguments(data, tmp_path / "run", changes={"train.l1_weight": 1e38, "train.checkpoint_every": 1})
+    assert main(arguments) == 1
+    errors = capsys.readouterr().err.strip().splitlines()[-1]
+    assert errors.startswith("route-detr: error: ") and "at step 1" in errors and "/l1 = inf" in errors
+    assert f"{tmp_path / 'run' / 'last.pt'} holds the run as it was before" in errors
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["step"] == 0
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    from route_detr.errors import RunError
+
+    with pytest.raises(RunError):
+        main(["eval", str(tmp_path / "nowhere"), "--debug"])
