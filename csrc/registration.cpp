@@ -2,6 +2,7 @@
 // check every shape and dtype; what an output is called `grad_x`, it has the shape and dtype of `x`.
 
 #include "common/stable_tensor.h"
+#include "ms_deform_attn/op.h"
 #include "query_similarity/op.h"
 #include "routed_attention/op.h"
 
@@ -18,6 +19,20 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
       "Tensor(c!) grad_value, Tensor(d!)? grad_sup_q, Tensor(e!)? grad_sup_k, Tensor(f!)? grad_del_q, "
       "Tensor(g!)? grad_del_k, Tensor(h!)? grad_gate_q, Tensor(i!)? grad_gate_k) -> ()");
   m.def("query_similarity_relu(Tensor x, Tensor(a!) output) -> ()");
+  m.def(
+      "ms_deform_attn_forward(Tensor value, int[] spatial_shapes, int[] starts, Tensor locations, Tensor weights, "
+      "Tensor(a!) output) -> ()");
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, int[] spatial_shapes, int[] starts, "
+      "Tensor locations, Tensor weights, Tensor(a!) grad_value, Tensor(b!) grad_locations, Tensor(c!) grad_weights) "
+      "-> ()");
+  m.def(
+      "ms_deform_attn_fused_forward(Tensor value, int[] spatial_shapes, int[] starts, Tensor reference_points, "
+      "Tensor offsets, Tensor logits, int[] points, Tensor? value_mask, Tensor(a!) output) -> ()");
+  m.def(
+      "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, int[] spatial_shapes, int[] starts, "
+      "Tensor reference_points, Tensor offsets, Tensor logits, int[] points, Tensor? value_mask, "
+      "Tensor(a!) grad_value, Tensor(b!)? grad_reference, Tensor(c!) grad_offsets, Tensor(d!) grad_logits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {
@@ -28,4 +43,8 @@ STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
   m.impl("routed_attention_forward", TORCH_BOX(&rk::routed_attention_forward));
   m.impl("routed_attention_backward", TORCH_BOX(&rk::routed_attention_backward));
   m.impl("query_similarity_relu", TORCH_BOX(&rk::query_similarity_relu));
+  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn_forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn_backward));
+  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn_fused_forward));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn_fused_backward));
 }

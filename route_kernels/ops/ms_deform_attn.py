@@ -148,17 +148,31 @@ def _cpu_forward(value, spatial_shapes, starts, locations, weights):
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, locations.shape[1], heads * channels)
     torch.ops.route_kernels_native.ms_deform_attn_forward(
-        value, spatial_shapes, starts, contiguous_rows(locations), contiguous_rows(weights), output
+        value, spatial_shapes, starts, _points_of_all_levels(locations), _points_of_all_levels(weights), output
     )
     return output
 
 
 def _cpu_backward(grad_output, value, spatial_shapes, starts, locations, weights):
     grads = tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+    grad_value, grad_locations, grad_weights = grads
     torch.ops.route_kernels_native.ms_deform_attn_backward(
-        grad_output, value, spatial_shapes, starts, contiguous_rows(locations), contiguous_rows(weights), *grads
+        grad_output,
+        value,
+        spatial_shapes,
+        starts,
+        _points_of_all_levels(locations),
+        _points_of_all_levels(weights),
+        grad_value,
+        grad_locations.flatten(3, 4),
+        grad_weights.flatten(3, 4),
     )
     return grads
+
+
+def _points_of_all_levels(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, N, H, L, P, ...] -> [B, N, H, K, ...], the points of one query and head one after the other."""
+    return contiguous_rows(tensor).flatten(3, 4)
 
 
 _FORWARD = {"cpu": _cpu_forward}

@@ -136,6 +136,7 @@ def _native_inputs(value, spatial_shapes, reference_points, sampling_offsets, at
     return (
         last_dim_contiguous(value),
         spatial_shapes,
+        level_starts(spatial_shapes, None),
         last_dim_contiguous(reference_points),
         contiguous_rows(sampling_offsets),
         contiguous_rows(attention_logits),
@@ -181,23 +182,23 @@ def _new_grads(value, sampling_offsets, attention_logits, reference_points, refe
     return [x.new_empty(x.shape) for x in wanted]
 
 
-def _cpu_forward(value, spatial_shapes, reference_points, offsets, logits, points, value_mask):
+def _cpu_forward(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask):
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, offsets.shape[1], heads * channels)
     torch.ops.route_kernels_native.ms_deform_attn_fused_forward(
-        value, spatial_shapes, reference_points, offsets, logits, points, value_mask, output
+        value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, output
     )
     return output
 
 
 def _cpu_backward(
-    grad_output, value, spatial_shapes, reference_points, offsets, logits, points, value_mask, reference_grad
+    grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, reference_grad
 ):
     grads = _new_grads(value, offsets, logits, reference_points, reference_grad)
     grad_reference = grads[3] if reference_grad else None
     torch.ops.route_kernels_native.ms_deform_attn_fused_backward(
-        grad_output, value, spatial_shapes, reference_points, offsets, logits, points, value_mask,
-        *grads[:3], grad_reference,
+        grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask,
+        grads[0], grad_reference, *grads[1:3],
     )  # fmt: skip
     return grads
 

@@ -1,0 +1,24 @@
+#pragma once
+#include "../common/stable_tensor.h"
+
+namespace rk {
+
+void ms_deform_attn_forward(
+    Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor locations, Tensor weights,
+    Tensor output);
+
+void ms_deform_attn_backward(
+    Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
+    Tensor locations, Tensor weights, Tensor grad_value, Tensor grad_locations, Tensor grad_weights);
+
+void ms_deform_attn_fused_forward(
+    Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor reference_points,
+    Tensor offsets, Tensor logits, std::vector<int64_t> points, std::optional<Tensor> value_mask, Tensor output);
+
+void ms_deform_attn_fused_backward(
+    Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
+    Tensor reference_points, Tensor offsets, Tensor logits, std::vector<int64_t> points,
+    std::optional<Tensor> value_mask, Tensor grad_value, std::optional<Tensor> grad_reference, Tensor grad_offsets,
+    Tensor grad_logits);
+
+}  // namespace rk
