@@ -60,9 +60,10 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         precision.set_ylim(0, max(0.1, 1.1 * max(record["AP50"] for record in scored)))
         best = f"Validation, main branch: best AP {top['AP']:.3f}, AP50 {top['AP50']:.3f} (epoch {top['epoch'] + 1})"
     _style(precision, best if scored else "Validation, main branch", "epoch")
-    precision.xaxis.set_major_locator(MaxNLocator(integer=True))
+    precision.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    precision.set_xlim(0, 1.03 * max(done, default=1))
 
-    rate.plot(when, [record["learning_rate"] for record in steps], color=PURPLE, lw=2)
+    rate.plot(when, [record["learning_rate"] for record in steps], color=PURPLE, lw=2, marker=".", ms=4)
     rate.set_yscale("log")
     _style(rate, "Learning rate", "step")
     schedule.plot(when, [record["routing_strength"] for record in steps], color=RED, lw=2, label="routing strength λ")
@@ -71,6 +72,8 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     )
     _style(schedule, "Routing schedule", "step")
     schedule.set_ylim(bottom=0)
+    for axes in (loss, rate, schedule):
+        axes.set_xlim(0, 1.03 * max(when + ends, default=1))
     for axes in (loss, precision, schedule):
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)

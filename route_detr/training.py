@@ -165,7 +165,8 @@ class Training:
             if ends or self.stop.received or progress.step % config.checkpoint_every == 0:
                 self.run.save(self.state())
             if config.time_budget:
-                bar.total = min(bar.total, int(progress.step * max(1.0, config.time_budget / progress.elapsed)))
+                affordable = int(progress.step * config.time_budget / progress.elapsed)
+                bar.total = min(config.epochs * self.steps_per_epoch, max(progress.step, affordable))
             bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
             bar.update()
             self._stop_if_asked()
