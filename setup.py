@@ -25,7 +25,7 @@ if X86:
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
         + ["-mprefer-vector-width=512"],
     }
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fPIC", "-Wall"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fPIC", "-Wall", "-g0"]
 ONCE = ["csrc/registration.cpp", "csrc/common/dispatch.cpp", *sorted(map(str, Path("csrc").glob("*/op.cpp")))]
 EVERY_LEVEL = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))

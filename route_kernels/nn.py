@@ -239,7 +239,6 @@ class MSDeformAttn(nn.Module):
         reference_points: torch.Tensor,
         memory: torch.Tensor,
         spatial_shapes: Sequence[tuple[int, int]] | torch.Tensor,
-        level_start_index: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Each query samples K = L P positions a head from the feature levels.
@@ -249,7 +248,6 @@ class MSDeformAttn(nn.Module):
             reference_points: [B, N, L or 1, 2] as (x, y), or [..., 4] as (cx, cy, w, h), in [0, 1].
             memory: [B, S, C], the levels flattened one after another.
             spatial_shapes: (h, w) of each level: ints, or a tensor [L, 2].
-            level_start_index: [L], ignored where it is the running sum of h w; None is that.
             padding_mask: [B, S] bool, True = padding, counts as zero.
 
         Returns:

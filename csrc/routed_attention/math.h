@@ -17,7 +17,7 @@ RK_HOST_DEVICE T sigmoid_of_decay(T gate, T decay) {
 
 template <typename T>
 RK_HOST_DEVICE T route(T p, T sup, T del) {
-  return del + p * (sup - del);
+  return p * sup + (1 - p) * del;
 }
 
 template <typename T>

@@ -185,9 +185,14 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def _expanded_mask(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """A strided [B, H, N, M] view (no copy); what the kernels read."""
-    return None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2])
+def _kernel_views(query, key, factors, attn_mask, key_ranges):
+    """What the kernels read: contiguous rows, masks as strided views over [B, H, N, M] and [B, N, 2, 2] (no copies)."""
+    factors = tuple(None if x is None else last_dim_contiguous(x) for x in factors)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    if key_ranges is not None:
+        key_ranges = key_ranges.contiguous().expand(query.shape[0], -1, -1, -1)
+    return factors, attn_mask, key_ranges
 
 
 def _kernel(
@@ -195,10 +200,10 @@ def _kernel(
 ):
     check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale)
     chosen = backends.resolve(OP, backend, query)
-    factors = tuple(None if x is None else last_dim_contiguous(x) for x in (sup_q, sup_k, del_q, del_k, gate_q, gate_k))
     query, key, value = map(last_dim_contiguous, (query, key, value))
-    mask = _expanded_mask(attn_mask, query, key)
-    return _FORWARD[chosen](query, key, value, factors, limit, mask, key_ranges, _scale(query, scale))
+    factors = (sup_q, sup_k, del_q, del_k, gate_q, gate_k)
+    factors, attn_mask, key_ranges = _kernel_views(query, key, factors, attn_mask, key_ranges)
+    return _FORWARD[chosen](query, key, value, factors, limit, attn_mask, key_ranges, _scale(query, scale))
 
 
 def _fake(query, *args):
@@ -211,11 +216,11 @@ def _backward_kernel(
     attn_mask, key_ranges, scale, backend,
 ):  # fmt: skip
     chosen = backends.resolve(OP, backend, query)
-    factors = tuple(None if x is None else last_dim_contiguous(x) for x in (sup_q, sup_k, del_q, del_k, gate_q, gate_k))
     grad_output, query, key, value = map(last_dim_contiguous, (grad_output, query, key, value))
-    mask = _expanded_mask(attn_mask, query, key)
+    factors = (sup_q, sup_k, del_q, del_k, gate_q, gate_k)
+    factors, attn_mask, key_ranges = _kernel_views(query, key, factors, attn_mask, key_ranges)
     return _BACKWARD[chosen](
-        grad_output, output, lse, query, key, value, factors, limit, mask, key_ranges, _scale(query, scale)
+        grad_output, output, lse, query, key, value, factors, limit, attn_mask, key_ranges, _scale(query, scale)
     )
 
 
