@@ -95,11 +95,9 @@ def plot_schedule(config: TrainConfig, path: str | Path) -> None:
 
 
 def _show_image(axes: Axes, image: Image.Image) -> None:
-    axes.imshow(image)
+    axes.imshow(image, extent=(0, image.width, image.height, 0))  # pixel i covers i to i + 1, as boxes count
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlim(-0.5, image.width - 0.5)
-    axes.set_ylim(image.height - 0.5, -0.5)
 
 
 def _draw_box(axes: Axes, box: Sequence[float], text: str, color: str, dashed: bool = False) -> None:
@@ -124,7 +122,7 @@ def plot_detections(examples: Sequence[Mapping[str, Any]], names: Sequence[str],
     grid = figure.subplots(2, columns, squeeze=False)
     for column, example in enumerate(examples):
         truth, found = example["truth"], example["found"]
-        right, hit = _match(truth, found)
+        right, hit = matched(truth, found)
         upper, lower = grid[:, column]
         _show_image(upper, example["image"])
         for box, label, was_found in zip(truth["boxes"].tolist(), truth["labels"].tolist(), hit, strict=True):
@@ -142,7 +140,7 @@ def plot_detections(examples: Sequence[Mapping[str, Any]], names: Sequence[str],
     save_figure(figure, path)
 
 
-def _match(truth: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
+def matched(truth: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
     """Which detections are right, which truths are found: greedily, the most certain detection first."""
     right, hit = [False] * len(found["boxes"]), [False] * len(truth["boxes"])
     overlap = pairwise_iou(found["boxes"], truth["boxes"])
@@ -221,7 +219,7 @@ def _plot_layer(figure: SubFigure, name: str, image: Image.Image, view: Mapping[
     )
     starts = np.cumsum([0] + [len(members) for members in groups])
     for axes, values, title, colours, low, high, ink in shown:
-        drawn = axes.imshow(values[order][:, order], cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+        drawn = axes.imshow(values[order][:, order].numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
         figure.colorbar(drawn, ax=axes, shrink=0.8)
         for number, (start, members) in enumerate(zip(starts, groups, strict=False), start=1):
             if len(members) > 1:
@@ -229,6 +227,8 @@ def _plot_layer(figure: SubFigure, name: str, image: Image.Image, view: Mapping[
                 axes.add_patch(Rectangle((start - 0.5, start - 0.5), side, side, fill=False, ec=ink, lw=1.2))
                 axes.text(start + side, start + side / 2 - 0.5, str(number), fontsize=7, va="center", color=ink)
         axes.set_title(f"{title}, groups outlined", fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("key query")
         axes.set_ylabel("attending query")
     _plot_by_overlap(by_overlap, pairwise_iou(boxes, boxes), bias)
