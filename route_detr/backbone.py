@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from transformers import ResNetConfig
 from transformers.models.resnet.modeling_resnet import ResNetBackbone
@@ -12,7 +13,10 @@ from .config import BackboneConfig
 
 
 class Backbone(nn.Module):
-    """[B, 3, H, W] -> the last `used_stages` feature maps, finest first; strides 4, 8, 16, ... by stage."""
+    """[B, 3, H, W] -> the last `used_stages` feature maps, finest first; strides 4, 8, 16, ... by stage.
+
+    Runs in channels-last memory format, so that a map flattens to tokens without a transposition.
+    """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -30,6 +34,7 @@ class Backbone(nn.Module):
             )
         else:
             self.body = ResNetBackbone.from_pretrained(config.weights, out_features=out_features)
+        self.body.to(memory_format=torch.channels_last)
         self.channels = list(self.body.channels)
         self.fine_tune = config.fine_tune
         if self.fine_tune:
@@ -50,7 +55,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return list(self.body(images).feature_maps)
+        return list(self.body(images.contiguous(memory_format=torch.channels_last)).feature_maps)
 
 
 class FeatureLevels(nn.Module):
