@@ -9,19 +9,25 @@ import torch
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Dimension = tuple[str, int] | str
-"""A free dimension by its name, or a (name, size) pair that is already bound."""
+"""A free dimension by its name, or a (name, size) pair that is already bound; a size that has no name has ""."""
+
+
+def expect_tensors(op: str, **arguments: object) -> None:
+    """Raises TypeError unless every argument is a tensor."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, torch.Tensor):
+            raise TypeError(f"{op}: {name}: expected a tensor, got {type(argument).__name__}")
 
 
 def expect_shape(op: str, argument: str, tensor: torch.Tensor, *dimensions: Dimension) -> None:
     """Raises ValueError unless `tensor` has these dimensions, e.g. `"M", ("D", 32)`."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{op}: {argument}: expected a tensor, got {type(tensor).__name__}")
+    expect_tensors(op, **{argument: tensor})
     matches = tensor.dim() == len(dimensions) and all(
         isinstance(dimension, str) or size == dimension[1]
         for size, dimension in zip(tensor.shape, dimensions, strict=True)
     )
     if not matches:
-        expected = ", ".join(d if isinstance(d, str) else f"{d[0]}={d[1]}" for d in dimensions)
+        expected = ", ".join(d if isinstance(d, str) else "=".join(filter(None, map(str, d))) for d in dimensions)
         raise ValueError(f"{op}: {argument}: expected shape [{expected}], got {list(tensor.shape)}")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends, reference
-from .contract import expect_floating, expect_shape, last_dim_contiguous
+from .contract import expect_floating, expect_shape, expect_tensors, last_dim_contiguous
 from .registry import register
 
 OP = "query_similarity"
@@ -34,6 +34,7 @@ def query_similarity(x: torch.Tensor, mode: str = "relu") -> torch.Tensor:
         TypeError: x is not floating.
         BackendUnavailableError: an explicitly requested backend cannot run.
     """
+    expect_tensors(OP, x=x)
     chosen = backends.resolve(OP, backends.requested_backend(), x)
     if mode == "mean" or chosen == "reference":  # O(N C) in plain PyTorch: nothing to fuse, on any backend
         check(x, mode)

@@ -22,6 +22,7 @@ from .contract import (
     expect_floating,
     expect_same_device,
     expect_shape,
+    expect_tensors,
     last_dim_contiguous,
     no_second_derivative,
 )
@@ -80,6 +81,8 @@ def routed_attention(
     """
     if routing is not None and not isinstance(routing, RoutingFactors):
         raise TypeError(f"{OP}: routing: expected RoutingFactors or None, got {type(routing).__name__}")
+    masks = {"attn_mask": attn_mask, "key_ranges": key_ranges}
+    expect_tensors(OP, query=query, key=key, value=value, **{k: mask for k, mask in masks.items() if mask is not None})
     query, key, value = _autocast(query, key, value)
     factors: tuple = (None,) * 7 if routing is None else tuple(routing)
     chosen = backends.resolve(OP, backends.requested_backend(), query, key, value, *factors[:6])
@@ -89,9 +92,9 @@ def routed_attention(
             query, key, value, None if routing is None else factors[:6], factors[6], attn_mask, key_ranges,
             _scale(query, scale),
         )  # fmt: skip
-    return torch.ops.route_kernels.routed_attention(
-        query, key, value, *factors, attn_mask, key_ranges, scale, chosen
-    )[0]
+    return torch.ops.route_kernels.routed_attention(query, key, value, *factors, attn_mask, key_ranges, scale, chosen)[
+        0
+    ]
 
 
 def routing_bias(routing: RoutingFactors) -> torch.Tensor:
@@ -107,9 +110,7 @@ def routing_bias(routing: RoutingFactors) -> torch.Tensor:
     return reference.routing_bias(*(x.to(accumulate) for x in routing[:6]), routing.limit).to(dtype)
 
 
-def check(
-    query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale
-) -> None:
+def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale) -> None:
     """The contract, for real and fake tensors alike."""
     expect_shape(OP, "query", query, "B", "H", "N", "D")
     batch, heads, queries, channels = query.shape
@@ -141,8 +142,7 @@ def check(
 
 def _check_factors(op: str, batch, queries, keys, routing: RoutingFactors) -> None:
     for name, factor in zip(RoutingFactors._fields[:6], routing[:6], strict=True):
-        if not isinstance(factor, torch.Tensor):
-            raise TypeError(f"{op}: routing.{name}: expected a tensor, got {type(factor).__name__}")
+        expect_tensors(op, **{f"routing.{name}": factor})
         expect_floating(op, f"routing.{name}", factor, (routing.sup_q.dtype,))
     (b,), (n,), (m,) = batch, queries, keys
     expect_shape(op, "routing.sup_q", routing.sup_q, ("B", b), ("N", n), "R")
@@ -177,8 +177,6 @@ def _scale(query: torch.Tensor, scale: float | None) -> float:
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k and v in the autocast dtype, as scaled_dot_product_attention; float64 is left alone."""
-    if not isinstance(tensors[0], torch.Tensor):
-        return tensors
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
@@ -224,9 +222,7 @@ def _backward_kernel(
     )
 
 
-def _backward_fake(
-    grad_output, output, lse, query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, *settings
-):
+def _backward_fake(grad_output, output, lse, query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, *settings):
     inputs = (query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k)
     return [x.new_empty(x.shape) for x in inputs if x is not None]
 

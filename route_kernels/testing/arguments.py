@@ -1,0 +1,50 @@
+"""The arguments of an op as one thing: a dict by name, tensors and `RoutingFactors` among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import route_kernels as rk
+
+from ..ops.routed_attention import RoutingFactors
+
+Arguments = dict[str, Any]
+
+
+def call(op: str, arguments: Arguments) -> torch.Tensor:
+    """The public op of that name."""
+    return getattr(rk, op)(**arguments)
+
+
+def named_tensors(arguments: Arguments) -> Iterator[tuple[str, torch.Tensor]]:
+    """("query", ...), ("routing.sup_q", ...), ...: every tensor among the arguments."""
+    for name, argument in arguments.items():
+        if isinstance(argument, torch.Tensor):
+            yield name, argument
+        elif isinstance(argument, RoutingFactors):
+            yield from named_tensors({f"{name}.{field}": item for field, item in argument._asdict().items()})
+
+
+def map_tensors(arguments: Arguments, function: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
+    """The arguments with `function` applied to every tensor."""
+    mapped = {}
+    for name, argument in arguments.items():
+        if isinstance(argument, torch.Tensor):
+            argument = function(argument)
+        elif isinstance(argument, RoutingFactors):
+            argument = RoutingFactors(**map_tensors(argument._asdict(), function))
+        mapped[name] = argument
+    return mapped
+
+
+def converted(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    """New leaves with floating tensors in `dtype`; what requires a gradient still does."""
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        new = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        return new.requires_grad_(tensor.requires_grad)
+
+    return map_tensors(arguments, convert)

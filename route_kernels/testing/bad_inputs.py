@@ -1,0 +1,202 @@
+"""Inputs that break the contract of an op, and the one error that each must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .arguments import Arguments
+from .samples import (
+    ms_deform_attn_arguments,
+    ms_deform_attn_fused_arguments,
+    query_similarity_arguments,
+    routed_attention_arguments,
+)
+
+
+class BadInput(NamedTuple):
+    """A call of `op` that is right but for one argument."""
+
+    op: str
+    name: str
+    arguments: Callable[[], Arguments]
+    error: type[Exception]
+    message: str  # regular expression: names the argument, what was expected, what came
+
+
+_GOOD: dict[str, Callable[[], Arguments]] = {
+    "routed_attention": lambda: routed_attention_arguments(queries=5, keys=7),
+    "query_similarity": lambda: query_similarity_arguments(queries=5),
+    "ms_deform_attn": ms_deform_attn_arguments,
+    "ms_deform_attn_fused": lambda: ms_deform_attn_fused_arguments(masked=True),
+}
+
+
+def _changed(op: str, argument: str, change: Callable[[Any], Any]) -> Callable[[], Arguments]:
+    """The good arguments with `change` applied to one of them; "routing.sup_q" is a field of `routing`."""
+
+    def arguments() -> Arguments:
+        good = _GOOD[op]()
+        name, _, field = argument.partition(".")
+        if field:
+            good[name] = good[name]._replace(**{field: change(getattr(good[name], field))})
+        else:
+            good[name] = change(good.get(name))
+        return good
+
+    return arguments
+
+
+def _to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.detach().to(dtype)
+
+
+def _without_last(dim: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.narrow(dim, 0, tensor.shape[dim] - 1)
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+def _mask(*shape: int, dtype: torch.dtype = torch.bool) -> Callable[[Any], torch.Tensor]:
+    return lambda _: torch.ones(shape, dtype=dtype)
+
+
+_VALUE, _TYPE = ValueError, TypeError
+_TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], str], ...]] = {
+    "routed_attention": (
+        ("no tensor", "query", _constant([1.0]), _TYPE, r"query: expected a tensor, got list"),
+        ("no tensor", "key", _constant(None), _TYPE, r"key: expected a tensor, got NoneType"),
+        ("3 dimensions", "query", lambda q: q[0], _VALUE, r"query: expected shape \[B, H, N, D\], got \[2, 5, 8\]"),
+        ("other D", "key", _without_last(3), _VALUE, r"key: expected shape \[B=2, H=2, M, D=8\], got \[2, 2, 7, 7\]"),
+        ("other H", "key", _without_last(1), _VALUE, r"key: expected shape \[B=2, H=2, M, D=8\], got \[2, 1, 7, 8\]"),
+        ("other M", "value", _without_last(2), _VALUE, r"value: expected shape \[B=2, H=2, M=7, D=8\], got"),
+        ("other B", "value", _without_last(0), _VALUE, r"value: expected shape \[B=2, H=2, M=7, D=8\], got"),
+        ("integers", "query", _to(torch.int64), _TYPE, r"query: expected dtype .*float32.*, got torch.int64"),
+        ("complex", "query", _to(torch.complex64), _TYPE, r"query: expected dtype .*, got torch.complex64"),
+        ("other dtype", "key", _to(torch.float64), _TYPE, r"key: expected dtype torch.float32, got torch.float64"),
+        ("other dtype", "value", _to(torch.bfloat16), _TYPE, r"value: expected dtype torch.float32, got torch.bf"),
+        ("no D", "query", lambda q: q[..., :0], _VALUE, r"key: expected shape \[B=2, H=2, M, D=0\], got"),
+        ("a tuple", "routing", lambda r: tuple(r), _TYPE, r"routing: expected RoutingFactors or None, got tuple"),
+        ("no tensor", "routing.del_k", _constant(None), _TYPE, r"routing.del_k: expected a tensor, got NoneType"),
+        ("other N", "routing.sup_q", _without_last(1), _VALUE, r"routing.sup_q: expected shape \[B=2, N=5, R\], got"),
+        ("other M", "routing.sup_k", _without_last(1), _VALUE, r"routing.sup_k: expected shape \[B=2, M=7, R=4\]"),
+        ("other R", "routing.sup_k", _without_last(2), _VALUE, r"routing.sup_k: expected shape \[B=2, M=7, R=4\]"),
+        ("other N", "routing.del_q", _without_last(1), _VALUE, r"routing.del_q: expected shape \[B=2, N=5, R\]"),
+        ("other B", "routing.del_k", _without_last(0), _VALUE, r"routing.del_k: expected shape \[B=2, M=7, R=4\]"),
+        ("per head", "routing.gate_q", lambda g: g[:, None], _VALUE, r"routing.gate_q: expected shape \[B=2, N=5, G\]"),
+        ("other G", "routing.gate_k", _without_last(2), _VALUE, r"routing.gate_k: expected shape \[B=2, M=7, G=3\]"),
+        ("other dtype", "routing.gate_k", _to(torch.float16), _TYPE, r"routing.gate_k: expected dtype torch.float32"),
+        (
+            "negative",
+            "routing.limit",
+            _constant(-1.0),
+            _VALUE,
+            r"routing.limit: expected a number >= 0 or None, got -1",
+        ),
+        ("NaN", "routing.limit", _constant(float("nan")), _VALUE, r"routing.limit: expected a number >= 0 or None"),
+        ("integers", "attn_mask", _mask(5, 7, dtype=torch.int32), _TYPE, r"attn_mask: expected dtype bool or floating"),
+        ("other M", "attn_mask", _mask(5, 6), _VALUE, r"attn_mask: expected a shape broadcastable to .*got \[5, 6\]"),
+        ("other H", "attn_mask", _mask(3, 5, 7), _VALUE, r"attn_mask: .* \[B, H, N, M\] = \[2, 2, 5, 7\], got \[3, 5"),
+        ("5 dimensions", "attn_mask", _mask(1, 2, 2, 5, 7), _VALUE, r"attn_mask: expected a shape broadcastable"),
+        (
+            "learnable",
+            "attn_mask",
+            lambda _: torch.zeros(5, 7, requires_grad=True),
+            _VALUE,
+            r"attn_mask: .* requires_grad=False",
+        ),
+        ("int64", "key_ranges", _mask(5, 2, 2, dtype=torch.int64), _TYPE, r"key_ranges: expected dtype torch.int32"),
+        ("other N", "key_ranges", _mask(4, 2, 2, dtype=torch.int32), _VALUE, r"key_ranges: expected shape \[N=5, 2, 2"),
+        (
+            "one interval",
+            "key_ranges",
+            _mask(5, 2, dtype=torch.int32),
+            _VALUE,
+            r"key_ranges: expected shape \[N=5, 2, 2",
+        ),
+        (
+            "other B",
+            "key_ranges",
+            _mask(3, 5, 2, 2, dtype=torch.int32),
+            _VALUE,
+            r"key_ranges: expected shape \[B=2, N=5",
+        ),
+        (
+            "elsewhere",
+            "value",
+            lambda v: v.detach().to("meta"),
+            _VALUE,
+            r"value: expected on cpu like query, got .* meta",
+        ),
+    ),
+    "query_similarity": (
+        ("no tensor", "x", _constant([[1.0]]), _TYPE, r"x: expected a tensor, got list"),
+        ("2 dimensions", "x", lambda x: x[0], _VALUE, r"x: expected shape \[B, N, C\], got \[5, 8\]"),
+        ("integers", "x", _to(torch.int32), _TYPE, r"x: expected dtype .*, got torch.int32"),
+        ("unknown", "mode", _constant("max"), _VALUE, r"mode: expected one of relu, mean, got 'max'"),
+    ),
+    "ms_deform_attn": (
+        ("no tensor", "value", _constant(None), _TYPE, r"value: expected a tensor, got NoneType"),
+        ("3 dimensions", "value", lambda v: v[0], _VALUE, r"value: expected shape \[B, S, H, D\], got \[48, 2, 8\]"),
+        ("too short", "value", _without_last(1), _VALUE, r"value: expected S = 48 positions, .* got 47"),
+        ("integers", "value", _to(torch.int64), _TYPE, r"value: expected dtype .*, got torch.int64"),
+        ("no level", "spatial_shapes", _constant(()), _VALUE, r"spatial_shapes: expected at least one level"),
+        ("flat", "spatial_shapes", _constant((5, 7)), _VALUE, r"spatial_shapes: expected \(h, w\) pairs, got 5"),
+        ("fractions", "spatial_shapes", _constant(((4.5, 2),)), _TYPE, r"spatial_shapes: expected ints, got 4.5"),
+        ("negative", "spatial_shapes", _constant(((-1, 2),)), _VALUE, r"spatial_shapes: expected sizes >= 0, got \(-1"),
+        ("other L", "level_start_index", _constant((0, 1)), _VALUE, r"level_start_index: expected L=3 starts .* got 2"),
+        ("beyond value", "level_start_index", _constant((0, 40, 0)), _VALUE, r"level_start_index: .* S=48 .* start 40"),
+        ("fractions", "level_start_index", _constant((0.5, 1, 2)), _TYPE, r"level_start_index: expected ints, got 0.5"),
+        (
+            "other H",
+            "sampling_locations",
+            _without_last(2),
+            _VALUE,
+            r"sampling_locations: expected shape \[B=2, N, H=2",
+        ),
+        ("other L", "sampling_locations", _without_last(3), _VALUE, r"sampling_locations: expected shape .*L=3, P, 2"),
+        ("x alone", "sampling_locations", _without_last(5), _VALUE, r"sampling_locations: expected shape .*, 2\], got"),
+        ("wider", "sampling_locations", _to(torch.float64), _TYPE, r"sampling_locations: expected dtype .*, got .*64"),
+        ("other P", "attention_weights", _without_last(4), _VALUE, r"attention_weights: expected shape .*P=2\], got"),
+        ("other N", "attention_weights", _without_last(1), _VALUE, r"attention_weights: expected shape \[B=2, N=9"),
+        (
+            "integers",
+            "attention_weights",
+            _to(torch.int64),
+            _TYPE,
+            r"attention_weights: expected dtype .*, got .*int64",
+        ),
+    ),
+    "ms_deform_attn_fused": (
+        ("no tensor", "sampling_offsets", _constant(2.0), _TYPE, r"sampling_offsets: expected a tensor, got float"),
+        ("other S", "value", _without_last(1), _VALUE, r"value: expected S = 48 positions, .* got 47"),
+        (
+            "3 coordinates",
+            "reference_points",
+            lambda r: r[..., [0, 1, 1]],
+            _VALUE,
+            r"reference_points: expected .*2 or 4",
+        ),
+        ("other L", "reference_points", lambda r: r.expand(-1, -1, 2, -1), _VALUE, r"reference_points: expected "),
+        ("other N", "reference_points", _without_last(1), _VALUE, r"reference_points: expected shape \[B=2, N=9"),
+        ("other H", "sampling_offsets", _without_last(2), _VALUE, r"sampling_offsets: expected shape \[B=2, N, H=2, K"),
+        ("x alone", "sampling_offsets", _without_last(4), _VALUE, r"sampling_offsets: expected shape .*K, 2\], got"),
+        ("other K", "attention_logits", _without_last(3), _VALUE, r"attention_logits: expected shape .*K=6\], got"),
+        ("wider", "attention_logits", _to(torch.float64), _TYPE, r"attention_logits: expected dtype .*, got .*float64"),
+        ("other L", "points", _constant((3, 3)), _VALUE, r"points: expected L=3 counts .*, got \[3, 3\]"),
+        ("other K", "points", _constant((2, 2, 3)), _VALUE, r"points: expected counts >= 0 that sum to K=6, got"),
+        ("negative", "points", _constant((8, -1, -1)), _VALUE, r"points: expected counts >= 0 that sum to K=6, got"),
+        ("other S", "value_mask", _without_last(1), _VALUE, r"value_mask: expected shape \[B=2, S=48\], got \[2, 47\]"),
+        ("bytes", "value_mask", _to(torch.uint8), _TYPE, r"value_mask: expected dtype torch.bool, got torch.uint8"),
+    ),
+}
+
+BAD_INPUTS: tuple[BadInput, ...] = tuple(
+    BadInput(op, f"{argument}: {name}", _changed(op, argument, change), error, f"^{op}: {message}")
+    for op, rows in _TABLE.items()
+    for name, argument, change, error, message in rows
+)
