@@ -237,7 +237,8 @@ def _cpu_forward(query, key, value, factors, limit, mask, key_ranges, scale):
 
 
 def _cpu_backward(grad_output, output, lse, query, key, value, factors, limit, mask, key_ranges, scale):
-    grads = [x.new_empty(x.shape) for x in (query, key, value, *factors) if x is not None]
+    new = torch.Tensor.new_empty if query.shape[1] > 0 else torch.Tensor.new_zeros  # without heads nothing is written
+    grads = [new(x, x.shape) for x in (query, key, value, *factors) if x is not None]
     factor_grads = grads[3:] if len(grads) > 3 else [None] * 6
     torch.ops.route_kernels_native.routed_attention_backward(
         grad_output, output, lse, query, key, value, *factors, limit, mask, key_ranges, scale,

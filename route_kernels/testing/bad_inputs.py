@@ -69,6 +69,7 @@ _VALUE, _TYPE = ValueError, TypeError
 _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], str], ...]] = {
     "routed_attention": (
         ("no tensor", "query", _constant([1.0]), _TYPE, r"query: expected a tensor, got list"),
+        ("a list", "attn_mask", _constant([True]), _TYPE, r"attn_mask: expected a tensor, got list"),
         ("no tensor", "key", _constant(None), _TYPE, r"key: expected a tensor, got NoneType"),
         ("3 dimensions", "query", lambda q: q[0], _VALUE, r"query: expected shape \[B, H, N, D\], got \[2, 5, 8\]"),
         ("other D", "key", _without_last(3), _VALUE, r"key: expected shape \[B=2, H=2, M, D=8\], got \[2, 2, 7, 7\]"),

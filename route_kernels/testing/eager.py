@@ -18,7 +18,8 @@ def routed_attention(query, key, value, routing=None, *, attn_mask=None, key_ran
     if routing is not None:
         p = torch.sigmoid(routing.gate_q @ routing.gate_k.mT)
         r = p * (routing.sup_q @ routing.sup_k.mT) + (1 - p) * (routing.del_q @ routing.del_k.mT)
-        bias = (r if routing.limit is None else r.clamp(-routing.limit, routing.limit)).unsqueeze(1).to(query.dtype)
+        limit = torch.finfo(r.dtype).max if routing.limit is None else min(routing.limit, torch.finfo(r.dtype).max)
+        bias = r.clamp(-limit, limit).unsqueeze(1).to(query.dtype)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         bias = bias.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:

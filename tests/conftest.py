@@ -1,0 +1,16 @@
+"""Every test starts from one seed, on one thread, with no backend asked for."""
+
+import pytest
+import torch
+
+import route_kernels as rk
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    assert rk.requested_backend() is None, "a test left a backend behind"
