@@ -1,0 +1,60 @@
+# `make demo` and `make test` do their own set-up, in .venv; see README.md.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -q
+BENCH_FLAGS ?=
+DEMO_RUN := runs/demo
+DEMO_TRAINING := --preset tiny --time-budget 300
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+SET_UP := $(VENV)/.set-up
+KERNEL_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint types clean
+.NOTPARALLEL:
+
+demo: $(SET_UP)
+	@if [ -e $(DEMO_RUN)/last.pt ]; then \
+	    echo "== going on with $(DEMO_RUN) (to start again: rm -r $(DEMO_RUN))"; \
+	    $(BIN)/route-detr train --out $(DEMO_RUN) --resume; \
+	else $(BIN)/route-detr train --out $(DEMO_RUN) $(DEMO_TRAINING); fi
+	@$(BIN)/python -m benchmarks.training_step --run $(DEMO_RUN)
+
+test: $(SET_UP)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: $(SET_UP)
+	@$(BIN)/python -c 'import torch_ms_deform_attn' 2>/dev/null || { \
+	    echo "== installing the packages to compare with (benchmarks/requirements.txt)"; \
+	    $(PIP_INSTALL) --no-build-isolation -r benchmarks/requirements.txt || \
+	    echo "== they could not be installed: their rows will say so"; }
+	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
+
+lint: $(SET_UP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(SET_UP)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Everything installed, kernels built; done again when a version, the build or a kernel source changed.
+$(SET_UP): constraints.txt pyproject.toml setup.py $(KERNEL_SOURCES)
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "route-kernels needs Python 3.10 or newer: no '$(PYTHON)' here; try make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "route-kernels needs Python 3.10 or newer: '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "route-kernels needs Python's venv module: '$(PYTHON)' has none; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "== installing PyTorch and the build tools in $(VENV)"
+	@$(PIP_INSTALL) torch setuptools wheel
+	@echo "== installing what else is needed, building the kernels (about a minute each)"
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@$(BIN)/route-kernels info
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info route_kernels/*.so .pytest_cache .ruff_cache .hypothesis
