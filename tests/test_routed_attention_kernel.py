@@ -1,0 +1,77 @@
+"""What only the native kernel promises: every element written, O(N) memory, one result for a thread count."""
+
+import math
+
+import pytest
+import torch
+
+import route_kernels as rk
+from route_kernels import native
+from route_kernels.testing import named_tensors, outcome, routed_attention_arguments
+
+pytestmark = pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(queries=33, keys=257), dict(queries=1, keys=1), dict(queries=5, keys=0), dict(queries=0, keys=5)],
+    ids=str,
+)
+@pytest.mark.parametrize("routed", [True, False], ids=["routed", "plain"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_element_of_poisoned_outputs_is_written(sizes, routed, dtype, threads):
+    torch.set_num_threads(threads)
+    arguments = routed_attention_arguments(channels=7, rank=3, routed=routed, dtype=dtype, **sizes)
+    grad_output = torch.randn(arguments["query"].shape).to(dtype)
+    expected = outcome(rk.routed_attention, arguments, grad_output)
+
+    tensors = [tensor.detach() for _, tensor in named_tensors(arguments)]
+    poisoned = [torch.full_like(tensor, math.nan) for tensor in tensors]
+    inputs = (*tensors, *(None,) * (9 - len(tensors)), 5.0, None, None, 1 / math.sqrt(7))
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    output, lse = torch.full_like(tensors[0], math.nan), torch.full(tensors[0].shape[:3], math.nan, dtype=lse_dtype)
+    kernels = torch.ops.route_kernels_native
+    kernels.routed_attention_forward(*inputs, output, lse)
+    kernels.routed_attention_backward(
+        grad_output, output, lse, *inputs, *poisoned, *(None,) * (9 - len(tensors))
+    )  # fmt: skip
+    assert not lse.isnan().any()
+    for (name, wanted), written in zip(expected.items(), (output, *poisoned), strict=True):
+        assert torch.equal(written, wanted), name  # NaN equals nothing
+
+
+@pytest.mark.parametrize("routed", [True, False], ids=["routed", "plain"])
+def test_backward_keeps_inputs_output_and_lse_and_nothing_else(routed):
+    arguments = routed_attention_arguments(routed=routed)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = rk.routed_attention(**arguments)
+    inputs = {tensor.data_ptr() for _, tensor in named_tensors(arguments)}
+    beyond = [tensor for tensor in kept if tensor.data_ptr() not in inputs | {output.data_ptr()}]
+    assert [tensor.shape for tensor in beyond] == [output.shape[:3]]  # lse
+    assert len(kept) == len(inputs) + 2
+
+
+def test_nothing_of_queries_times_keys_is_allocated():
+    queries, masks = 4096, {"key_ranges": torch.tensor([[0, 4096], [0, 0]], dtype=torch.int32).repeat(4096, 1, 1)}
+    arguments = routed_attention_arguments(batch=1, heads=1, queries=queries, channels=4, rank=2, gate_rank=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        outcome(rk.routed_attention, {**arguments, **masks}, torch.ones_like(arguments["query"]))
+    allocations = [event.self_cpu_memory_usage for event in profile.events() if event.name.startswith("aten::")]
+    inputs = sum(tensor.nbytes for _, tensor in named_tensors(arguments))
+    assert max(allocations) > inputs / 2, "the profiler saw no allocation of the kernel"
+    assert max(allocations) < queries * queries / 4  # bytes: a sixteenth of one float32 [N, M]
+
+
+@pytest.mark.parametrize("sizes", [dict(batch=1, queries=300), dict(batch=3, queries=20, keys=700)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_agree_and_repeat_bit_for_bit(threads, sizes):
+    arguments = routed_attention_arguments(**sizes)
+    grad_output = torch.randn(arguments["query"].shape)
+    alone = outcome(rk.routed_attention, arguments, grad_output)
+    torch.set_num_threads(threads)
+    together = outcome(rk.routed_attention, arguments, grad_output)
+    for name, result in outcome(rk.routed_attention, arguments, grad_output).items():
+        assert torch.equal(result, together[name]), name
+        torch.testing.assert_close(result, alone[name], rtol=1e-5, atol=1e-5)
