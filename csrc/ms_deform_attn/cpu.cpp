@@ -4,93 +4,53 @@
 // summed in worker order afterwards: no atomics, and the same bits for the same number of threads.
 
 #include "points.h"
+#include "stored_vectors.h"
 
 namespace rk {
 namespace RK_SIMD {
 namespace {
 
-template <typename T, typename Storage>
-void pack_value(const Args& args, int64_t b, int64_t h, const uint8_t* mask, const Scratch<T>& scratch) {
-  const int64_t row = scratch.row, stride = args.value.stride[1];
+template <typename Storage>
+void pack_value(const Args& args, int64_t b, int64_t h, const uint8_t* mask, int64_t row, Storage* to) {
+  const int64_t stride = args.value.stride[1];
   const Storage* from =
       static_cast<const Storage*>(args.value.data) + b * args.value.stride[0] + h * args.value.stride[2];
-  T* to = scratch.value_slice;
   for (int64_t s = 0; s < args.S; ++s, from += stride, to += row) {
     __builtin_prefetch(from + 16 * stride);
     const bool masked = mask != nullptr && mask[s * args.value_mask.stride[1]] != 0;
     const int64_t filled = masked ? 0 : args.D;
-    for (int64_t d = 0; d < filled; ++d) to[d] = load_as<T>(from[d]);
-    for (int64_t d = filled; d < row; ++d) to[d] = T(0);
+    for (int64_t d = 0; d < filled; ++d) to[d] = from[d];
+    for (int64_t d = filled; d < row; ++d) to[d] = Storage{};
   }
-  for (int64_t d = 0; d < row; ++d) to[d] = T(0);
+  for (int64_t d = 0; d < row; ++d) to[d] = Storage{};
 }
 
-// Packing pays where the queries read most rows anyway; other storage types and broken vectors need it.
-template <typename T>
-Rows<T> value_rows(const Args& args, int64_t b, int64_t h, int64_t queries, const Scratch<T>& scratch) {
+// Packing pays where the queries read most rows anyway; broken vectors need it.
+template <typename T, typename Storage>
+Rows value_rows(const Args& args, int64_t b, int64_t h, int64_t queries, const Scratch<T>& s) {
   const uint8_t* mask = static_cast<const uint8_t*>(args.value_mask.data);
   if (mask != nullptr) mask += b * args.value_mask.stride[0];
-  const bool stores_t = args.value.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
-  if (stores_t && args.D == scratch.row && queries * args.K < args.S) {
-    const T* data = static_cast<const T*>(args.value.data) + b * args.value.stride[0] + h * args.value.stride[2];
+  if (args.D == s.row && queries * args.K < args.S) {
+    const Storage* data =
+        static_cast<const Storage*>(args.value.data) + b * args.value.stride[0] + h * args.value.stride[2];
     // one address space: the distance from the first row to the zeros, counted in values
-    const intptr_t distance = reinterpret_cast<intptr_t>(scratch.zeros) - reinterpret_cast<intptr_t>(data);
-    return {data, args.value.stride[1], int64_t(distance) / int64_t(sizeof(T)), mask, args.value_mask.stride[1]};
+    const intptr_t distance = reinterpret_cast<intptr_t>(s.zeros) - reinterpret_cast<intptr_t>(data);
+    return {data, args.value.stride[1], int64_t(distance) / int64_t(sizeof(Storage)), mask, args.value_mask.stride[1]};
   }
-  with_storage(args.value.dtype, [&](auto storage) { pack_value<T, decltype(storage)>(args, b, h, mask, scratch); });
-  return {scratch.value_slice, scratch.row, args.S * scratch.row, nullptr, 0};
+  pack_value(args, b, h, mask, s.row, reinterpret_cast<Storage*>(s.value_slice));
+  return {s.value_slice, s.row, args.S * s.row, nullptr, 0};
 }
 
 // ---- rows: V vectors of each corner at a time --------------------------------------------------------------------
 
-// sum over points and corners of weight times row
-template <typename T, int V>
-void gather(const Scratch<T>& s, int64_t points, const T* rows, T* output) {
-  constexpr int CHAINS = V <= 2 ? 4 : 2;  // independent sums, against the latency of an addition
-  Vec<T> sum[CHAINS][V] = {};
-  for (int64_t k = 0; k < points; ++k) {
-    for (int c = 0; c < int(CORNERS); ++c) {
-      const T* row = rows + s.value_at[c][k];
-      const Vec<T> weight = broadcast(s.corner_weight[c][k]);
-      for (int v = 0; v < V; ++v) sum[c % CHAINS][v] += weight * load(row + v * LANES<T>);
-    }
-  }
-  for (int v = 0; v < V; ++v) {
-    Vec<T> total = sum[0][v] + sum[1][v];
-    if (CHAINS == 4) total += sum[CHAINS - 2][v] + sum[CHAINS - 1][v];
-    store(output + v * LANES<T>, total);
-  }
-}
-
-// grad_rows += weight grad_output, and the lanes of grad_output . row
-template <typename T, int V>
-void scatter(const Scratch<T>& s, int64_t points, bool first, const T* rows, const T* grad_output, T* grad_rows) {
-  Vec<T> grad[V];
-  for (int v = 0; v < V; ++v) grad[v] = load(grad_output + v * LANES<T>);
-  for (int64_t k = 0; k < points; ++k) {
-    for (int c = 0; c < int(CORNERS); ++c) {
-      const T* row = rows + s.value_at[c][k];
-      T* grad_row = grad_rows + s.grad_at[c][k];
-      T* partial = s.partial[c] + k * LANES<T>;
-      const Vec<T> weight = broadcast(s.corner_weight[c][k]);
-      Vec<T> product = first ? Vec<T>{} : load(partial);
-      for (int v = 0; v < V; ++v) {
-        product += grad[v] * load(row + v * LANES<T>);
-        store(grad_row + v * LANES<T>, load(grad_row + v * LANES<T>) + weight * grad[v]);
-      }
-      store(partial, product);
-    }
-  }
-}
-
-// Calls call(Vectors<V>, first channel) over the D channels in pieces of 4, 2 and 1 vectors.
 template <int V>
 struct Vectors {
   static constexpr int count = V;
 };
 
+// Calls call(Vectors<V>, first channel) over the channels of a row in pieces of 4, 2 and 1 vectors.
 template <typename T, typename Call>
-inline void for_channels(int64_t row, Call call) {
+inline __attribute__((always_inline)) void for_channels(int64_t row, Call call) {
   int64_t channel = 0;
   for (; channel + 4 * LANES<T> <= row; channel += 4 * LANES<T>) call(Vectors<4>{}, channel);
   if (channel + 2 * LANES<T> <= row) {
@@ -100,19 +60,58 @@ inline void for_channels(int64_t row, Call call) {
   if (channel < row) call(Vectors<1>{}, channel);
 }
 
-// ---- forward -----------------------------------------------------------------------------------------------------
-
-template <typename T>
-void forward_query(const Args& args, int64_t b, int64_t n, int64_t h, const Rows<T>& rows, const Scratch<T>& scratch) {
-  if (args.fused) read_fused(args, b, n, h, scratch);
-  else read_plain(args, b, n, h, scratch);
-  find_corners<T, false>(scratch, rows, args.S);
-  for_channels<T>(scratch.row, [&](auto vectors, int64_t channel) {
-    gather<T, decltype(vectors)::count>(scratch, args.K, rows.data + channel, scratch.channels + channel);
-  });
-  const int64_t channels_at = ((b * args.N + n) * args.H + h) * args.D;
-  write_row(scratch.channels, args.D, args.output.dtype, args.output.data, channels_at, T(1));
+inline int64_t points_of_block(const Args& args, int64_t block) {
+  const int64_t left = args.K - block * BLOCK;
+  return left < BLOCK ? left : BLOCK;
 }
+
+// sum over points and corners of weight times row
+template <typename T, typename Storage, int V>
+void gather(const Args& args, int64_t blocks, const PointBlock<T>* points, const Storage* rows, T* output) {
+  constexpr int CHAINS = V <= 2 ? 4 : 2;  // independent sums, against the latency of an addition
+  Vec<T> sum[CHAINS][V] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    const PointBlock<T>& p = points[block];
+    const int64_t count = points_of_block(args, block);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int c = 0; c < int(CORNERS); ++c) {
+        const Storage* row = rows + p.value_at[c][i];
+        const Vec<T> weight = broadcast(p.corner_weight[c][i]);
+        for (int v = 0; v < V; ++v) sum[c % CHAINS][v] += weight * load_vector<T>(row + v * LANES<T>);
+      }
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    Vec<T> total = sum[0][v] + sum[1][v];
+    if (CHAINS == 4) total += sum[CHAINS - 2][v] + sum[CHAINS - 1][v];
+    store(output + v * LANES<T>, total);
+  }
+}
+
+// grad_rows += weight grad_output, and the lanes of grad_output . row, of the points of one block
+template <typename T, typename Storage, int V, bool FIRST>
+void scatter(
+    const PointBlock<T>& p, int64_t count, const Storage* rows, const T* grad_output, T* grad_rows,
+    T* products) {
+  Vec<T> grad[V];
+  for (int v = 0; v < V; ++v) grad[v] = load(grad_output + v * LANES<T>);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int c = 0; c < int(CORNERS); ++c) {
+      const Storage* row = rows + p.value_at[c][i];
+      T* grad_row = grad_rows + p.grad_at[c][i];
+      T* lanes = products + (c * BLOCK + i) * LANES<T>;
+      const Vec<T> weight = broadcast(p.corner_weight[c][i]);
+      Vec<T> product = FIRST ? Vec<T>{} : load(lanes);
+      for (int v = 0; v < V; ++v) {
+        product += grad[v] * load_vector<T>(row + v * LANES<T>);
+        store(grad_row + v * LANES<T>, load(grad_row + v * LANES<T>) + weight * grad[v]);
+      }
+      store(lanes, product);
+    }
+  }
+}
+
+// ---- a worker's share --------------------------------------------------------------------------------------------
 
 // Calls call(pair, first query, end) for every (batch, head) pair of a worker's share.
 template <typename Call>
@@ -126,6 +125,29 @@ inline void for_pairs(const Args& args, int64_t worker, Call call) {
   }
 }
 
+// always_inline: GCC takes a function of prefetches alone for one without effects and drops its calls
+inline __attribute__((always_inline)) void prefetch_row(const View& view, int64_t offset, int64_t count) {
+  const int64_t size = view.dtype == DType::float64 ? 8 : view.dtype == DType::float32 ? 4 : 2;
+  const char* row = static_cast<const char*>(view.data) + offset * size;
+  for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(row + byte);
+}
+
+inline int64_t row_of_channels(const View& view, const Args& args, int64_t b, int64_t n, int64_t h) {
+  return b * view.stride[0] + n * view.stride[1] + h * args.D;
+}
+
+// One head's rows are far apart, each in a page of its own: asked for together, their page walks overlap.
+inline __attribute__((always_inline)) void prefetch_queries(
+    const Args& args, int64_t b, int64_t first, int64_t end, int64_t h, const View& channels) {
+  for (int64_t n = first; n < end; ++n) {
+    prefetch_row(args.places, row_of_points(args.places, b, n, h), 2 * args.K);
+    prefetch_row(args.weights, row_of_points(args.weights, b, n, h), args.K);
+    prefetch_row(channels, row_of_channels(channels, args, b, n, h), args.D);
+  }
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <typename T>
 int64_t bytes_of_worker(const Args& args, bool backward) {
   return Scratch<T>(args, nullptr, backward).bytes;
@@ -136,15 +158,37 @@ Scratch<T> scratch_of(const Args& args, int64_t worker, bool backward) {
   return Scratch<T>(args, args.workspace + worker * bytes_of_worker<T>(args, backward), backward);
 }
 
+// ---- forward -----------------------------------------------------------------------------------------------------
+
+template <typename T, typename Storage>
+void forward_pair(const Args& args, int64_t pair, int64_t first, int64_t end, const Scratch<T>& s) {
+  const int64_t b = pair / args.H, h = pair % args.H;
+  const Rows rows = value_rows<T, Storage>(args, b, h, end - first, s);
+  for (int64_t n0 = first; n0 < end; n0 += QUERIES) {
+    const int64_t n1 = smaller(n0 + QUERIES, end);
+    prefetch_queries(args, b, n1, smaller(n1 + QUERIES, end), h, args.output);
+    for (int64_t n = n0; n < n1; ++n) plan<T, false>(args, b, n, h, rows, s, s.points + (n - n0) * s.blocks);
+    for (int64_t n = n0; n < n1; ++n) {
+      for_channels<T>(s.row, [&](auto vectors, int64_t channel) {
+        gather<T, Storage, decltype(vectors)::count>(
+            args, s.blocks, s.points + (n - n0) * s.blocks, static_cast<const Storage*>(rows.data) + channel,
+            s.channels + channel);
+      });
+      const int64_t offset = row_of_channels(args.output, args, b, n, h);
+      write_row(s.channels, args.D, args.output.dtype, args.output.data, offset, T(1));
+    }
+  }
+}
+
 template <typename T>
 void forward_worker(int64_t worker, void* context) {
   const Args& args = *static_cast<const Args*>(context);
   Scratch<T> scratch = scratch_of<T>(args, worker, false);
   scratch.prepare(args);
   for_pairs(args, worker, [&](int64_t pair, int64_t first, int64_t end) {
-    const int64_t b = pair / args.H, h = pair % args.H;
-    const Rows<T> rows = value_rows(args, b, h, end - first, scratch);
-    for (int64_t n = first; n < end; ++n) forward_query(args, b, n, h, rows, scratch);
+    with_storage_of(T{}, args.value.dtype, [&](auto storage) {
+      forward_pair<T, decltype(storage)>(args, pair, first, end, scratch);
+    });
   });
 }
 
@@ -162,7 +206,7 @@ void write_grad_value(const Args& args, int64_t pair, const Share& positions, co
   const int64_t b = pair / args.H, h = pair % args.H;
   const uint8_t* mask = static_cast<const uint8_t*>(args.value_mask.data);
   if (mask != nullptr) mask += b * args.value_mask.stride[0];
-  with_storage(args.value.dtype, [&](auto storage) {
+  with_storage_of(T{}, args.value.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     for (int64_t s = positions.begin; s < positions.end; ++s) {
       Storage* to = static_cast<Storage*>(args.grad_value.data) + ((b * args.S + s) * args.H + h) * args.D;
@@ -179,25 +223,36 @@ T* reference_parts(const Args& args) {  // [B, H, N, reference_levels, reference
   return reinterpret_cast<T*>(after_scratch);
 }
 
-template <typename T>
-void backward_query(
-    const Args& args, int64_t b, int64_t n, int64_t h, const Rows<T>& rows, T* grad_rows,
-    const Scratch<T>& scratch) {
-  if (args.fused) read_fused(args, b, n, h, scratch);
-  else read_plain(args, b, n, h, scratch);
-  find_corners<T, true>(scratch, rows, args.S);
-  const View& grad = args.grad_output;
-  const int64_t channels_at = b * grad.stride[0] + n * grad.stride[1] + h * args.D;
-  read_row(scratch.channels, args.D, scratch.row, grad.dtype, grad.data, channels_at, T(1));
-  for_channels<T>(scratch.row, [&](auto vectors, int64_t channel) {
-    scatter<T, decltype(vectors)::count>(
-        scratch, args.K, channel == 0, rows.data + channel, scratch.channels + channel, grad_rows + channel);
-  });
-  sample_adjoints(scratch);
-  const int64_t row = (b * args.N + n) * args.H + h;
-  if (!args.fused) return write_plain(args, row, scratch);
-  const int64_t part = ((b * args.H + h) * args.N + n) * args.reference_levels * args.reference_size;
-  write_fused(args, row, scratch, args.grad_reference.data == nullptr ? nullptr : reference_parts<T>(args) + part);
+template <typename T, typename Storage>
+void backward_pair(
+    const Args& args, int64_t pair, int64_t first, int64_t end, T* grad_rows, const Scratch<T>& s) {
+  const int64_t b = pair / args.H, h = pair % args.H, reference_row = args.reference_levels * args.reference_size;
+  memset(grad_rows, 0, size_t((args.S + 1) * s.row) * sizeof(T));
+  const Rows rows = value_rows<T, Storage>(args, b, h, end - first, s);
+  const View& grad_output = args.grad_output;
+  for (int64_t n0 = first; n0 < end; n0 += QUERIES) {
+    const int64_t n1 = smaller(n0 + QUERIES, end);
+    prefetch_queries(args, b, n1, smaller(n1 + QUERIES, end), h, grad_output);
+    for (int64_t n = n0; n < n1; ++n) plan<T, true>(args, b, n, h, rows, s, s.points + (n - n0) * s.blocks);
+    for (int64_t n = n0; n < n1; ++n) {
+      PointBlock<T>* points = s.points + (n - n0) * s.blocks;
+      const int64_t offset = row_of_channels(grad_output, args, b, n, h);
+      read_row(s.channels, args.D, s.row, grad_output.dtype, grad_output.data, offset, T(1));
+      for (int64_t block = 0; block < s.blocks; ++block) {
+        const int64_t count = points_of_block(args, block);
+        const Storage* values = static_cast<const Storage*>(rows.data);
+        for_channels<T>(s.row, [&](auto vectors, int64_t channel) {
+          constexpr int V = decltype(vectors)::count;
+          const auto add = channel == 0 ? scatter<T, Storage, V, true> : scatter<T, Storage, V, false>;
+          add(points[block], count, values + channel, s.channels + channel, grad_rows + channel, s.products);
+        });
+        sample_adjoints(s.products, points[block]);
+      }
+      T* grad_reference =
+          args.grad_reference.data == nullptr ? nullptr : reference_parts<T>(args) + (pair * args.N + n) * reference_row;
+      write_gradients(args, (b * args.N + n) * args.H + h, s, points, grad_reference);
+    }
+  }
 }
 
 template <typename T>
@@ -207,11 +262,10 @@ void backward_worker(int64_t worker, void* context) {
   Scratch<T> scratch = scratch_of<T>(args, worker, true);
   scratch.prepare(args);
   for_pairs(args, worker, [&](int64_t pair, int64_t first, int64_t end) {
-    const int64_t b = pair / args.H, h = pair % args.H;
     T* grad_rows = scratch.grad_slice[slice_of(args, share, pair)];
-    memset(grad_rows, 0, size_t((args.S + 1) * scratch.row) * sizeof(T));
-    const Rows<T> rows = value_rows(args, b, h, end - first, scratch);
-    for (int64_t n = first; n < end; ++n) backward_query(args, b, n, h, rows, grad_rows, scratch);
+    with_storage_of(T{}, args.value.dtype, [&](auto storage) {
+      backward_pair<T, decltype(storage)>(args, pair, first, end, grad_rows, scratch);
+    });
     if (first == 0 && end == args.N) write_grad_value(args, pair, {0, args.S}, grad_rows, scratch.row);
   });
 }

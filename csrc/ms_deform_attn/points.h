@@ -11,10 +11,9 @@ namespace {
 
 using namespace deform;
 
-// Rows of one (batch, head) pair as T: where the first is, the distance between two, and where a row of zeros is.
-template <typename T>
+// Rows of one (batch, head) pair: where the first is, the distance between two, and where a row of zeros is.
 struct Rows {
-  const T* data;
+  const void* data;
   int64_t stride, zeros_at;
   const uint8_t* mask;  // [S], 1 counts as zero; null where masked rows hold zeros already
   int64_t mask_stride;
@@ -22,19 +21,6 @@ struct Rows {
 
 inline int64_t row_of_points(const View& view, int64_t b, int64_t n, int64_t h) {
   return b * view.stride[0] + n * view.stride[1] + h * view.stride[2];
-}
-
-template <typename T>
-void read_plain(const Args& args, int64_t b, int64_t n, int64_t h, const Scratch<T>& scratch) {
-  const Scratch<T> s = scratch;  // a copy: no store can change its pointers
-  const View &places = args.places, &weights = args.weights;
-  read_row(s.pairs, 2 * args.K, 2 * s.padded, places.dtype, places.data, row_of_points(places, b, n, h), T(1));
-  read_row(s.weight, args.K, s.padded, weights.dtype, weights.data, row_of_points(weights, b, n, h), T(1));
-  RK_INDEPENDENT
-  for (int64_t k = 0; k < s.padded; ++k) {
-    s.x[k] = pixel_of_location(s.pairs[2 * k], T(s.width[k]));
-    s.y[k] = pixel_of_location(s.pairs[2 * k + 1], T(s.height[k]));
-  }
 }
 
 template <typename T>
@@ -53,7 +39,30 @@ void softmax_in_place(T* logits, int64_t count, int64_t padded) {
 }
 
 template <typename T>
-void read_reference(const Args& args, int64_t b, int64_t n, const Scratch<T>& s) {
+void read_weights(const Args& args, int64_t b, int64_t n, int64_t h, const Scratch<T>& s, PointBlock<T>* points) {
+  const View& weights = args.weights;
+  const int64_t offset = row_of_points(weights, b, n, h), padded = s.blocks * BLOCK;
+  read_row(s.singles, args.K, padded, weights.dtype, weights.data, offset, T(1));
+  if (args.fused) softmax_in_place(s.singles, args.K, padded);
+  for (int64_t block = 0; block < s.blocks; ++block)
+    memcpy(points[block].weight, s.singles + block * BLOCK, BLOCK * sizeof(T));
+}
+
+template <typename T>
+void read_locations(const Args& args, const Scratch<T>& s, PointBlock<T>* points) {
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    PointBlock<T>& p = points[block];
+    const LevelBlock<T>& level = s.levels[block];
+    const T* pairs = s.pairs + block * 2 * BLOCK;
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      p.x[i] = pixel_of_location(pairs[2 * i], T(level.width[i]));
+      p.y[i] = pixel_of_location(pairs[2 * i + 1], T(level.height[i]));
+    }
+  }
+}
+
+template <typename T>
+void read_reference(const Args& args, int64_t b, int64_t n, const Scratch<T>& s, PointBlock<T>* points) {
   const View& reference = args.reference;
   T box[4] = {};
   for (int64_t l = 0, k = 0; l < args.L; ++l) {
@@ -62,143 +71,183 @@ void read_reference(const Args& args, int64_t b, int64_t n, const Scratch<T>& s)
       read_row(box, args.reference_size, args.reference_size, reference.dtype, reference.data, offset, T(1));
     }
     for (int64_t p = 0; p < args.points[l]; ++p, ++k) {
-      s.reference_x[k] = box[0];
-      s.reference_y[k] = box[1];
-      s.extent_x[k] = box[2];
-      s.extent_y[k] = box[3];
+      PointBlock<T>& block = points[k / BLOCK];
+      block.reference_x[k % BLOCK] = box[0];
+      block.reference_y[k % BLOCK] = box[1];
+      block.extent_x[k % BLOCK] = box[2];
+      block.extent_y[k % BLOCK] = box[3];
     }
   }
 }
 
 template <typename T>
-void read_fused(const Args& args, int64_t b, int64_t n, int64_t h, const Scratch<T>& scratch) {
-  const Scratch<T> s = scratch;
-  const View &places = args.places, &weights = args.weights;
-  read_row(s.pairs, 2 * args.K, 2 * s.padded, places.dtype, places.data, row_of_points(places, b, n, h), T(1));
-  read_row(s.weight, args.K, s.padded, weights.dtype, weights.data, row_of_points(weights, b, n, h), T(1));
-  softmax_in_place(s.weight, args.K, s.padded);
-  read_reference(args, b, n, s);
-  RK_INDEPENDENT
-  for (int64_t k = 0; k < s.padded; ++k) {
-    s.offset_x[k] = s.pairs[2 * k];
-    s.offset_y[k] = s.pairs[2 * k + 1];
-  }
-  if (args.reference_size == 2) {
-    RK_INDEPENDENT
-    for (int64_t k = 0; k < s.padded; ++k) {
-      s.x[k] = pixel_of_point(s.reference_x[k], s.offset_x[k], T(s.width[k]));
-      s.y[k] = pixel_of_point(s.reference_y[k], s.offset_y[k], T(s.height[k]));
+void read_offsets(const Args& args, int64_t b, int64_t n, const Scratch<T>& s, PointBlock<T>* points) {
+  read_reference(args, b, n, s, points);
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    PointBlock<T>& p = points[block];
+    const LevelBlock<T>& level = s.levels[block];
+    const T* pairs = s.pairs + block * 2 * BLOCK;
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      p.offset_x[i] = pairs[2 * i];
+      p.offset_y[i] = pairs[2 * i + 1];
     }
-  } else {
-    RK_INDEPENDENT
-    for (int64_t k = 0; k < s.padded; ++k) {
-      s.x[k] = pixel_of_box(s.reference_x[k], s.extent_x[k], s.offset_x[k], s.half_step[k], T(s.width[k]));
-      s.y[k] = pixel_of_box(s.reference_y[k], s.extent_y[k], s.offset_y[k], s.half_step[k], T(s.height[k]));
+    if (args.reference_size == 2) {
+      for (int64_t i = 0; i < BLOCK; ++i) {
+        p.x[i] = pixel_of_point(p.reference_x[i], p.offset_x[i], T(level.width[i]));
+        p.y[i] = pixel_of_point(p.reference_y[i], p.offset_y[i], T(level.height[i]));
+      }
+    } else {
+      for (int64_t i = 0; i < BLOCK; ++i) {
+        const T step = level.half_step[i], width = T(level.width[i]), height = T(level.height[i]);
+        p.x[i] = pixel_of_box(p.reference_x[i], p.extent_x[i], p.offset_x[i], step, width);
+        p.y[i] = pixel_of_box(p.reference_y[i], p.extent_y[i], p.offset_y[i], step, height);
+      }
     }
   }
+}
+
+template <typename T>
+void read_points(const Args& args, int64_t b, int64_t n, int64_t h, const Scratch<T>& s, PointBlock<T>* points) {
+  const View& places = args.places;
+  const int64_t offset = row_of_points(places, b, n, h);
+  read_row(s.pairs, 2 * args.K, 2 * s.blocks * BLOCK, places.dtype, places.data, offset, T(1));
+  if (args.fused) read_offsets(args, b, n, s, points);
+  else read_locations(args, s, points);
+  read_weights(args, b, n, h, s, points);
 }
 
 // Where the corners of every point are among the rows of values (and of gradients, packed) and what each weighs. A
 // corner that does not exist is the row of zeros and weighs 0, and its gradient goes to the row after the last, which
 // nobody reads: the loops over rows have no branches.
 template <typename T, bool GRADIENTS>
-void find_corners(const Scratch<T>& scratch, const Rows<T>& rows_of_head, int64_t positions) {
-  const Scratch<T> s = scratch;
-  const Rows<T> rows = rows_of_head;
-  const int64_t nowhere = positions * s.row;
-  for (int64_t block = 0; block < s.padded; block += BLOCK) {
-    int32_t exists[CORNERS][BLOCK];
-    RK_INDEPENDENT
-    for (int64_t i = 0; i < BLOCK; ++i) {
-      const int64_t k = block + i;
-      const Cell<T> cell = cell_of(s.x[k], s.y[k], s.height[k], s.width[k]);
-      const T above = s.weight[k] * (T(1) - cell.fraction_y), below = s.weight[k] * cell.fraction_y;
-      s.corner_weight[0][k] = cell.top & cell.left ? above * (T(1) - cell.fraction_x) : T(0);
-      s.corner_weight[1][k] = cell.top & cell.right ? above * cell.fraction_x : T(0);
-      s.corner_weight[2][k] = cell.bottom & cell.left ? below * (T(1) - cell.fraction_x) : T(0);
-      s.corner_weight[3][k] = cell.bottom & cell.right ? below * cell.fraction_x : T(0);
-      exists[0][i] = cell.top & cell.left;
-      exists[1][i] = cell.top & cell.right;
-      exists[2][i] = cell.bottom & cell.left;
-      exists[3][i] = cell.bottom & cell.right;
-      s.fraction_x[k] = cell.fraction_x;
-      s.fraction_y[k] = cell.fraction_y;
-      s.inside[k] = cell.inside;
-      s.row_of_cell[k] = cell.row;
-      s.column_of_cell[k] = cell.column;
-    }
-    RK_INDEPENDENT
-    for (int64_t i = 0; i < BLOCK; ++i) {
-      const int64_t k = block + i, width = s.width[k];
-      const int64_t position = s.start[k] + int64_t(s.row_of_cell[k]) * width + s.column_of_cell[k];
-      const int64_t at = position * rows.stride, below = at + width * rows.stride;
-      s.value_at[0][k] = exists[0][i] ? at : rows.zeros_at;
-      s.value_at[1][k] = exists[1][i] ? at + rows.stride : rows.zeros_at;
-      s.value_at[2][k] = exists[2][i] ? below : rows.zeros_at;
-      s.value_at[3][k] = exists[3][i] ? below + rows.stride : rows.zeros_at;
-      if (GRADIENTS) {
-        const int64_t grad_at = position * s.row, grad_below = grad_at + width * s.row;
-        s.grad_at[0][k] = exists[0][i] ? grad_at : nowhere;
-        s.grad_at[1][k] = exists[1][i] ? grad_at + s.row : nowhere;
-        s.grad_at[2][k] = exists[2][i] ? grad_below : nowhere;
-        s.grad_at[3][k] = exists[3][i] ? grad_below + s.row : nowhere;
-      }
+void find_corners(const LevelBlock<T>& level, const Rows& rows, int64_t grad_stride, int64_t positions, PointBlock<T>& p) {
+  const int64_t stride = rows.stride, zeros_at = rows.zeros_at, nowhere = positions * grad_stride;
+  int32_t exists[CORNERS][BLOCK];
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const Cell<T> cell = cell_of(p.x[i], p.y[i], level.height[i], level.width[i]);
+    const T above = p.weight[i] * (T(1) - cell.fraction_y), below = p.weight[i] * cell.fraction_y;
+    p.corner_weight[0][i] = cell.top & cell.left ? above * (T(1) - cell.fraction_x) : T(0);
+    p.corner_weight[1][i] = cell.top & cell.right ? above * cell.fraction_x : T(0);
+    p.corner_weight[2][i] = cell.bottom & cell.left ? below * (T(1) - cell.fraction_x) : T(0);
+    p.corner_weight[3][i] = cell.bottom & cell.right ? below * cell.fraction_x : T(0);
+    exists[0][i] = cell.top & cell.left;
+    exists[1][i] = cell.top & cell.right;
+    exists[2][i] = cell.bottom & cell.left;
+    exists[3][i] = cell.bottom & cell.right;
+    p.fraction_x[i] = cell.fraction_x;
+    p.fraction_y[i] = cell.fraction_y;
+    p.inside[i] = cell.inside;
+    p.row[i] = cell.row;
+    p.column[i] = cell.column;
+  }
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const int64_t width = level.width[i], position = level.start[i] + p.row[i] * width + p.column[i];
+    const int64_t at = position * stride, below = at + width * stride;
+    p.value_at[0][i] = exists[0][i] ? at : zeros_at;
+    p.value_at[1][i] = exists[1][i] ? at + stride : zeros_at;
+    p.value_at[2][i] = exists[2][i] ? below : zeros_at;
+    p.value_at[3][i] = exists[3][i] ? below + stride : zeros_at;
+    if (GRADIENTS) {
+      const int64_t grad_at = position * grad_stride, grad_below = grad_at + width * grad_stride;
+      p.grad_at[0][i] = exists[0][i] ? grad_at : nowhere;
+      p.grad_at[1][i] = exists[1][i] ? grad_at + grad_stride : nowhere;
+      p.grad_at[2][i] = exists[2][i] ? grad_below : nowhere;
+      p.grad_at[3][i] = exists[3][i] ? grad_below + grad_stride : nowhere;
     }
   }
-  if (rows.mask == nullptr) return;
+}
+
+template <typename T>
+void skip_masked_corners(const LevelBlock<T>& level, const Rows& rows, PointBlock<T>& p) {
   for (int64_t c = 0; c < CORNERS; ++c) {
-    for (int64_t k = 0; k < s.padded; ++k) {
-      if (s.value_at[c][k] == rows.zeros_at) continue;
-      const int64_t row = s.row_of_cell[k] + c / 2, column = s.column_of_cell[k] + c % 2;
-      if (rows.mask[(s.start[k] + row * s.width[k] + column) * rows.mask_stride]) s.value_at[c][k] = rows.zeros_at;
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      if (p.value_at[c][i] == rows.zeros_at) continue;
+      const int64_t row = p.row[i] + c / 2, column = p.column[i] + c % 2;
+      const int64_t position = level.start[i] + row * level.width[i] + column;
+      if (rows.mask[position * rows.mask_stride]) p.value_at[c][i] = rows.zeros_at;
     }
   }
 }
 
-// From the lanes of grad_output . corner to the gradients of weights and pixel coordinates.
+// Everything that the loops over rows need to know of one query and head.
+template <typename T, bool GRADIENTS>
+void plan(
+    const Args& args, int64_t b, int64_t n, int64_t h, const Rows& rows, const Scratch<T>& s, PointBlock<T>* points) {
+  read_points(args, b, n, h, s, points);
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    find_corners<T, GRADIENTS>(s.levels[block], rows, s.row, args.S, points[block]);
+    if (rows.mask != nullptr) skip_masked_corners(s.levels[block], rows, points[block]);
+  }
+}
+
+// ---- gradients ---------------------------------------------------------------------------------------------------
+
+// From the lanes of grad_output . corner to the gradients of weights and, in pixels, of coordinates.
 template <typename T>
-void sample_adjoints(const Scratch<T>& scratch) {
-  const Scratch<T> s = scratch;
+void sample_adjoints(const T* products, PointBlock<T>& p) {
+  T dot[CORNERS][BLOCK];
   for (int64_t c = 0; c < CORNERS; ++c)
-    for (int64_t k = 0; k < s.padded; k += LANES<T>)
-      store(s.dot[c] + k, sums_of_vectors(s.partial[c] + k * LANES<T>));
-  RK_INDEPENDENT
-  for (int64_t k = 0; k < s.padded; ++k) {
+    for (int64_t i = 0; i < BLOCK; i += LANES<T>)
+      store(dot[c] + i, sums_of_vectors(products + (c * BLOCK + i) * LANES<T>));
+  for (int64_t i = 0; i < BLOCK; ++i) {
     const SampleAdjoint<T> adjoint =
-        sample_adjoint(s.dot[0][k], s.dot[1][k], s.dot[2][k], s.dot[3][k], s.fraction_x[k], s.fraction_y[k]);
-    s.grad_weight[k] = adjoint.weight;
-    s.grad_x[k] = s.inside[k] ? s.weight[k] * adjoint.x : T(0);
-    s.grad_y[k] = s.inside[k] ? s.weight[k] * adjoint.y : T(0);
+        sample_adjoint(dot[0][i], dot[1][i], dot[2][i], dot[3][i], p.fraction_x[i], p.fraction_y[i]);
+    p.grad_weight[i] = adjoint.weight;
+    p.grad_x[i] = p.inside[i] ? p.weight[i] * adjoint.x : T(0);
+    p.grad_y[i] = p.inside[i] ? p.weight[i] * adjoint.y : T(0);
   }
 }
 
 template <typename T>
-void write_plain(const Args& args, int64_t row, const Scratch<T>& scratch) {
-  const Scratch<T> s = scratch;
-  RK_INDEPENDENT
-  for (int64_t k = 0; k < args.K; ++k) {
-    s.pairs[2 * k] = location_adjoint(s.grad_x[k], T(s.width[k]));
-    s.pairs[2 * k + 1] = location_adjoint(s.grad_y[k], T(s.height[k]));
+void softmax_adjoints(const Scratch<T>& s, PointBlock<T>* points) {
+  Vec<T> products = {};
+  for (int64_t block = 0; block < s.blocks; ++block)
+    for (int64_t i = 0; i < BLOCK; i += LANES<T>)
+      products += load(points[block].weight + i) * load(points[block].grad_weight + i);
+  const T expected = sum_in_every_lane<T>(products)[0];
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    PointBlock<T>& p = points[block];
+    for (int64_t i = 0; i < BLOCK; ++i) p.grad_weight[i] = softmax_adjoint(p.weight[i], p.grad_weight[i], expected);
   }
-  write_row(s.pairs, 2 * args.K, args.grad_places.dtype, args.grad_places.data, row * args.K * 2, T(1));
-  write_row(s.grad_weight, args.K, args.grad_weights.dtype, args.grad_weights.data, row * args.K, T(1));
+}
+
+template <typename T>
+void place_adjoints(const Args& args, const LevelBlock<T>& level, const PointBlock<T>& p, T* pairs) {
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const T width = T(level.width[i]), height = T(level.height[i]), step = level.half_step[i];
+    if (!args.fused) {
+      pairs[2 * i] = location_adjoint(p.grad_x[i], width);
+      pairs[2 * i + 1] = location_adjoint(p.grad_y[i], height);
+    } else if (args.reference_size == 2) {
+      pairs[2 * i] = point_adjoint(p.grad_x[i], width).offset;
+      pairs[2 * i + 1] = point_adjoint(p.grad_y[i], height).offset;
+    } else {  // a point that is nowhere may have an infinite box: 0 inf is NaN
+      const T x = box_adjoint(p.grad_x[i], p.extent_x[i], p.offset_x[i], step, width).offset;
+      const T y = box_adjoint(p.grad_y[i], p.extent_y[i], p.offset_y[i], step, height).offset;
+      pairs[2 * i] = p.inside[i] ? x : T(0);
+      pairs[2 * i + 1] = p.inside[i] ? y : T(0);
+    }
+  }
 }
 
 // This query and head's part of grad_reference [reference_levels, reference_size].
 template <typename T>
-void add_reference_gradients(const Args& args, const Scratch<T>& s, T* grad_reference) {
+void write_reference_part(const Args& args, const Scratch<T>& s, const PointBlock<T>* points, T* grad_reference) {
   const int64_t size = args.reference_size;
   for (int64_t i = 0; i < args.reference_levels * size; ++i) grad_reference[i] = T(0);
   for (int64_t k = 0; k < args.K; ++k) {
-    if (!s.inside[k]) continue;
-    T* grad = grad_reference + (args.reference_levels == 1 ? 0 : s.level[k]) * size;
-    const T width = T(s.width[k]), height = T(s.height[k]);
+    const PointBlock<T>& p = points[k / BLOCK];
+    const LevelBlock<T>& level = s.levels[k / BLOCK];
+    const int64_t i = k % BLOCK;
+    if (!p.inside[i]) continue;
+    T* grad = grad_reference + (args.reference_levels == 1 ? 0 : level.level[i]) * size;
+    const T width = T(level.width[i]), height = T(level.height[i]), step = level.half_step[i];
     if (size == 2) {
-      grad[0] += point_adjoint(s.grad_x[k], width).reference;
-      grad[1] += point_adjoint(s.grad_y[k], height).reference;
+      grad[0] += point_adjoint(p.grad_x[i], width).reference;
+      grad[1] += point_adjoint(p.grad_y[i], height).reference;
     } else {
-      const BoxAdjoint<T> x = box_adjoint(s.grad_x[k], s.extent_x[k], s.offset_x[k], s.half_step[k], width);
-      const BoxAdjoint<T> y = box_adjoint(s.grad_y[k], s.extent_y[k], s.offset_y[k], s.half_step[k], height);
+      const BoxAdjoint<T> x = box_adjoint(p.grad_x[i], p.extent_x[i], p.offset_x[i], step, width);
+      const BoxAdjoint<T> y = box_adjoint(p.grad_y[i], p.extent_y[i], p.offset_y[i], step, height);
       grad[0] += x.center;
       grad[1] += y.center;
       grad[2] += x.extent;
@@ -207,33 +256,18 @@ void add_reference_gradients(const Args& args, const Scratch<T>& s, T* grad_refe
   }
 }
 
+// `row` counts (batch, query, head) triples; grad_reference is null where not asked for.
 template <typename T>
-void write_fused(const Args& args, int64_t row, const Scratch<T>& scratch, T* grad_reference) {
-  const Scratch<T> s = scratch;
-  Vec<T> expected = {};
-  for (int64_t k = 0; k < s.padded; k += LANES<T>) expected += load(s.weight + k) * load(s.grad_weight + k);
-  const T total = sum_in_every_lane<T>(expected)[0];
-  RK_INDEPENDENT
-  for (int64_t k = 0; k < s.padded; ++k)
-    s.grad_weight[k] = softmax_adjoint(s.weight[k], s.grad_weight[k], total);
-  write_row(s.grad_weight, args.K, args.grad_weights.dtype, args.grad_weights.data, row * args.K, T(1));
-  if (args.reference_size == 2) {
-    RK_INDEPENDENT
-    for (int64_t k = 0; k < args.K; ++k) {
-      s.pairs[2 * k] = point_adjoint(s.grad_x[k], T(s.width[k])).offset;
-      s.pairs[2 * k + 1] = point_adjoint(s.grad_y[k], T(s.height[k])).offset;
-    }
-  } else {
-    RK_INDEPENDENT
-    for (int64_t k = 0; k < args.K; ++k) {  // a point that is nowhere may have an infinite box: 0 inf is NaN
-      const T x = box_adjoint(s.grad_x[k], s.extent_x[k], s.offset_x[k], s.half_step[k], T(s.width[k])).offset;
-      const T y = box_adjoint(s.grad_y[k], s.extent_y[k], s.offset_y[k], s.half_step[k], T(s.height[k])).offset;
-      s.pairs[2 * k] = s.inside[k] ? x : T(0);
-      s.pairs[2 * k + 1] = s.inside[k] ? y : T(0);
-    }
+void write_gradients(
+    const Args& args, int64_t row, const Scratch<T>& s, PointBlock<T>* points, T* grad_reference) {
+  if (args.fused) softmax_adjoints(s, points);
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    place_adjoints(args, s.levels[block], points[block], s.pairs + block * 2 * BLOCK);
+    memcpy(s.singles + block * BLOCK, points[block].grad_weight, BLOCK * sizeof(T));
   }
   write_row(s.pairs, 2 * args.K, args.grad_places.dtype, args.grad_places.data, row * args.K * 2, T(1));
-  if (grad_reference != nullptr) add_reference_gradients(args, s, grad_reference);
+  write_row(s.singles, args.K, args.grad_weights.dtype, args.grad_weights.data, row * args.K, T(1));
+  if (grad_reference != nullptr) write_reference_part(args, s, points, grad_reference);
 }
 
 }  // namespace
