@@ -1,0 +1,187 @@
+"""Results as tables and pictures: `python -m benchmarks.report RESULTS.json [--readme README.md]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .registry import OURS
+
+PICTURES = ("speed.png", "memory.png")
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+Row = Mapping[str, Any]
+
+
+def _milliseconds(contender: Row) -> str:
+    if "unavailable" in contender:
+        return "not installed"
+    times = contender["milliseconds"]
+    return f"{times['median']:.3g} ms ({times['min']:.3g} to {times['max']:.3g})"
+
+
+def _verdict(met: bool | None) -> str:
+    return {True: "met", False: "MISSED", None: "not measured"}[met]
+
+
+def _target(row: Row, against: str) -> str:
+    return "; ".join(
+        f"at most {target['at_most']:.3g}: {_verdict(target['met'])}"
+        for target in row["targets"]
+        if target["against"] == against
+    )
+
+
+def line(row: Row) -> str:
+    """One row of speed in one line."""
+    where = f"{row['op']}, {row['case']}, {row['pass']}: "
+    if row["failure"]:
+        return where + f"FAILED, not timed: {row['failure']}"
+    return where + "; ".join(f"{name} {_milliseconds(each)}" for name, each in row["contenders"].items())
+
+
+def memory_line(row: Row) -> str:
+    """One row of memory in one line."""
+    where = f"{row['op']}, {row['case']}, {row['pass']}: {row['contender']} "
+    if row["failure"]:
+        return where + f"FAILED: {row['failure']}"
+    return where + f"{row['peak_bytes'] / 1e6:.0f} MB"
+
+
+def speed_cells(rows: Iterable[Row]) -> list[list[str]]:
+    """op, case, pass, our time, the contender, its time, ours over its, target: a line for each other contender."""
+    table = []
+    for row in rows:
+        start = [row["op"], row["case"], row["pass"]]
+        if row["failure"]:
+            table.append([*start, "failed, not timed", row["failure"], "", "", ""])
+            continue
+        ours = _milliseconds(row["contenders"][OURS])
+        for name, other in row["contenders"].items():
+            if name == OURS:
+                continue
+            over = other.get("our_time_over_its")
+            quotient = "" if over is None else f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})"
+            table.append([*start, ours, name, _milliseconds(other), quotient, _target(row, name)])
+    return table
+
+
+SPEED_HEAD = ["op", "case", "pass", "ours", "compared with", "its time", "ours / its", "target"]
+MEMORY_HEAD = ["op", "case", "pass", "contender", "peak of the process", "before the call", "target"]
+
+
+def memory_cells(rows: Iterable[Row]) -> list[list[str]]:
+    table = []
+    for row in rows:
+        start = [row["op"], row["case"], row["pass"], row["contender"]]
+        if row["failure"]:
+            table.append([*start, f"failed: {row['failure']}", "", ""])
+            continue
+        target = row["target_bytes"]
+        goal = "" if target is None else f"below {target / 1e6:.0f} MB: {_verdict(row['target_met'])}"
+        table.append([*start, f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['before_bytes'] / 1e6:.0f} MB", goal])
+    return table
+
+
+def aligned(head: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    """Columns for a terminal."""
+    widths = [max(len(cells[column]) for cells in [head, *table]) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in [head, *table]
+    ]
+    return "\n".join(each.rstrip() for each in lines)
+
+
+def markdown(head: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *table]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def origin(results: Row) -> str:
+    """Where the figures come from, in a sentence."""
+    device, versions = results["device"], results["versions"]
+    changed = {True: " with changes", False: "", None: ""}[results["dirty"]]
+    commit = f"commit {results['commit'][:12]}{changed}" if results["commit"] else "no commit"
+    return (
+        f"{device['cpu']}, {device['threads']} threads, SIMD level {device['simd_level']}, "
+        f"PyTorch {versions['torch']}, {commit}, {results['date'][:10]}; medians, in brackets the range"
+    )
+
+
+def text(results: Row) -> str:
+    """Both tables for a terminal."""
+    parts = [origin(results), "", aligned(SPEED_HEAD, speed_cells(results["speed"]))]
+    if results["memory"]:
+        parts += ["", aligned(MEMORY_HEAD, memory_cells(results["memory"]))]
+    return "\n".join(parts)
+
+
+def readme_section(results: Row, link: str) -> str:
+    """What stands between the marks of the README: both tables and a link to their JSON."""
+    speed = markdown(SPEED_HEAD, speed_cells(results["speed"]))
+    memory = markdown(MEMORY_HEAD, memory_cells(results["memory"]))
+    return f"{BEGIN}\n[{origin(results)}]({link})\n\n{speed}\n\n{memory}\n{END}"
+
+
+def fill(page: str, section: str) -> str:
+    """The page with its marked section replaced.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README: expected the marks {BEGIN} and {END}")
+    return before + section + after
+
+
+def draw(results: Row, folder: Path) -> None:
+    """`PICTURES` in `folder`: milliseconds of every contender, and peak memory."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["speed"] if not row["failure"]]
+    figure = Figure(figsize=(10, 1.5 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+    for place, name in enumerate(names):
+        found = [(index, row["contenders"].get(name, {}).get("milliseconds")) for index, row in enumerate(rows)]
+        shown = [(index, times["median"]) for index, times in found if times]
+        offsets = [index + (place - (len(names) - 1) / 2) * 0.8 / len(names) for index, _ in shown]
+        axes.barh(offsets, [median for _, median in shown], height=0.8 / len(names), label=name)
+    axes.set_yticks(range(len(rows)), [f"{row['op']}\n{row['case']}, {row['pass']}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds")
+    axes.set_title(origin(results), fontsize=7)
+    axes.legend(fontsize=7)
+    figure.savefig(folder / PICTURES[0], dpi=130)
+
+    held = [row for row in results["memory"] if not row["failure"]]
+    figure = Figure(figsize=(8, 1.5 + 0.4 * len(held)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([f"{row['contender']}, {row['case']}" for row in held], [row["peak_bytes"] / 1e6 for row in held])
+    axes.invert_yaxis()
+    axes.set_xlabel("MB resident at the peak, PyTorch itself included: routed_attention, forward + backward")
+    figure.savefig(folder / PICTURES[1], dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("results", type=Path, help="an ops.json")
+    parser.add_argument("--readme", type=Path, help="page whose marked section is filled in")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text())
+    print(text(results))
+    if args.readme is not None:
+        link = Path(os.path.relpath(args.results.resolve(), args.readme.resolve().parent)).as_posix()
+        args.readme.write_text(fill(args.readme.read_text(), readme_section(results, link)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

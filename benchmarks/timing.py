@@ -1,0 +1,48 @@
+"""Wall time of several contenders, taken in turns so that a disturbance of the machine hits them alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from time import perf_counter
+
+SHORTEST_SAMPLE = 0.01  # seconds; quicker calls are repeated within a sample
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
+
+
+def _seconds_per_call(call: Callable[[], object], repeats: int) -> float:
+    started = perf_counter()
+    for _ in range(repeats):
+        call()
+    return (perf_counter() - started) / repeats
+
+
+def time_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Seconds a call of each contender, one sample a round, the first of a round in rotation.
+
+    Rounds go on for about `seconds`, within `FEWEST_ROUNDS` and `MOST_ROUNDS`; before them each runs twice unmeasured.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / _seconds_per_call(call, 1)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    started = perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= FEWEST_ROUNDS and perf_counter() - started > seconds:
+            break
+        for name in order[done % len(order) :] + order[: done % len(order)]:
+            samples[name].append(_seconds_per_call(calls[name], repeats[name]))
+    return samples
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+
+
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Spread of our time over theirs, round by round."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])

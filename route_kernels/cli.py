@@ -1,0 +1,75 @@
+"""route-kernels info | bench."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import route_kernels as rk
+
+from . import native
+from .backends import BACKENDS, OPS
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def info() -> Iterator[str]:
+    """What is installed, and for each op which backend can run and why another cannot, line by line."""
+    yield f"route-kernels {rk.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
+    yield f"machine         {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+    if native.load_error is None:
+        yield f"native kernels  loaded, SIMD level {native.simd_level()}"
+    else:
+        yield f"native kernels  none: {native.load_error}"
+        yield "                the ops run on the reference backend (plain PyTorch: correct, slower)"
+    tables = {op: rk.available_backends(op) for op in OPS}
+    width = max(map(len, OPS))
+    yield ""
+    yield "  ".join(["op".ljust(width), *(f"{name:9}" for name in BACKENDS)]).rstrip()
+    for op, table in tables.items():
+        answers = ["yes" if table[name][0] else "no" for name in BACKENDS]
+        yield "  ".join([op.ljust(width), *(f"{answer:9}" for answer in answers)]).rstrip()
+    yield ""
+    for name in BACKENDS:
+        reasons: dict[str, list[str]] = {}
+        for op, table in tables.items():
+            reasons.setdefault(table[name][1].replace(f" for {op}", ""), []).append(op)
+        for reason, ops in reasons.items():
+            yield f"{name:9}  {reason}" + ("" if len(ops) == len(OPS) else f" ({', '.join(ops)})")
+
+
+def bench(options: Sequence[str]) -> int:
+    """Run the benchmarks of the checkout that this package is installed from; they are no part of the wheel."""
+    if not (CHECKOUT / "benchmarks" / "run.py").exists():
+        print(
+            "route-kernels: the benchmarks are part of the repository: clone it and run `make bench`", file=sys.stderr
+        )
+        return 1
+    return subprocess.call([sys.executable, "-m", "benchmarks.run", *options], cwd=CHECKOUT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="route-kernels", description="Fused training kernels for DETR detectors.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench")
+    commands.add_parser("info", help="what is installed, and which backend runs each op")
+    commands.add_parser(
+        "bench", help="verify, then time; options as benchmarks/run.py, for one --quick", add_help=False
+    )
+    args, options = parser.parse_known_args(argv)
+    if args.command == "bench":
+        return bench(options)
+    if options:
+        parser.error(f"unknown options: {' '.join(options)}")
+    print("\n".join(info()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
