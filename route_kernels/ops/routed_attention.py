@@ -105,7 +105,9 @@ def routing_bias(routing: RoutingFactors) -> torch.Tensor:
     """
     if not isinstance(routing, RoutingFactors):
         raise TypeError(f"routing_bias: routing: expected RoutingFactors, got {type(routing).__name__}")
-    _check_factors("routing_bias", routing.sup_q.shape[:1], routing.sup_q.shape[1:2], routing.sup_k.shape[1:2], routing)
+    expect_shape("routing_bias", "routing.sup_q", routing.sup_q, "B", "N", "R")
+    expect_shape("routing_bias", "routing.sup_k", routing.sup_k, "B", "M", "R")
+    _check_factors("routing_bias", *routing.sup_q.shape[:2], routing.sup_k.shape[1], routing)
     dtype, accumulate = routing.sup_q.dtype, accumulate_dtype(routing.sup_q.dtype)
     return reference.routing_bias(*(x.to(accumulate) for x in routing[:6]), routing.limit).to(dtype)
 
@@ -124,7 +126,7 @@ def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, 
         raise ValueError(f"{OP}: query: expected D >= 1 for the default scale 1/sqrt(D), got D = 0")
     factors = (sup_q, sup_k, del_q, del_k, gate_q, gate_k)
     if any(factor is not None for factor in factors):
-        _check_factors(OP, (batch,), (queries,), (keys,), RoutingFactors(*factors, limit))
+        _check_factors(OP, batch, queries, keys, RoutingFactors(*factors, limit))
         expect_floating(OP, "routing.sup_q", sup_q, (query.dtype, accumulate_dtype(query.dtype)))
     if attn_mask is not None:
         _check_attn_mask(attn_mask, (batch, heads, queries, keys))
@@ -140,11 +142,10 @@ def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, 
     )  # fmt: skip
 
 
-def _check_factors(op: str, batch, queries, keys, routing: RoutingFactors) -> None:
+def _check_factors(op: str, b: int, n: int, m: int, routing: RoutingFactors) -> None:
     for name, factor in zip(RoutingFactors._fields[:6], routing[:6], strict=True):
         expect_tensors(op, **{f"routing.{name}": factor})
         expect_floating(op, f"routing.{name}", factor, (routing.sup_q.dtype,))
-    (b,), (n,), (m,) = batch, queries, keys
     expect_shape(op, "routing.sup_q", routing.sup_q, ("B", b), ("N", n), "R")
     rank = routing.sup_q.shape[2]
     expect_shape(op, "routing.sup_k", routing.sup_k, ("B", b), ("M", m), ("R", rank))

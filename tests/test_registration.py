@@ -1,0 +1,255 @@
+"""The whole matrix for every op, generated from the list of registered ops and the samples of the public ones."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import route_kernels as rk
+from route_kernels import native
+from route_kernels.backends import OPS as PUBLIC
+from route_kernels.ops import registry
+from route_kernels.testing import call, converted, map_tensors, named_tensors, outcome, sample_arguments
+
+PUBLIC_SAMPLES = [(op, label) for op in PUBLIC for label in sample_arguments(op)]
+DIFFERENTIABLE = [(op, label) for op, label in PUBLIC_SAMPLES if label != "relu"]
+FIRST_SAMPLES = [(op, next(iter(sample_arguments(op)))) for op in PUBLIC]
+needs_native = pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
+each_sample = pytest.mark.parametrize("op, label", PUBLIC_SAMPLES)
+
+
+def sample(op, label, dtype=torch.float32, **sizes):
+    return sample_arguments(op, dtype, **sizes)[label]
+
+
+def public_outcome(op, arguments):
+    output_shape = call(op, arguments).shape
+    generator = torch.Generator().manual_seed(1)
+    grad_output = torch.randn(output_shape, generator=generator)
+    return outcome(lambda **arguments: call(op, arguments), arguments, grad_output)
+
+
+class RecordCalls(TorchDispatchMode):
+    """Every call of a registered op, below autograd: {name: [(args, kwargs), ...]}."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "route_kernels":
+            self.calls.setdefault(name, []).append((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded_calls():
+    with RecordCalls() as record:
+        for op, label in PUBLIC_SAMPLES:
+            if native.load_error is None:
+                public_outcome(op, sample(op, label, queries=7))
+    return record.calls
+
+
+# ---- every registered op -------------------------------------------------------------------------------------------
+
+
+@needs_native
+def test_every_registered_op_is_reached_by_samples():
+    assert set(registry.OPS) == set(recorded_calls()), "an op without samples: add them to route_kernels.testing"
+
+
+def test_every_public_op_is_registered():
+    assert set(PUBLIC) <= set(registry.OPS)
+    assert all(name.removesuffix("_backward") in PUBLIC for name in registry.OPS)
+
+
+@needs_native
+@pytest.mark.parametrize("name", registry.OPS)
+def test_opcheck(name):
+    overload = getattr(torch.ops.route_kernels, name).default
+    for args, kwargs in recorded_calls()[name]:
+        differentiable = not name.endswith("_backward")
+
+        def fresh(argument, differentiable=differentiable):
+            if not isinstance(argument, torch.Tensor):
+                return argument
+            return argument.detach().clone().requires_grad_(argument.requires_grad and differentiable)
+
+        torch.library.opcheck(overload, tuple(map(fresh, args)), kwargs)
+
+
+# ---- every public op -----------------------------------------------------------------------------------------------
+
+
+@each_sample
+def test_fake_tensors_have_the_metadata_of_real_ones(op, label):
+    real = public_outcome(op, sample(op, label))
+    mode = FakeTensorMode()
+    fakes = map_tensors(
+        sample(op, label), lambda tensor: mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+    )
+    with mode:
+        fake = public_outcome(op, fakes)
+    assert fake.keys() == real.keys()
+    for name, tensor in real.items():
+        assert (fake[name].shape, fake[name].dtype) == (tensor.shape, tensor.dtype), name
+        assert fake[name].stride() == tensor.stride(), name
+
+
+def route_kernels_in(counter):
+    """For each compiled graph that calls anything, the registered ops that it calls."""
+    calls = [[node for node in graph.graph.nodes if node.op == "call_function"] for graph in counter.graphs]
+    targets = [[str(node.target) for node in nodes] for nodes in calls if nodes]
+    return [[target for target in graph if target.startswith("route_kernels.")] for graph in targets]
+
+
+def check_compiled_once(op, label, counter):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **arguments: call(op, arguments), backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
+    for queries in (33, 40, 57):
+        arguments = sample(op, label, queries=queries)
+        grad_output = torch.randn(call(op, arguments).shape)
+        expected = outcome(lambda **arguments: call(op, arguments), arguments, grad_output)
+        results = outcome(compiled, arguments, grad_output)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(results[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+        compilations.append(counter.frame_count)
+    assert compilations[0] > 0 and len(set(compilations)) == 1, compilations
+
+
+@each_sample
+def test_compiles_once_for_any_number_of_queries(op, label):
+    counter = CompileCounterWithBackend("aot_eager")
+    check_compiled_once(op, label, counter)
+    fused = native.load_error is None and label != "mean"
+    assert route_kernels_in(counter) == ([[f"route_kernels.{op}"]] if fused else [[]])
+
+
+@pytest.mark.parametrize("op, label", FIRST_SAMPLES)
+def test_the_reference_backend_compiles_once(op, label):
+    counter = CompileCounterWithBackend("eager")
+    with rk.backend("reference"):
+        check_compiled_once(op, label, counter)
+    assert route_kernels_in(counter) == [[]]
+
+
+@needs_native
+def test_a_compiled_call_follows_a_later_request_for_a_backend():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda arguments: call("routed_attention", arguments), backend=counter, fullgraph=True)
+    arguments = sample("routed_attention", "routed")
+    for backend in (None, "reference"):
+        with rk.backend(backend):
+            torch.testing.assert_close(compiled(arguments), call("routed_attention", arguments))
+    assert route_kernels_in(counter) == [["route_kernels.routed_attention"], []]
+
+
+def test_a_backend_may_be_requested_inside_a_compiled_function():
+    def attend(arguments):
+        with rk.backend("reference"):
+            return call("routed_attention", arguments)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    arguments = sample("routed_attention", "routed")
+    torch.testing.assert_close(torch.compile(attend, backend=counter, fullgraph=True)(arguments), attend(arguments))
+    assert route_kernels_in(counter) == [[]]
+
+
+@each_sample
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_autocast(op, label, backend):
+    arguments = sample(op, label)
+    with rk.backend(backend):
+        expected = public_outcome(op, arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            results = public_outcome(op, arguments)
+            doubled = call(op, sample(op, label, torch.float64))
+    assert results["output"].dtype == (torch.float32 if op == "query_similarity" else torch.bfloat16)
+    assert doubled.dtype == torch.float64
+    for name, tensor in expected.items():
+        assert name == "output" or results[name].dtype == torch.float32, name
+        torch.testing.assert_close(results[name].float(), tensor, rtol=0.1, atol=0.1, msg=name)
+
+
+@each_sample
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_inference_mode_and_no_grad(op, label, backend):
+    arguments = sample(op, label)
+    with rk.backend(backend):
+        expected = call(op, arguments)
+        with torch.no_grad():
+            without_grad = call(op, arguments)
+        with torch.inference_mode():
+            outside = call(op, arguments)
+            inside = call(op, converted(arguments, torch.float32))
+    assert not without_grad.requires_grad and without_grad.grad_fn is None
+    assert outside.is_inference() and inside.is_inference()
+    for output in (without_grad, outside, inside):
+        assert torch.equal(output, expected)
+
+
+@each_sample
+@pytest.mark.parametrize("threads", [1, 2])
+def test_deterministic_mode_allows_it_and_changes_nothing(op, label, threads):
+    torch.set_num_threads(threads)
+    arguments = sample(op, label)
+    expected = public_outcome(op, arguments)
+    torch.use_deterministic_algorithms(True)  # also fills what `empty` allocates with NaN
+    try:
+        results = public_outcome(op, arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in expected.items():
+        assert torch.equal(results[name], tensor), name
+
+
+@needs_native
+@pytest.mark.parametrize("op, label", DIFFERENTIABLE)
+def test_second_derivative_is_a_clear_error(op, label):
+    if op == "query_similarity":
+        pytest.skip("mean is plain PyTorch: it has a second derivative (test_query_similarity)")
+    arguments = sample(op, label)
+    wanted = [tensor for _, tensor in named_tensors(arguments) if tensor.requires_grad]
+    grads = torch.autograd.grad(call(op, arguments).square().sum(), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"{op}: second derivatives are not supported .*reference"):
+        torch.autograd.grad(sum(grad.square().sum() for grad in grads), wanted)
+
+
+@pytest.mark.parametrize("op, label", DIFFERENTIABLE)
+def test_second_derivative_on_the_reference_backend(op, label):
+    with rk.backend("reference"):
+        arguments = sample(op, label)
+        wanted = [tensor for _, tensor in named_tensors(arguments) if tensor.requires_grad]
+        grads = torch.autograd.grad(call(op, arguments).square().sum(), wanted, create_graph=True)
+        seconds = torch.autograd.grad(sum(grad.square().sum() for grad in grads), wanted)
+    assert all(tensor.isfinite().all() for tensor in seconds) and any(tensor.any() for tensor in seconds)
+
+
+@pytest.mark.parametrize("op, label", DIFFERENTIABLE)
+def test_a_gradient_asked_for_alone_is_the_same(op, label):
+    arguments = sample(op, label)
+    everything = public_outcome(op, arguments)
+    for name, tensor in named_tensors(arguments):
+        if not tensor.requires_grad:
+            continue
+        alone = map_tensors(arguments, lambda other, tensor=tensor: tensor if other is tensor else other.detach())
+        results = public_outcome(op, alone)
+        assert set(results) == {"output", f"grad {name}"}
+        assert torch.equal(results[f"grad {name}"], everything[f"grad {name}"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op, label", DIFFERENTIABLE)
+def test_inductor(op, label):
+    torch._dynamo.reset()
+    arguments = sample(op, label)
+    compiled = torch.compile(lambda **arguments: call(op, arguments), fullgraph=True, dynamic=True)
+    grad_output = torch.randn(call(op, arguments).shape)
+    expected = outcome(lambda **arguments: call(op, arguments), arguments, grad_output)
+    for name, tensor in outcome(compiled, arguments, grad_output).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5, msg=name)
