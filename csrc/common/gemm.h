@@ -32,26 +32,27 @@ inline __attribute__((always_inline)) void gemm_block(
     for (int v = 0; v < VECTORS; ++v) store(c + r * c_row + v * LANES<T>, sum[r][v]);
 }
 
-template <typename T, bool ACCUMULATE, int ROWS>
-inline __attribute__((always_inline)) void gemm_rows(
-    int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
-    int64_t c_row) {
-  int64_t column = 0;
-  for (; column + 2 * LANES<T> <= n; column += 2 * LANES<T>)
-    gemm_block<T, ACCUMULATE, ROWS, 2>(k, a, a_row, a_column, b + column, b_row, c + column, c_row);
-  if (column < n) gemm_block<T, ACCUMULATE, ROWS, 1>(k, a, a_row, a_column, b + column, b_row, c + column, c_row);
+template <typename T, bool ACCUMULATE, int VECTORS>
+inline __attribute__((always_inline)) void gemm_columns(
+    int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row) {
+  int64_t row = 0;
+  for (; row + GEMM_ROWS <= m; row += GEMM_ROWS)
+    gemm_block<T, ACCUMULATE, GEMM_ROWS, VECTORS>(
+        k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
+  for (; row < m; ++row)
+    gemm_block<T, ACCUMULATE, 1, VECTORS>(k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
 }
 
 // C (+)= A B. A [m, k] with any strides; B [k, n] and C [m, n] with contiguous rows; n a multiple of LANES<T>.
+// All rows of A meet one panel of B, [k, 2 vectors], while it is in the first-level cache.
 template <typename T, bool ACCUMULATE>
 __attribute__((noinline)) void gemm(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
     int64_t c_row) {
-  int64_t row = 0;
-  for (; row + GEMM_ROWS <= m; row += GEMM_ROWS)
-    gemm_rows<T, ACCUMULATE, GEMM_ROWS>(n, k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
-  for (; row < m; ++row)
-    gemm_rows<T, ACCUMULATE, 1>(n, k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
+  int64_t column = 0;
+  for (; column + 2 * LANES<T> <= n; column += 2 * LANES<T>)
+    gemm_columns<T, ACCUMULATE, 2>(m, k, a, a_row, a_column, b + column, b_row, c + column, c_row);
+  if (column < n) gemm_columns<T, ACCUMULATE, 1>(m, k, a, a_row, a_column, b + column, b_row, c + column, c_row);
 }
 
 }  // namespace

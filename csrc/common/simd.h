@@ -72,18 +72,28 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// Lanes are combined by halves, so the additions of a step are independent of each other.
+template <typename T, int BYTES, typename Combine>
+inline T combine_lanes(const T* lanes, Combine combine) {
+  if constexpr (BYTES == int(sizeof(T))) {
+    return lanes[0];
+  } else {
+    typedef T Half __attribute__((vector_size(BYTES / 2), aligned(sizeof(T)), may_alias));
+    const Half* halves = reinterpret_cast<const Half*>(lanes);
+    const Half combined = combine(halves[0], halves[1]);
+    return combine_lanes<T, BYTES / 2>(reinterpret_cast<const T*>(&combined), combine);
+  }
+}
+
 template <typename T>
 inline T sum_of_lanes(Vec<T> v) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < LANES<T>; ++lane) sum += v[lane];
-  return sum;
+  return combine_lanes<T, RK_SIMD_BYTES>(reinterpret_cast<const T*>(&v), [](auto a, auto b) { return a + b; });
 }
 
 template <typename T>
 inline T max_of_lanes(Vec<T> v) {
-  T best = v[0];
-  for (int64_t lane = 1; lane < LANES<T>; ++lane) best = v[lane] > best ? v[lane] : best;
-  return best;
+  return combine_lanes<T, RK_SIMD_BYTES>(
+      reinterpret_cast<const T*>(&v), [](auto a, auto b) { return a > b ? a : b; });
 }
 
 template <typename T>
@@ -92,10 +102,11 @@ constexpr int64_t round_up_to_lanes(int64_t n) {
 }
 
 // exp(x) for x <= 0 (and up to 80, for rounding): x = n ln2 + r, |r| <= ln2 / 2, exp(x) = 2^n exp(r).
+// Adding 1.5 * 2^23 + 127 rounds to an integer whose low bits are the exponent field of 2^n.
 // Below the smallest normal number the result is 0; NaN stays NaN. At most 2 ulp.
 inline Vec<float> exp_nonpositive(Vec<float> x) {
   using Bits = VectorOf<float>::bits;
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const float shifter = 12583039.0f;
   const Vec<float> shifted = x * 1.44269504088896341f + shifter;
   const Vec<float> n = shifted - shifter;
   const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -105,14 +116,14 @@ inline Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const Bits exponent = ((Bits)shifted + (127 - 0x4B400000)) << 23;
-  return x < -87.33f ? Vec<float>{} : p * (Vec<float>)exponent;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return x < -87.33f ? Vec<float>{} : p * (Vec<float>)((Bits)shifted << 23);
 }
 
 inline Vec<double> exp_nonpositive(Vec<double> x) {
   using Bits = VectorOf<double>::bits;
-  const double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  const double shifter = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 and the bias of the exponent
   const Vec<double> shifted = x * 1.4426950408889634074 + shifter;
   const Vec<double> n = shifted - shifter;
   const Vec<double> r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
@@ -130,8 +141,7 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  const Bits exponent = ((Bits)shifted + (1023 - 0x4338000000000000LL)) << 52;
-  return x < -708.0 ? Vec<double>{} : p * (Vec<double>)exponent;
+  return x < -708.0 ? Vec<double>{} : p * (Vec<double>)((Bits)shifted << 52);
 }
 
 // ---- storage types -------------------------------------------------------------------------------------------

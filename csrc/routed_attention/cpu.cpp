@@ -1,4 +1,4 @@
-// Routed attention on a CPU. A worker takes a block of 32 queries with all its heads: the bias tile of 32 x 256 pairs is
+// Routed attention on a CPU. A worker takes a block of 64 queries with all its heads: the bias tile of 64 x 128 pairs is
 // computed once and added for every head, so its cost is divided by H. Forward is an online softmax; backward recomputes
 // the probabilities from lse. Workers add the gradients of keys into slots of their own, summed in a fixed order.
 
@@ -30,14 +30,14 @@ struct ForwardScratch {
   BiasTile<T> bias;
   QueryRows<T> query;   // [H, BLOCK_N, D] scale q
   QueryRows<T> output;  // [H, BLOCK_N, D] sum_j exp(S_hij - max) v_hj
-  T* logits;            // [BLOCK_N, BLOCK_M]
+  T* logits;            // [BLOCK_N, TILE_ROW]
   T* row_max;           // [H, BLOCK_N]
   T* row_sum;           // [H, BLOCK_N] sum_j exp(S_hij - max)
   T* packing;           // [BLOCK_M, widest of D, R, G]
 
   ForwardScratch(Blocks& blocks, const RoutedAttention& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels), output(blocks, a.heads, a.channels),
-        logits(blocks.take<T>(BLOCK_N * BLOCK_M)), row_max(blocks.take<T>(a.heads * BLOCK_N)),
+        logits(blocks.take<T>(TILE_SIZE<T>)), row_max(blocks.take<T>(a.heads * BLOCK_N)),
         row_sum(blocks.take<T>(a.heads * BLOCK_N)), packing(blocks.take<T>(BLOCK_M * widest_row<T>(a))) {}
 };
 
@@ -67,12 +67,7 @@ struct Forward {
 
   void attend(int64_t worker) const {
     ForwardScratch<T> s = scratch_of(worker);
-    const int64_t blocks_of_image = blocks_of(a.queries, BLOCK_N);
-    const Share share = share_of(a.batch * blocks_of_image, worker, a.parallel.workers);
-    for (int64_t item = share.begin; item < share.end; ++item) {
-      const int64_t b = item / blocks_of_image, first = item % blocks_of_image * BLOCK_N;
-      attend_block(s, b, first, smaller(BLOCK_N, a.queries - first));
-    }
+    for_blocks_of(a, worker, [&](int64_t b, int64_t first, int64_t rows) { attend_block(s, b, first, rows); });
   }
 
   void attend_block(ForwardScratch<T>& s, int64_t b, int64_t first, int64_t rows) const {
@@ -96,22 +91,14 @@ struct Forward {
     const T* bias = s.bias.of_head(a, b, h, first, rows, key);
     gemm<T, false>(
         rows, columns, a.channels, s.query.of_head(h), padded, 1, packed.key.flipped_at(slice, key),
-        packed.key.padded_keys, s.logits, BLOCK_M);
+        TILE_ROW<T>, s.logits, TILE_ROW<T>);
     for (int64_t i = 0; i < rows; ++i) {
-      T* row = s.logits + i * BLOCK_M;
-      Vec<T> largest = broadcast(NOT_VISIBLE<T>);
-      if (bias != nullptr) {
-        for (int64_t j = 0; j < columns; j += LANES<T>) {
-          const Vec<T> logits = add_bias<T>(load(row + j), load(bias + i * BLOCK_M + j));
-          store(row + j, logits);
-          largest = max<T>(logits, largest);
-        }
-      } else {
-        for (int64_t j = 0; j < columns; j += LANES<T>) largest = max<T>(load(row + j), largest);
-      }
+      T* row = s.logits + i * TILE_ROW<T>;
+      const T* bias_row = bias == nullptr ? nullptr : bias + i * TILE_ROW<T>;
+      const T in_tile = s.bias.masked ? add_row<true>(row, bias_row, columns) : add_row<false>(row, bias_row, columns);
       T& row_max = s.row_max[h * BLOCK_N + i];
       T& row_sum = s.row_sum[h * BLOCK_N + i];
-      const T before = row_max, in_tile = max_of_lanes<T>(largest);
+      const T before = row_max;
       row_max = in_tile > before ? in_tile : before;
       const T shift = row_max == NOT_VISIBLE<T> ? T(0) : row_max;
       Vec<T> sum = {};
@@ -128,8 +115,24 @@ struct Forward {
       }
     }
     gemm<T, true>(
-        rows, padded, smaller(BLOCK_M, a.keys - key), s.logits, BLOCK_M, 1, packed.value.rows_at(slice, key), padded,
+        rows, padded, smaller(BLOCK_M, a.keys - key), s.logits, TILE_ROW<T>, 1, packed.value.rows_at(slice, key), padded,
         s.output.of_head(h), padded);
+  }
+
+  // row += bias; the largest entry.
+  template <bool MASKED>
+  static T add_row(T* row, const T* bias, int64_t columns) {
+    Vec<T> largest = broadcast(NOT_VISIBLE<T>);
+    if (bias == nullptr) {
+      for (int64_t j = 0; j < columns; j += LANES<T>) largest = max<T>(load(row + j), largest);
+    } else {
+      for (int64_t j = 0; j < columns; j += LANES<T>) {
+        const Vec<T> logits = add_bias<T, MASKED>(load(row + j), load(bias + j));
+        store(row + j, logits);
+        largest = max<T>(logits, largest);
+      }
+    }
+    return max_of_lanes<T>(largest);
   }
 
   // O = output / sum, lse = max + log(sum); a query that attended nothing gives 0 and lse = +inf, so that
@@ -183,17 +186,17 @@ struct BackwardScratch {
   QueryRows<T> grad_sup_q, grad_del_q, grad_gate_q;  // [BLOCK_N, R], [BLOCK_N, R], [BLOCK_N, G]
   T* lse;           // [H, BLOCK_N]
   T* dot;           // [H, BLOCK_N] T_hi = dO_hi . O_hi
-  T* probability;   // [BLOCK_N, BLOCK_M] P
-  T* grad_logits;   // [BLOCK_N, BLOCK_M] dS
-  T* grad_bias;     // [BLOCK_N, BLOCK_M] sum_h dS
+  T* probability;   // [BLOCK_N, TILE_ROW] P
+  T* grad_logits;   // [BLOCK_N, TILE_ROW] dS
+  T* grad_bias;     // [BLOCK_N, TILE_ROW] sum_h dS
   T* packing;       // [BLOCK_M, widest of D, R, G]
 
   BackwardScratch(Blocks& blocks, const RoutedAttention& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels), grad_output(blocks, a.heads, a.channels),
         grad_query(blocks, a.heads, a.channels), grad_sup_q(blocks, 1, a.sup_rank), grad_del_q(blocks, 1, a.del_rank),
         grad_gate_q(blocks, 1, a.gate_rank), lse(blocks.take<T>(a.heads * BLOCK_N)),
-        dot(blocks.take<T>(a.heads * BLOCK_N)), probability(blocks.take<T>(BLOCK_N * BLOCK_M)),
-        grad_logits(blocks.take<T>(BLOCK_N * BLOCK_M)), grad_bias(blocks.take<T>(BLOCK_N * BLOCK_M)),
+        dot(blocks.take<T>(a.heads * BLOCK_N)), probability(blocks.take<T>(TILE_SIZE<T>)),
+        grad_logits(blocks.take<T>(TILE_SIZE<T>)), grad_bias(blocks.take<T>(TILE_SIZE<T>)),
         packing(blocks.take<T>(BLOCK_M * widest_row<T>(a))) {}
 };
 
@@ -219,8 +222,6 @@ struct Backward {
     workspace_bytes = blocks.used + slots * slot_bytes + a.parallel.workers * scratch_bytes + ALIGNMENT;
   }
 
-  int64_t blocks_of_image() const { return blocks_of(a.queries, BLOCK_N); }
-
   // Walking through (image, worker) pairs in order, each step raises one of them: the sum numbers the slots.
   KeyGradients<T> slot_of(int64_t worker, int64_t b) const {
     Blocks own(slots_base + (worker + b) * slot_bytes);
@@ -236,15 +237,13 @@ struct Backward {
 
   void differentiate(int64_t worker) const {
     BackwardScratch<T> s = scratch_of(worker);
-    const Share share = share_of(a.batch * blocks_of_image(), worker, a.parallel.workers);
     int64_t image = -1;
-    for (int64_t item = share.begin; item < share.end; ++item) {
-      const int64_t b = item / blocks_of_image(), first = item % blocks_of_image() * BLOCK_N;
+    for_blocks_of(a, worker, [&](int64_t b, int64_t first, int64_t rows) {
       const KeyGradients<T> keys = slot_of(worker, b);
       if (b != image) memset(keys.key, 0, size_t(keys.bytes));
       image = b;
-      differentiate_block(s, keys, b, first, smaller(BLOCK_N, a.queries - first));
-    }
+      differentiate_block(s, keys, b, first, rows);
+    });
   }
 
   void read_block(BackwardScratch<T>& s, int64_t b, int64_t first, int64_t rows) const {
@@ -274,7 +273,7 @@ struct Backward {
     for (int64_t key = 0; key < a.keys; key += BLOCK_M) {
       if (!BiasTile<T>::sees(a, b, first, rows, key)) continue;
       s.bias.compute(a, packed.factors, b, first, rows, key);
-      if (a.routed) memset(s.grad_bias, 0, size_t(rows * BLOCK_M) * sizeof(T));
+      if (a.routed) memset(s.grad_bias, 0, size_t(rows * TILE_ROW<T>) * sizeof(T));
       for (int64_t h = 0; h < a.heads; ++h) differentiate_tile(s, keys, b, h, first, rows, key);
       if (a.routed) differentiate_routes(s, keys, b, rows, key);
     }
@@ -289,30 +288,41 @@ struct Backward {
     const T* query = s.query.of_head(h);
     const T* grad_output = s.grad_output.of_head(h);
     gemm<T, false>(
-        rows, columns, a.channels, query, padded, 1, packed.key.flipped_at(slice, key), packed.key.padded_keys,
-        s.probability, BLOCK_M);
+        rows, columns, a.channels, query, padded, 1, packed.key.flipped_at(slice, key), TILE_ROW<T>,
+        s.probability, TILE_ROW<T>);
     gemm<T, false>(
         rows, columns, a.channels, grad_output, padded, 1, packed.value.flipped_at(slice, key),
-        packed.value.padded_keys, s.grad_logits, BLOCK_M);
+        TILE_ROW<T>, s.grad_logits, TILE_ROW<T>);
     for (int64_t i = 0; i < rows; ++i) {
-      const Vec<T> lse = broadcast(s.lse[h * BLOCK_N + i]), dot = broadcast(s.dot[h * BLOCK_N + i]);
-      for (int64_t e = i * BLOCK_M; e < i * BLOCK_M + columns; e += LANES<T>) {
-        const Vec<T> plain = load(s.probability + e);
-        const Vec<T> logits = bias == nullptr ? plain : add_bias<T>(plain, load(bias + e));
-        const Vec<T> probability = exp_nonpositive(logits - lse);
-        const Vec<T> grad_logits = probability * (load(s.grad_logits + e) - dot);
-        store(s.probability + e, probability);
-        store(s.grad_logits + e, grad_logits);
-        if (a.routed) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logits);
-      }
+      const int64_t row = i * TILE_ROW<T>, of_head = h * BLOCK_N + i;
+      const auto differentiate = s.bias.masked ? differentiate_row<true> : differentiate_row<false>;
+      differentiate(
+          s.probability + row, s.grad_logits + row, bias == nullptr ? nullptr : bias + row,
+          a.routed ? s.grad_bias + row : nullptr, s.lse[of_head], s.dot[of_head], columns);
     }
     const int64_t key_row = (h * a.keys + key) * padded;
     gemm<T, true>(
-        count, padded, rows, s.probability, 1, BLOCK_M, grad_output, padded, keys.value + key_row, padded);
-    gemm<T, true>(count, padded, rows, s.grad_logits, 1, BLOCK_M, query, padded, keys.key + key_row, padded);
+        count, padded, rows, s.probability, 1, TILE_ROW<T>, grad_output, padded, keys.value + key_row, padded);
+    gemm<T, true>(count, padded, rows, s.grad_logits, 1, TILE_ROW<T>, query, padded, keys.key + key_row, padded);
     gemm<T, true>(
-        rows, padded, count, s.grad_logits, BLOCK_M, 1, packed.key.rows_at(slice, key), padded,
+        rows, padded, count, s.grad_logits, TILE_ROW<T>, 1, packed.key.rows_at(slice, key), padded,
         s.grad_query.of_head(h), padded);
+  }
+
+  // P = exp(S + bias - lse),  dS = P (dP - T),  dbias += dS; S becomes P and dP becomes dS.
+  template <bool MASKED>
+  static void differentiate_row(
+      T* logits, T* grad, const T* bias, T* grad_bias, T lse_of_row, T dot_of_row, int64_t columns) {
+    const Vec<T> lse = broadcast(lse_of_row), dot = broadcast(dot_of_row);
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      const Vec<T> plain = load(logits + j);
+      const Vec<T> biased = bias == nullptr ? plain : add_bias<T, MASKED>(plain, load(bias + j));
+      const Vec<T> probability = exp_nonpositive(biased - lse);
+      const Vec<T> grad_logits = probability * (load(grad + j) - dot);
+      store(logits + j, probability);
+      store(grad + j, grad_logits);
+      if (grad_bias != nullptr) store(grad_bias + j, load(grad_bias + j) + grad_logits);
+    }
   }
 
   void differentiate_routes(
@@ -321,7 +331,7 @@ struct Backward {
     const Vec<T> limit = broadcast(a.clamped ? T(a.limit) : T(__builtin_inff()));
     BiasTile<T>& tile = s.bias;
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t e = i * BLOCK_M; e < i * BLOCK_M + tile.columns; e += LANES<T>) {
+      for (int64_t e = i * TILE_ROW<T>; e < i * TILE_ROW<T> + tile.columns; e += LANES<T>) {
         const Vec<T> grad_r = clamp_adjoint(load(tile.del + e), limit, load(s.grad_bias + e));
         const RouteGradient<Vec<T>> g = route_adjoint(load(tile.p + e), load(tile.sup + e), grad_r);
         store(tile.sup + e, g.sup), store(tile.del + e, g.del), store(tile.p + e, g.gate);
@@ -337,9 +347,9 @@ struct Backward {
       T* grad_keys, int64_t b, int64_t rows, int64_t key, int64_t count) {
     const int64_t padded = keys.padded_columns;
     gemm<T, true>(
-        rows, padded, count, grad_product, BLOCK_M, 1, keys.rows_at(b, key), padded, grad_queries.data, padded);
+        rows, padded, count, grad_product, TILE_ROW<T>, 1, keys.rows_at(b, key), padded, grad_queries.data, padded);
     gemm<T, true>(
-        count, padded, rows, grad_product, 1, BLOCK_M, queries.data, padded, grad_keys + key * padded, padded);
+        count, padded, rows, grad_product, 1, TILE_ROW<T>, queries.data, padded, grad_keys + key * padded, padded);
   }
 
   void write_block(const BackwardScratch<T>& s, int64_t b, int64_t first, int64_t rows) const {
@@ -361,9 +371,7 @@ struct Backward {
     const int64_t offset = (h * a.keys + first) * padded;
     memset(sum, 0, size_t(count * padded) * sizeof(T));
     for (int64_t worker = 0; worker < a.parallel.workers; ++worker) {
-      const Share share = share_of(a.batch * blocks_of_image(), worker, a.parallel.workers);
-      if (share.begin >= (b + 1) * blocks_of_image() || share.end <= b * blocks_of_image() || share.begin == share.end)
-        continue;
+      if (!works_on(a, worker, b)) continue;
       const T* part = slot_of(worker, b).*member + offset;
       for (int64_t e = 0; e < count * padded; e += LANES<T>) store(sum + e, load(sum + e) + load(part + e));
     }

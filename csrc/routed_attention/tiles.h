@@ -10,39 +10,68 @@ namespace rk {
 namespace RK_SIMD {
 namespace {
 
-constexpr int64_t BLOCK_N = 32;   // queries of a tile
-constexpr int64_t BLOCK_M = 256;  // keys of a tile
-
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// A [B, (H,) M, columns] tensor in the accumulate type, rows padded to whole vectors, and its transpose.
+constexpr int64_t BLOCK_N = 64;   // queries of a tile
+constexpr int64_t BLOCK_M = 128;  // keys of a tile: logits, their gradient, bias and its gradient fill one L1
+
+// Rows of a tile lie one cache line more than BLOCK_M apart: a power of two would send them all to the same sets.
+template <typename T>
+constexpr int64_t TILE_ROW = BLOCK_M + ALIGNMENT / int64_t(sizeof(T));
+
+template <typename T>
+constexpr int64_t TILE_SIZE = BLOCK_N * TILE_ROW<T>;
+
+// Calls block(b, first, rows) for the queries of one worker: equal shares of all B * N, cut at multiples of 8 rows and
+// walked in blocks of at most BLOCK_N that do not cross images.
+template <typename Block>
+inline void for_blocks_of(const RoutedAttention& a, int64_t worker, Block block) {
+  constexpr int64_t UNIT = 8;
+  const int64_t units_of_image = blocks_of(a.queries, UNIT);
+  const Share share = share_of(a.batch * units_of_image, worker, a.parallel.workers);
+  for (int64_t unit = share.begin; unit < share.end;) {
+    const int64_t b = unit / units_of_image, first = unit % units_of_image;
+    const int64_t units = smaller(smaller(BLOCK_N / UNIT, share.end - unit), units_of_image - first);
+    block(b, first * UNIT, smaller(units * UNIT, a.queries - first * UNIT));
+    unit += units;
+  }
+}
+
+// Whether a worker's share has queries of image b.
+inline bool works_on(const RoutedAttention& a, int64_t worker, int64_t b) {
+  bool found = false;
+  for_blocks_of(a, worker, [&](int64_t image, int64_t, int64_t) { found = found || image == b; });
+  return found;
+}
+
+// A [B, (H,) M, columns] tensor in the accumulate type, rows padded to whole vectors, and its transpose tile by tile.
 template <typename T>
 struct PackedKeys {
-  int64_t columns, padded_columns, padded_keys;
-  T* rows;     // [B * H, M, padded_columns], or null
-  T* flipped;  // [B * H, columns, padded_keys], or null
+  int64_t columns, padded_columns, tiles;
+  T* rows;     // [B * H, tiles * BLOCK_M, padded_columns], or null
+  T* flipped;  // [B * H, tiles, columns, TILE_ROW], or null
 
   PackedKeys(Blocks& blocks, int64_t slices, int64_t keys, int64_t width, bool want_rows, bool want_flipped)
-      : columns(width), padded_columns(round_up_to_lanes<T>(width)), padded_keys(blocks_of(keys, BLOCK_M) * BLOCK_M) {
-    rows = want_rows ? blocks.take<T>(slices * padded_keys * padded_columns) : nullptr;
-    flipped = want_flipped ? blocks.take<T>(slices * columns * padded_keys) : nullptr;
+      : columns(width), padded_columns(round_up_to_lanes<T>(width)), tiles(blocks_of(keys, BLOCK_M)),
+        rows(want_rows ? blocks.take<T>(slices * tiles * BLOCK_M * padded_columns) : nullptr),
+        flipped(want_flipped ? blocks.take<T>(slices * tiles * columns * TILE_ROW<T>) : nullptr) {}
+
+  T* rows_at(int64_t slice, int64_t key) const { return rows + (slice * tiles * BLOCK_M + key) * padded_columns; }
+  T* flipped_at(int64_t slice, int64_t key) const {
+    return flipped + (slice * tiles + key / BLOCK_M) * columns * TILE_ROW<T>;
   }
 
-  T* rows_at(int64_t slice, int64_t key) const { return rows + (slice * padded_keys + key) * padded_columns; }
-  T* flipped_at(int64_t slice, int64_t key) const { return flipped + slice * columns * padded_keys + key; }
-
-  // Keys [first, first + count) of one slice; what lies beyond `count` in the last tile becomes zero.
+  // The tile of keys [first, first + count) of one slice; what lies beyond `count` becomes zero.
   void pack(const View& view, int64_t slice, int64_t offset, int64_t row_stride, int64_t first, int64_t count,
             T* scratch) const {
-    const int64_t padded_count = blocks_of(count, BLOCK_M) * BLOCK_M;
     T* to = rows != nullptr ? rows_at(slice, first) : scratch;
     for (int64_t j = 0; j < count; ++j)
       read_row<T>(
           to + j * padded_columns, columns, padded_columns, view.dtype, view.data, offset + (first + j) * row_stride,
           T(1));
-    for (int64_t i = count * padded_columns; i < padded_count * padded_columns; ++i) to[i] = 0;
-    if (flipped != nullptr) transpose(to, padded_columns, padded_count, columns, flipped_at(slice, first), padded_keys);
+    memset(to + count * padded_columns, 0, size_t((BLOCK_M - count) * padded_columns) * sizeof(T));
+    if (flipped != nullptr) transpose(to, padded_columns, BLOCK_M, columns, flipped_at(slice, first), TILE_ROW<T>);
   }
 };
 
@@ -98,13 +127,14 @@ struct BiasTile {
   T* sup;                             // [BLOCK_N, BLOCK_M] suppressor products; for backward sup - del
   T* del;                             // [BLOCK_N, BLOCK_M] delegator products; for backward r, before the clamp
   bool filled = false;                // something is to be added to the logits
+  bool masked = false;                // some of it is NOT_VISIBLE by a mask
   int64_t columns = 0;                // keys of this tile, rounded up to whole vectors
 
   BiasTile(Blocks& blocks, const RoutedAttention& a)
       : sup_q(blocks, 1, a.sup_rank), del_q(blocks, 1, a.del_rank), gate_q(blocks, 1, a.gate_rank),
-        shared(blocks.take<T>(BLOCK_N * BLOCK_M)), of_one_head(blocks.take<T>(BLOCK_N * BLOCK_M)),
-        p(blocks.take<T>(BLOCK_N * BLOCK_M)), sup(blocks.take<T>(BLOCK_N * BLOCK_M)),
-        del(blocks.take<T>(BLOCK_N * BLOCK_M)) {}
+        shared(blocks.take<T>(TILE_SIZE<T>)), of_one_head(blocks.take<T>(TILE_SIZE<T>)),
+        p(blocks.take<T>(TILE_SIZE<T>)), sup(blocks.take<T>(TILE_SIZE<T>)),
+        del(blocks.take<T>(TILE_SIZE<T>)) {}
 
   void read_queries(const RoutedAttention& a, int64_t b, int64_t first, int64_t rows) {
     if (!a.routed) return;
@@ -122,6 +152,7 @@ struct BiasTile {
     const int64_t count = smaller(BLOCK_M, a.keys - key);
     columns = round_up_to_lanes<T>(count);
     filled = a.routed;
+    masked = a.key_ranges.data != nullptr || a.attn_mask.data != nullptr;
     if (a.routed) compute_routes(a, keys, b, rows, key);
     if (count < columns) hide_padding(rows, count);
     if (a.key_ranges.data != nullptr) hide_outside_ranges(a, b, first, rows, key);
@@ -133,7 +164,7 @@ struct BiasTile {
   // What is added to the logits of head h, or null where nothing is.
   const T* of_head(const RoutedAttention& a, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t key) const {
     if (a.attn_mask.data == nullptr || !mask_differs_by_head(a)) return filled ? shared : nullptr;
-    memcpy(of_one_head, shared, size_t(rows * BLOCK_M) * sizeof(T));
+    memcpy(of_one_head, shared, size_t(rows * TILE_ROW<T>) * sizeof(T));
     add_mask(a, b, h, first, rows, key, of_one_head);
     return of_one_head;
   }
@@ -164,10 +195,10 @@ struct BiasTile {
     for (int i = 0; i < 3; ++i)
       gemm<T, false>(
           rows, columns, packed[i]->columns, queries[i]->data, queries[i]->padded_columns, 1,
-          packed[i]->flipped_at(b, key), packed[i]->padded_keys, products[i], BLOCK_M);
+          packed[i]->flipped_at(b, key), TILE_ROW<T>, products[i], TILE_ROW<T>);
     const Vec<T> limit = broadcast(a.clamped ? T(a.limit) : T(__builtin_inff()));
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t e = i * BLOCK_M; e < i * BLOCK_M + columns; e += LANES<T>) {
+      for (int64_t e = i * TILE_ROW<T>; e < i * TILE_ROW<T> + columns; e += LANES<T>) {
         const Vec<T> gate = load(p + e), suppressor = load(sup + e), delegator = load(del + e);
         const Vec<T> probability = sigmoid_of_decay(gate, exp_nonpositive(gate < 0 ? gate : -gate));
         const Vec<T> r = route(probability, suppressor, delegator);
@@ -177,21 +208,21 @@ struct BiasTile {
   }
 
   void fill(int64_t rows) {
-    if (!filled) memset(shared, 0, size_t(rows * BLOCK_M) * sizeof(T));
+    if (!filled) memset(shared, 0, size_t(rows * TILE_ROW<T>) * sizeof(T));
     filled = true;
   }
 
   void hide_padding(int64_t rows, int64_t count) {
     fill(rows);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = count; j < columns; ++j) shared[i * BLOCK_M + j] = NOT_VISIBLE<T>;
+      for (int64_t j = count; j < columns; ++j) shared[i * TILE_ROW<T> + j] = NOT_VISIBLE<T>;
   }
 
   void hide_outside_ranges(const RoutedAttention& a, int64_t b, int64_t first, int64_t rows, int64_t key) {
     fill(rows);
     for (int64_t i = 0; i < rows; ++i) {
       const int32_t* range = ranges_of(a, b, first + i);
-      T* row = shared + i * BLOCK_M;
+      T* row = shared + i * TILE_ROW<T>;
       for (int64_t j = 0; j < columns; ++j) {
         const int64_t at = key + j;
         const bool visible = (range[0] <= at && at < range[1]) || (range[2] <= at && at < range[3]);
@@ -205,7 +236,7 @@ struct BiasTile {
     const View& mask = a.attn_mask;
     const int64_t count = smaller(BLOCK_M, a.keys - key), step = mask.stride[3];
     for (int64_t i = 0; i < rows; ++i) {
-      T* row = tile + i * BLOCK_M;
+      T* row = tile + i * TILE_ROW<T>;
       const int64_t offset = b * mask.stride[0] + h * mask.stride[1] + (first + i) * mask.stride[2] + key * step;
       if (mask.dtype == DType::boolean) {
         const uint8_t* may_attend = static_cast<const uint8_t*>(mask.data) + offset;
@@ -221,10 +252,11 @@ struct BiasTile {
   }
 };
 
-// logits + bias; NOT_VISIBLE wins over any content of the key, even NaN.
-template <typename T>
+// logits + bias; behind a mask NOT_VISIBLE wins over any content of the key, even NaN.
+template <typename T, bool MASKED>
 inline Vec<T> add_bias(Vec<T> logits, Vec<T> bias) {
-  return bias == NOT_VISIBLE<T> ? bias : logits + bias;
+  const Vec<T> sum = logits + bias;
+  return MASKED ? (bias == NOT_VISIBLE<T> ? bias : sum) : sum;
 }
 
 // Columns of the widest row that passes through a worker's packing buffer.
