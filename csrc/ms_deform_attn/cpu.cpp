@@ -318,6 +318,11 @@ void finish_worker(int64_t worker, void* context) {
 
 template <typename T>
 void backward(Args& args) {
+  if (args.N == 0) {
+    const int64_t count = args.B * args.S * args.H * args.D;
+    memset(args.grad_value.data, 0, size_t(count * Scratch<T>::size_of(args.grad_value.dtype)));
+    return;
+  }
   args.parallel.run(args.parallel.workers, backward_worker<T>, &args);
   const bool shares_pairs = args.B * args.H % args.parallel.workers != 0;
   if (shares_pairs || args.grad_reference.data != nullptr) args.parallel.run(args.parallel.workers, finish_worker<T>, &args);

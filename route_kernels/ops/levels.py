@@ -12,6 +12,9 @@ import torch
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
+LONGEST_SIDE = 2**24
+"""Pixels up to which float32 coordinates can tell one from the next."""
+
 SpatialShapes = torch.Tensor | Sequence[tuple[int, int]]
 LevelStarts = torch.Tensor | Sequence[int] | None
 
@@ -30,7 +33,8 @@ def flat_spatial_shapes(op: str, spatial_shapes: SpatialShapes) -> list[int]:
         return spatial_shapes.flatten().tolist()
     if not isinstance(spatial_shapes, Sequence):
         raise TypeError(
-            f"{op}: spatial_shapes: expected a tensor [L, 2] or a sequence of (h, w), got {type(spatial_shapes).__name__}"
+            f"{op}: spatial_shapes: expected a tensor [L, 2] or a sequence of (h, w), "
+            f"got {type(spatial_shapes).__name__}"
         )
     flat = []
     for pair in spatial_shapes:
@@ -40,26 +44,30 @@ def flat_spatial_shapes(op: str, spatial_shapes: SpatialShapes) -> list[int]:
     return flat
 
 
-def flat_level_starts(op: str, level_start_index: LevelStarts) -> list[int] | None:
-    """[L] integers or a sequence of ints -> a list; None (one level after the other) stays None.
+def flat_integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] | None) -> list[int] | None:
+    """[L] integers or a sequence of ints -> a list; None stays None. A tensor is read, so it must be real.
 
     Raises:
         TypeError, ValueError: not integers, not one-dimensional.
     """
-    if level_start_index is None:
+    if numbers is None:
         return None
-    if isinstance(level_start_index, torch.Tensor):
-        if level_start_index.dtype not in _INTEGERS:
-            raise TypeError(f"{op}: level_start_index: expected integers, got dtype {level_start_index.dtype}")
-        if level_start_index.dim() != 1:
-            raise ValueError(f"{op}: level_start_index: expected shape [L], got {list(level_start_index.shape)}")
-        return level_start_index.tolist()
-    if not isinstance(level_start_index, Sequence):
+    if isinstance(numbers, torch.Tensor):
+        if numbers.dtype not in _INTEGERS:
+            raise TypeError(f"{op}: {argument}: expected integers, got dtype {numbers.dtype}")
+        if numbers.dim() != 1:
+            raise ValueError(f"{op}: {argument}: expected shape [L], got {list(numbers.shape)}")
+        return numbers.tolist()
+    if not isinstance(numbers, Sequence):
         raise TypeError(
-            f"{op}: level_start_index: expected a tensor [L], a sequence of ints or None, "
-            f"got {type(level_start_index).__name__}"
+            f"{op}: {argument}: expected a sequence of ints, a tensor [L] or None, got {type(numbers).__name__}"
         )
-    return [_integer(op, "level_start_index", start) for start in level_start_index]
+    return [_integer(op, argument, number) for number in numbers]
+
+
+def flat_level_starts(op: str, level_start_index: LevelStarts) -> list[int] | None:
+    """Where each level starts, as a list; None (one level after the other) stays None."""
+    return flat_integers(op, "level_start_index", level_start_index)
 
 
 def _integer(op: str, argument: str, number: object) -> int:
@@ -102,6 +110,8 @@ def check_levels(
     for height, width in pairs:
         if height < 0 or width < 0:
             raise ValueError(f"{op}: spatial_shapes: expected sizes >= 0, got {(height, width)}")
+        if height > LONGEST_SIDE or width > LONGEST_SIDE:
+            raise ValueError(f"{op}: spatial_shapes: expected sizes <= {LONGEST_SIDE}, got {(height, width)}")
     if level_start_index is None:
         total = sum(height * width for height, width in pairs)
         if total != positions:

@@ -17,6 +17,7 @@ from .contract import (
     expect_floating,
     expect_same_device,
     expect_shape,
+    expect_tensors,
     last_dim_contiguous,
     no_second_derivative,
 )
@@ -64,6 +65,7 @@ def ms_deform_attn(
         BackendUnavailableError: an explicitly requested backend cannot run.
         RuntimeError: a second derivative was asked of a fused kernel.
     """
+    expect_tensors(OP, value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
     sizes = flat_spatial_shapes(OP, spatial_shapes)
     starts = flat_level_starts(OP, level_start_index)
     value = autocast_value(value)
@@ -103,8 +105,6 @@ def not_wider_than_sums(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 def autocast_value(value: torch.Tensor) -> torch.Tensor:
     """value in the autocast dtype where autocast is on; float64 is left alone."""
-    if not isinstance(value, torch.Tensor):
-        return value
     device = value.device.type
     if not torch.is_autocast_enabled(device) or not value.is_floating_point() or value.dtype == torch.float64:
         return value

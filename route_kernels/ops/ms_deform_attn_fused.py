@@ -20,10 +20,11 @@ from .contract import (
     expect_floating,
     expect_same_device,
     expect_shape,
+    expect_tensors,
     last_dim_contiguous,
     no_second_derivative,
 )
-from .levels import SpatialShapes, check_levels, flat_spatial_shapes, level_pairs, level_starts
+from .levels import SpatialShapes, check_levels, flat_integers, flat_spatial_shapes, level_pairs, level_starts
 from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums
 from .registry import register
 
@@ -37,7 +38,7 @@ def ms_deform_attn_fused(
     sampling_offsets: torch.Tensor,
     attention_logits: torch.Tensor,
     *,
-    points: Sequence[int] | None = None,
+    points: torch.Tensor | Sequence[int] | None = None,
     value_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax, sampling locations, bilinear gather and weighted sum; backward keeps nothing but these inputs.
@@ -51,7 +52,7 @@ def ms_deform_attn_fused(
         sampling_offsets: [B, N, H, K, 2] in pixels of the level (2) or in half boxes over P_l (4); dtypes as
             reference_points.
         attention_logits: [B, N, H, K], dtypes as reference_points.
-        points: (P_1, ..., P_L), summing to K; None is K / L for each level.
+        points: (P_1, ..., P_L), summing to K, as a sequence of ints or an integer tensor; None is K / L for each.
         value_mask: [B, S] bool; True positions count as zero.
 
     Returns:
@@ -65,11 +66,15 @@ def ms_deform_attn_fused(
         BackendUnavailableError: an explicitly requested backend cannot run.
         RuntimeError: a second derivative was asked of a fused kernel.
     """
+    expect_tensors(
+        OP, value=value, reference_points=reference_points, sampling_offsets=sampling_offsets,
+        attention_logits=attention_logits, **({} if value_mask is None else {"value_mask": value_mask}),
+    )  # fmt: skip
     sizes = flat_spatial_shapes(OP, spatial_shapes)
     value = autocast_value(value)
     tensors = (reference_points, sampling_offsets, attention_logits)
     chosen = backends.resolve(OP, backends.requested_backend(), value, *tensors, value_mask)
-    points = None if points is None else list(points)
+    points = flat_integers(OP, "points", points)
     if chosen == "reference":
         check(value, sizes, *tensors, points, value_mask)
         return reference.ms_deform_attn_fused(

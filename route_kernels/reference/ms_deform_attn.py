@@ -45,10 +45,11 @@ def _attend(
 ) -> torch.Tensor:
     batch, queries, heads, _ = weights.shape
     channels = value.shape[-1]
-    output = value.new_zeros(batch, heads, queries, channels)
+    nothing = value[:, :0].sum() + locations[..., :0].sum() + weights[..., :0].sum()  # 0, yet differentiable
+    output = value.new_zeros(batch, heads, queries, channels) + nothing
     first_point = 0
     for (height, width), start, count in zip(shapes, starts, points, strict=True):
-        if height * width > 0 and count > 0:
+        if height * width > 0:
             level = value[:, start : start + height * width].transpose(1, 2)
             chosen = slice(first_point, first_point + count)
             location = locations[:, :, :, chosen].transpose(1, 2).reshape(batch, heads, queries * count, 2)
