@@ -1,5 +1,7 @@
 #include "op.h"
 
+#include <algorithm>
+
 #include "args.h"
 
 namespace rk {
@@ -17,6 +19,8 @@ deform::Args arguments(
   a.spatial_shapes = spatial_shapes.data(), a.starts = starts.data(), a.points = points.data();
   a.value = view_of(value), a.places = view_of(places), a.weights = view_of(weights);
   a.parallel = torch_threads();
+  const int64_t worthwhile = a.B * a.H * a.N / 16;  // a worker for fewer queries is more trouble than help
+  a.parallel.workers = std::max<int64_t>(1, std::min(a.parallel.workers, worthwhile));
   return a;
 }
 
