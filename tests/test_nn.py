@@ -273,6 +273,25 @@ def test_self_attention_equals_plain_operators():
         module(torch.zeros(2, 11, 25))
 
 
+@pytest.mark.parametrize("strength", [None, 0.3])
+def test_router_and_attention_compile_whole(strength):
+    router, attention = random_router(embed_dim=16), RoutedSelfAttention(16, 2)
+
+    def layer(query):
+        return attention(query, routing=None if strength is None else router(query, strength=strength))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    parameters = [*attention.parameters(), *([] if strength is None else router.parameters())]
+    for queries in (9, 14):
+        query, grad_output = torch.randn(2, 2, queries, 16)
+        expected, output = layer(query), compiled(query)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        grads = (torch.autograd.grad(form, parameters, grad_output) for form in (output, expected))
+        for grad, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+
+
 # ---- MSDeformAttn --------------------------------------------------------------------------------------------------
 
 

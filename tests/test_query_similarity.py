@@ -11,11 +11,13 @@ from route_kernels.testing import check_accuracy, query_similarity_arguments
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
-SHAPES = {  # around the kernel's tiles of 32 and 256 queries, and its vectors of 2 to 16 lanes
+SHAPES = {  # around tiles of 32 to 256 queries, and around vectors of 2 to 16 lanes
     "one query": dict(queries=1, channels=4),
     "two queries": dict(queries=2, channels=1),
     "31": dict(queries=31, channels=7, batch=1),
     "33": dict(queries=33, channels=16, batch=3),
+    "65": dict(queries=65, channels=8),
+    "129": dict(queries=129, channels=31),
     "255": dict(queries=255, channels=3),
     "257": dict(queries=257, channels=33, batch=1),
     "600": dict(queries=600, channels=256, batch=1),

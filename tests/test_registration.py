@@ -176,6 +176,18 @@ def test_autocast(op, label, backend):
         torch.testing.assert_close(results[name].float(), tensor, rtol=0.1, atol=0.1, msg=name)
 
 
+@pytest.mark.parametrize("op, label", FIRST_SAMPLES)
+def test_a_compiled_call_follows_autocast(op, label):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **arguments: call(op, arguments), backend="eager", fullgraph=True)
+    arguments = sample(op, label)
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output, expected = compiled(**arguments), call(op, arguments)
+        assert output.dtype == expected.dtype
+        torch.testing.assert_close(output, expected)
+
+
 @each_sample
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_inference_mode_and_no_grad(op, label, backend):

@@ -19,7 +19,7 @@ from route_kernels.testing import (
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
-SHAPES = {  # around the kernel's tiles of 32 queries and 256 keys, and around its vectors of 2 to 16 lanes
+SHAPES = {  # around tiles of 32 to 256 queries and keys, and around vectors of 2 to 16 lanes
     "one pair": dict(queries=1, keys=1, channels=1, rank=1, gate_rank=1, heads=1, batch=1),
     "one query": dict(queries=1, keys=300, channels=32, rank=16, gate_rank=3),
     "one key": dict(queries=33, keys=1, channels=5, rank=2, gate_rank=2),
@@ -27,6 +27,10 @@ SHAPES = {  # around the kernel's tiles of 32 queries and 256 keys, and around i
     "32 x 31": dict(queries=32, keys=31, channels=3, rank=5, gate_rank=4, heads=1),
     "33 x 255": dict(queries=33, keys=255, channels=7, rank=8, gate_rank=5),
     "32 x 256": dict(queries=32, keys=256, channels=16, rank=16, gate_rank=3),
+    "63 x 129": dict(queries=63, keys=129, channels=10, rank=6, gate_rank=3),
+    "64 x 128": dict(queries=64, keys=128, channels=11, rank=2, gate_rank=3, heads=3),
+    "65 x 127": dict(queries=65, keys=127, channels=31, rank=17, gate_rank=3),
+    "129 x 65": dict(queries=129, keys=65, channels=4, rank=4, gate_rank=3),
     "255 x 257": dict(queries=255, keys=257, channels=9, rank=7, gate_rank=3, batch=1),
     "256 x 33": dict(queries=256, keys=33, channels=15, rank=1, gate_rank=32, batch=1),
     "257 x 256": dict(queries=257, keys=256, channels=17, rank=9, gate_rank=2, batch=1, heads=1),
@@ -116,7 +120,7 @@ def test_gradcheck(limit, masked):
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
 
-B, H, N, M = 2, 3, 34, 270
+B, H, N, M = 2, 3, 70, 270
 MASK_SHAPES = [
     (), (M,), (1, M), (N, 1), (N, M), (H, 1, M), (H, N, M), (1, N, M), (B, 1, 1, M), (B, 1, N, 1), (B, 1, N, M),
     (1, H, N, M), (B, H, 1, M), (B, H, N, M), (1, 1, 1, 1),
