@@ -32,6 +32,7 @@ bench: $(SET_UP)
 	    $(PIP_INSTALL) --no-build-isolation -r benchmarks/requirements.txt || \
 	    echo "== they could not be installed: their rows will say so"; }
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.training_step
 
 lint: $(SET_UP)
 	$(BIN)/ruff check .

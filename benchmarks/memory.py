@@ -48,13 +48,22 @@ def cases(quick: bool) -> list[MemoryCase]:
     return [*at_4096, MemoryCase("plain", 16384), MemoryCase("fused", 16384, target_bytes=1_500_000_000)]
 
 
+def _status_bytes(field: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, and the peak only
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
 def peak_bytes() -> int:
     """The greatest resident size that this process has had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int:
+    """What is resident now."""
+    return _status_bytes("VmRSS")
 
 
 def wrong_rows(found: Results, arguments: Arguments, grad_output: Tensor, call: Callable[..., Tensor]) -> str | None:
@@ -82,7 +91,7 @@ def measure(key: str, queries: int) -> dict[str, Any]:
     contender = CONTENDERS[key]
     arguments = contender.taken(attention_arguments(1, queries))
     grad_output = torch.randn(arguments["query"].shape, generator=torch.Generator().manual_seed(1))
-    before = peak_bytes()
+    before = resident_bytes()
     started = perf_counter()
     found = outcome(contender.call, arguments, grad_output)
     seconds, peak = perf_counter() - started, peak_bytes()

@@ -166,7 +166,8 @@ def draw(results: Row, folder: Path) -> None:
     axes = figure.subplots()
     axes.barh([f"{row['contender']}, {row['case']}" for row in held], [row["peak_bytes"] / 1e6 for row in held])
     axes.invert_yaxis()
-    axes.set_xlabel("MB resident at the peak, PyTorch itself included: routed_attention, forward + backward")
+    axes.set_xlabel("MB resident at the peak, PyTorch itself included")
+    axes.set_title("routed_attention, forward + backward", fontsize=9)
     figure.savefig(folder / PICTURES[1], dpi=130)
 
 

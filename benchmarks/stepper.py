@@ -1,0 +1,101 @@
+"""One detector in a process of its own that takes a training step for every line `step` on its standard input.
+
+Its first line is JSON with the loss and the gradient norm of a first step and what was resident before it; the answer
+to `step` has the seconds that it took, to `peak` the greatest resident size. For `benchmarks.training_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import route_kernels as rk
+from route_detr.config import preset
+from route_detr.criterion import Criterion
+from route_detr.data import Target
+from route_detr.detector import Detector, parameter_groups
+from route_kernels.testing import EAGER
+
+from .memory import peak_bytes, resident_bytes
+
+STRENGTH, AUX_WEIGHT = 0.3, 0.7  # lambda and alpha at the end of their schedules
+BOXES = 15  # an image
+
+
+def use_eager_ops() -> None:
+    """From now on the modules call the public formulations instead of the fused ops."""
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors | None, **masks: None
+    ) -> Tensor:
+        if routing is None:
+            return F.scaled_dot_product_attention(query, key, value)
+        return EAGER["routed_attention"](query, key, value, routing, **masks)
+
+    rk.nn.routed_attention = attention
+    rk.nn.ms_deform_attn_fused = EAGER["ms_deform_attn_fused"]
+    rk.query_similarity = EAGER["query_similarity"]
+
+
+class Stepper:
+    """The tiny preset's detector, routed or not, on one batch of noise with boxes; all seeded."""
+
+    def __init__(self, *, route: bool, fused: bool, batch: int, image_size: int, queries: int) -> None:
+        if not fused:
+            use_eager_ops()
+        config = preset("tiny")
+        detector = dataclasses.replace(
+            config.detector, route=route, num_queries=queries, branches="packed" if fused else "two_pass"
+        )
+        torch.manual_seed(0)
+        self.detector = Detector(detector).train()
+        if route:
+            self.detector.set_routing(STRENGTH, AUX_WEIGHT)
+        self.criterion = Criterion(config.train)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train), lr=config.train.learning_rate)
+        self.clip_norm = config.train.clip_norm
+        self.images = torch.randn(batch, 3, image_size, image_size)
+        self.padding = torch.zeros(batch, image_size, image_size, dtype=torch.bool)
+        size = (image_size, image_size)
+        self.targets = [
+            Target(
+                image_id=index,
+                boxes=torch.cat([torch.rand(BOXES, 2) * 0.6 + 0.2, torch.rand(BOXES, 2) * 0.2 + 0.1], dim=1),
+                labels=torch.randint(detector.num_classes, (BOXES,)),
+                size=size,
+                original_size=size,
+            )
+            for index in range(batch)
+        ]
+
+    def step(self) -> dict[str, float]:
+        """Everything that a step of `route-detr train` does but reading images."""
+        started = perf_counter()
+        losses = self.criterion(self.detector(self.images, self.padding), self.targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return {"seconds": perf_counter() - started, "loss": losses["loss"].item(), "gradient_norm": norm.item()}
+
+
+def main() -> None:
+    settings: dict[str, Any] = json.loads(sys.argv[1])
+    torch.set_num_threads(settings.pop("threads"))
+    stepper = Stepper(**settings)
+    before = resident_bytes()
+    print(json.dumps({**stepper.step(), "before_bytes": before}), flush=True)
+    for line in sys.stdin:
+        answer = stepper.step() if line.strip() == "step" else {"peak_bytes": peak_bytes()}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Time and peak memory of a training step: plain and routed detector, public eager formulation and ours.
+
+    python -m benchmarks.training_step [--run runs/demo]
+
+Each contender lives in a process of its own; they take steps in turns. Those that should compute the same start from
+the same weights, and their first steps must agree before any is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from route_detr.run import Run
+
+from .device import RESULTS, ROOT, circumstances
+from .report import aligned, origin
+from .timing import ratio, spread
+
+AGREEMENT = 1e-3  # relative, of loss and gradient norm in float32
+PLAIN, PUBLIC = "plain detector, fused ops", "routed, public form: eager ops, two passes"
+OURS = "routed, ours: fused ops, packed branches"
+CONTENDERS = {
+    "plain detector, eager ops": {"route": False, "fused": False},
+    PLAIN: {"route": False, "fused": True},
+    PUBLIC: {"route": True, "fused": False},
+    OURS: {"route": True, "fused": True},
+}
+FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The tiny preset with square images and this many queries."""
+
+    batch: int
+    image_size: int
+    queries: int
+
+    @property
+    def title(self) -> str:
+        return f"batch {self.batch}, {self.image_size} x {self.image_size} pixels, {self.queries} queries"
+
+
+SETTINGS = (Setting(batch=8, image_size=128, queries=60), Setting(batch=2, image_size=256, queries=300))
+
+
+class Worker:
+    """The process of one contender."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        choices = {**CONTENDERS[name], **asdict(setting), "threads": torch.get_num_threads()}
+        command = [sys.executable, "-m", "benchmarks.stepper", json.dumps(choices)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def answer(self) -> dict[str, float]:
+        """The next line that the process prints.
+
+        Raises:
+            RuntimeError: the process has ended; its message is on standard error.
+        """
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of a training step ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, question: str) -> dict[str, float]:
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+def disagreement(first: dict[str, dict[str, float]]) -> str | None:
+    """What differs between the first steps of the fused and the eager form of one detector, or None."""
+    for route in (False, True):
+        eager, fused = (first[name] for name, choice in CONTENDERS.items() if choice["route"] == route)
+        for quantity in ("loss", "gradient_norm"):
+            off = abs(fused[quantity] - eager[quantity]) / abs(eager[quantity])
+            if not off <= AGREEMENT:
+                detector = "routed" if route else "plain"
+                return f"{detector} detector: {quantity} {fused[quantity]} fused, {eager[quantity]} eager"
+    return None
+
+
+def measured(setting: Setting, seconds: float) -> dict[str, Any]:
+    """One setting: milliseconds and peak memory of each contender; nothing of either where the first steps differ."""
+    result = {"setting": setting.title, **asdict(setting), "failure": None, "contenders": {}}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(name, setting)) for name in CONTENDERS}
+        first = {name: worker.answer() for name, worker in workers.items()}
+        wrong = disagreement(first)
+        if wrong is not None:
+            return result | {"failure": wrong}
+        samples: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for worker in workers.values():
+            worker.ask("step")
+        started = perf_counter()
+        while len(samples[OURS]) < FEWEST_ROUNDS or perf_counter() - started < seconds:
+            for name, worker in workers.items():
+                samples[name].append(worker.ask("step")["seconds"])
+        for name, worker in workers.items():
+            times = samples[name]
+            result["contenders"][name] = {
+                "milliseconds": {key: round(value * 1e3, 2) for key, value in spread(times).items()},
+                "rounds": len(times),
+                "our_time_over_its": {key: round(value, 4) for key, value in ratio(samples[OURS], times).items()},
+                "before_bytes": first[name]["before_bytes"],
+                **worker.ask("peak"),
+            }
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """One setting for a terminal."""
+    if result["failure"]:
+        return f"training step, {result['setting']}: FAILED, not timed: {result['failure']}"
+    head = [f"training step, {result['setting']}", "time", "", "ours / its", "peak memory", "of it by the step"]
+    rows = []
+    for name, each in result["contenders"].items():
+        times = each["milliseconds"]
+        rows.append(
+            [
+                name,
+                f"{times['median']:.0f} ms",
+                f"({times['min']:.0f} to {times['max']:.0f})",
+                f"{each['our_time_over_its']['median']:.2f}",
+                f"{each['peak_bytes'] / 1e6:.0f} MB",
+                f"{(each['peak_bytes'] - each['before_bytes']) / 1e6:.0f} MB",
+            ]
+        )
+    return aligned(head, rows)
+
+
+def precision(run: Path) -> str:
+    """AP and AP50 of the main branch by the run's last evaluation, and by its best, in words.
+
+    Raises:
+        ValueError: the run has no evaluation.
+    """
+    evaluated = [record for record in Run(run).records() if record.get("AP") is not None]
+    if not evaluated:
+        raise ValueError(f"{run}: no evaluation in metrics.jsonl")
+    last, best = evaluated[-1], max(evaluated, key=lambda record: record["AP"])
+    return (
+        f"{run}, main branch (plain attention, as in inference), validation set: AP {last['AP']:.3f}, "
+        f"AP50 {last['AP50']:.3f} after {last['step']} steps (best AP {best['AP']:.3f}, AP50 {best['AP50']:.3f})"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables; returns 1 when contenders that should agree do not."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--run", type=Path, help="folder of a run: its precision comes first, results are written there"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for training_step.json (default: the run's, or benchmarks/results/DEVICE)"
+    )
+    parser.add_argument("--seconds", type=float, default=12.0, help="of measuring for each setting (default: 12)")
+    args = parser.parse_args(argv)
+    heading = None if args.run is None else precision(args.run)
+    results = {**circumstances(), "settings": []}
+    for setting in SETTINGS:
+        print(f"measuring a training step: {setting.title}", file=sys.stderr, flush=True)
+        results["settings"].append(measured(setting, args.seconds))
+    print()
+    if heading is not None:
+        print(heading)
+        print()
+    for result in results["settings"]:
+        print(table(result))
+        print()
+    print(origin(results))
+    folder = args.out or args.run or RESULTS / results["device"]["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training_step.json").write_text(json.dumps(results, indent=1) + "\n")
+    return int(any(result["failure"] for result in results["settings"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
