@@ -41,6 +41,7 @@ def test_unknown_key_is_an_error_that_names_it(values, key):
         ({"detector.num_heads": 7}, "num_heads: expected a divisor of embed_dim = 256, got 7"),
         ({"detector.num_levels": 2}, "num_levels"),
         ({"detector.branches": "both"}, "branches"),
+        ({"detector.query_content": "random"}, "query_content"),
         ({"detector.routed_layers": "last:9"}, "routed_layers"),
         ({"detector.routed_layers": "first:2"}, "routed_layers"),
         ({"detector.routed_layers": [6]}, "routed_layers"),

@@ -111,8 +111,23 @@ def test_no_targets_and_more_targets_than_queries(counts):
     assert losses["loss"].isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_fewer_positions_than_queries():
-    detector = small_detector(num_queries=500).eval()
+def test_encoded_content_is_the_feature_of_the_best_proposals():
+    detector = small_detector(query_content="encoded").eval()
+    images, padding_mask, _ = small_batch()
+    memory = detector._memory(images, padding_mask)
+    proposals, queries = detector.proposals(memory)
+    features = detector.proposals.project(memory.features)
+    usable_scores = proposals.logits[:, 0, :, 0].masked_fill(memory.padding, -torch.inf)
+    best = [int(scores.argmax()) for scores in usable_scores]
+    assert not queries.content.requires_grad
+    for image, index in enumerate(best):
+        assert torch.allclose(queries.content[image, 0, 0], features[image, index])
+        assert torch.allclose(queries.box_logits[image, 0, 0].sigmoid(), proposals.boxes[image, 0, index])
+
+
+@pytest.mark.parametrize("query_content", ["learned", "encoded"])
+def test_fewer_positions_than_queries(query_content):
+    detector = small_detector(num_queries=500, query_content=query_content).eval()
     images, _, _ = small_batch(padded=False, size=(40, 40))
     assert detector(images).boxes.shape == (2, 5 * 5 + 3 * 3 + 2 * 2 + 1, 4)
 
