@@ -44,6 +44,8 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
         except Unavailable as reason:
             row["contenders"][contender.name] = {"unavailable": str(reason)}
             continue
+        except RuntimeError as error:
+            return row | {"failure": f"{contender.name}: raises {error}", "contenders": {}}
         wrong = complaint(found, *yardsticks[kind])
         if wrong is not None:
             return row | {"failure": f"{contender.name}: {wrong}", "contenders": {}}

@@ -1,0 +1,178 @@
+"""The benchmarks do not lie: wrong results are not timed, missing peers are named, missed targets are shown."""
+
+import json
+
+import pytest
+import torch
+
+import route_kernels as rk
+from benchmarks import memory, report, run, training_step
+from benchmarks.registry import OURS, PEER, Case, Contender, Sampling, Target, Unavailable, cases
+from benchmarks.timing import ratio, spread, time_in_turns
+from route_kernels.testing import EAGER, check_accuracy, routed_attention_arguments
+
+EAGER_FORM = Contender("eager", EAGER["routed_attention"], EAGER["routed_attention"])
+
+
+def small_case(*others, targets=()):
+    ours = Contender(OURS, rk.routed_attention, EAGER["routed_attention"])
+    return Case("routed_attention", "small", True, routed_attention_arguments, (ours, *others), targets)
+
+
+def unavailable(**arguments):
+    raise Unavailable("no such package here")
+
+
+def test_row_has_spread_ratio_and_verdict():
+    targets = [Target("eager", 1e9), Target("eager", 1e-9)]
+    row = run.measured(small_case(EAGER_FORM, targets=targets), seconds=0)
+    assert row["failure"] is None
+    for contender in row["contenders"].values():
+        times = contender["milliseconds"]
+        assert 0 < times["min"] <= times["median"] <= times["max"]
+    assert [target["met"] for target in row["targets"]] == [True, False]
+    assert "met" in report.speed_cells([row])[0][-1] and "MISSED" in report.speed_cells([row])[0][-1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda **x: 1.001 * EAGER["routed_attention"](**x),
+        lambda **x: EAGER["routed_attention"](**x)[:, :, :-1],
+        lambda **x: EAGER["routed_attention"](**x) * torch.nan,
+    ],
+    ids=["off by a thousandth", "a row missing", "NaN"],
+)
+def test_wrong_result_is_not_timed(wrong):
+    row = run.measured(small_case(Contender("wrong", wrong, EAGER["routed_attention"])), seconds=0)
+    assert row["failure"].startswith("wrong: ") and row["contenders"] == {}
+    assert "milliseconds" not in json.dumps(row)
+    assert "failed, not timed" in report.text({**LEAST, "speed": [row], "memory": []})
+
+
+def test_wrong_gradient_is_not_timed():
+    def detached_value(**x):
+        return EAGER["routed_attention"](**{**x, "value": x["value"].detach()}) + 0 * x["value"]
+
+    row = run.measured(small_case(Contender("wrong", detached_value, EAGER["routed_attention"])), seconds=0)
+    assert "grad value" in row["failure"] and "milliseconds" not in json.dumps(row)
+
+
+def test_missing_peer_is_named_and_its_target_is_open():
+    missing = Contender("peer", unavailable, EAGER["routed_attention"])
+    row = run.measured(small_case(missing, targets=[Target("peer", 1.0)]), seconds=0)
+    assert row["contenders"]["peer"] == {"unavailable": "no such package here"}
+    assert row["targets"][0]["met"] is None
+    assert "milliseconds" in row["contenders"][OURS]
+    assert "not measured" in report.speed_cells([row])[0][-1]
+
+
+def test_cases_are_those_that_the_targets_speak_of():
+    rows = {(case.op, case.name, case.backward): case for case in cases()}
+    assert len(rows) == len(cases())
+    limits = {
+        ("routed_attention", "B 2 N 900", True): ("plain SDPA, no bias", 1.2),
+        ("routed_attention", "B 1 N 2048", True): ("plain SDPA, no bias", 1.0),
+    }
+    for name in ("B 1 N = S = 22223, uniform", "B 1 N = S = 22223, near", "B 2 N = S = 5440, near"):
+        for backward in (False, True):
+            limits["ms_deform_attn", name, backward] = (PEER, 1 / 3)
+    for key, target in limits.items():
+        assert [(each.against, each.at_most) for each in rows[key].targets] == [target]
+    for case in rows.values():
+        assert case.contenders[0].name == OURS
+        assert {target.against for target in case.targets} <= {contender.name for contender in case.contenders[1:]}
+    assert {op for op, _, _ in rows} == set(rk.backends.OPS)
+    goals = {(case.queries, case.target_bytes) for case in memory.cases(quick=False) if case.target_bytes}
+    assert goals == {(16384, 1_500_000_000)}
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_both_deformable_ops_get_the_same_samples(near):
+    sampling = Sampling(((4, 6), (2, 3)), batch=2, queries=30, near=near)
+    plain, fused = sampling.arguments(backward=False)
+    torch.testing.assert_close(rk.ms_deform_attn(**plain), rk.ms_deform_attn_fused(**fused), rtol=1e-4, atol=1e-5)
+    pixels = plain["sampling_locations"] * torch.tensor([[6.0, 4.0], [3.0, 2.0]])[:, None] - 0.5
+    fractions = pixels - pixels.floor()
+    assert fractions.min() > 0.04 and fractions.max() < 0.96
+
+
+def test_eager_peer_of_similarity_is_right():
+    (contender,) = {case.contenders[1] for case in cases() if case.op == "query_similarity"}
+    check_accuracy("query_similarity", {"x": torch.randn(2, 9, 4), "mode": "relu"}, contender.call)
+
+
+def test_times_are_taken_in_turns():
+    calls = []
+    samples = time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0)
+    assert len(samples["a"]) == len(samples["b"]) >= 5
+    starts = [name for name, before in zip(calls[2:], calls[1:], strict=False) if name != before]
+    assert starts.count("a") > 1 and starts.count("b") > 1
+
+
+def test_ratio_is_taken_round_by_round():
+    assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+@pytest.mark.parametrize("key", memory.CONTENDERS)
+def test_memory_is_measured_and_the_result_checked(key):
+    found = memory.measure(key, queries=96)
+    assert found["peak_bytes"] >= found["before_bytes"] > 0
+
+
+def test_memory_of_a_wrong_result_is_not_given(monkeypatch):
+    wrong = Contender("wrong", lambda **x: 1.001 * EAGER["routed_attention"](**x), EAGER["routed_attention"])
+    monkeypatch.setitem(memory.CONTENDERS, "fused", wrong)
+    assert set(memory.measure("fused", queries=96)) == {"failure"}
+
+
+def first_steps(**changed):
+    steps = {name: {"loss": 2.0, "gradient_norm": 3.0} for name in training_step.CONTENDERS}
+    steps[training_step.OURS] |= changed
+    return steps
+
+
+def test_training_steps_must_agree_before_they_are_timed():
+    assert training_step.disagreement(first_steps()) is None
+    assert "loss" in training_step.disagreement(first_steps(loss=2.01))
+    assert "gradient_norm" in training_step.disagreement(first_steps(gradient_norm=float("nan")))
+
+
+def test_precision_is_that_of_the_last_evaluation(tmp_path):
+    records = [
+        {"kind": "epoch", "epoch": 0, "step": 10, "AP": 0.5, "AP50": 0.7},
+        {"kind": "step", "epoch": 1, "step": 15, "loss": 1.0},
+        {"kind": "epoch", "epoch": 1, "step": 20, "AP": 0.4, "AP50": 0.6},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sentence = training_step.precision(tmp_path)
+    assert "AP 0.400, AP50 0.600 after 20 steps (best AP 0.500, AP50 0.700)" in sentence
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no evaluation"):
+        training_step.precision(tmp_path)
+
+
+LEAST = {
+    "commit": "0123456789abcdef",
+    "dirty": True,
+    "date": "2026-01-02T03:04:05+00:00",
+    "versions": {"torch": "2.13.0"},
+    "device": {"cpu": "a processor", "threads": 2, "simd_level": "avx2"},
+}
+
+
+def test_report_draws_and_fills_the_marked_section(tmp_path):
+    row = run.measured(small_case(EAGER_FORM), seconds=0)
+    held = {"op": "routed_attention", "case": "B 1 N 96", "pass": "forward + backward", "contender": OURS}
+    held |= {"failure": None, "target_bytes": 10, "target_met": False, "peak_bytes": 20_000_000, "before_bytes": 10}
+    results = {**LEAST, "speed": [row], "memory": [held]}
+    report.draw(results, tmp_path)
+    assert all((tmp_path / picture).stat().st_size > 1000 for picture in report.PICTURES)
+    section = report.readme_section(results, "results.json")
+    page = report.fill(f"before {report.BEGIN} old {report.END} after", section)
+    assert page == f"before {section} after"
+    for part in ("commit 0123456789ab with changes", "](results.json)", "20 MB", "MISSED"):
+        assert part in section
+    with pytest.raises(ValueError, match="marks"):
+        report.fill("no marks", section)
