@@ -12,6 +12,16 @@ from route_kernels.testing import named_tensors, outcome, routed_attention_argum
 pytestmark = pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
 
 
+GUARD = 64  # elements before and after a buffer
+
+
+def guarded(shape, dtype):
+    """A NaN-filled buffer and a contiguous view of its middle."""
+    count = math.prod(shape)
+    buffer = torch.full((count + 2 * GUARD,), math.nan, dtype=dtype)
+    return buffer, buffer[GUARD : GUARD + count].view(shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "sizes",
@@ -20,25 +30,26 @@ pytestmark = pytest.mark.skipif(native.load_error is not None, reason=str(native
 )
 @pytest.mark.parametrize("routed", [True, False], ids=["routed", "plain"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_element_of_poisoned_outputs_is_written(sizes, routed, dtype, threads):
+def test_every_element_of_poisoned_outputs_is_written_and_nothing_beside(sizes, routed, dtype, threads):
     torch.set_num_threads(threads)
     arguments = routed_attention_arguments(channels=7, rank=3, routed=routed, dtype=dtype, **sizes)
     grad_output = torch.randn(arguments["query"].shape).to(dtype)
     expected = outcome(rk.routed_attention, arguments, grad_output)
 
     tensors = [tensor.detach() for _, tensor in named_tensors(arguments)]
-    poisoned = [torch.full_like(tensor, math.nan) for tensor in tensors]
     inputs = (*tensors, *(None,) * (9 - len(tensors)), 5.0, None, None, 1 / math.sqrt(7))
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    output, lse = torch.full_like(tensors[0], math.nan), torch.full(tensors[0].shape[:3], math.nan, dtype=lse_dtype)
+    lse_buffer, lse = guarded(tensors[0].shape[:3], lse_dtype)
+    buffers, outputs = zip(*(guarded(tensor.shape, dtype) for tensor in (tensors[0], *tensors)), strict=True)
+    output, *grads = outputs
     kernels = torch.ops.route_kernels_native
     kernels.routed_attention_forward(*inputs, output, lse)
-    kernels.routed_attention_backward(
-        grad_output, output, lse, *inputs, *poisoned, *(None,) * (9 - len(tensors))
-    )  # fmt: skip
+    kernels.routed_attention_backward(grad_output, output, lse, *inputs, *grads, *(None,) * (9 - len(grads)))
     assert not lse.isnan().any()
-    for (name, wanted), written in zip(expected.items(), (output, *poisoned), strict=True):
+    for (name, wanted), written in zip(expected.items(), outputs, strict=True):
         assert torch.equal(written, wanted), name  # NaN equals nothing
+    for buffer in (lse_buffer, *buffers):
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
 
 
 @pytest.mark.parametrize("routed", [True, False], ids=["routed", "plain"])
