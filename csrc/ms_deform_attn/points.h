@@ -23,9 +23,29 @@ inline int64_t row_of_points(const View& view, int64_t b, int64_t n, int64_t h) 
   return b * view.stride[0] + n * view.stride[1] + h * view.stride[2];
 }
 
+// The `count` values of one query and head as T, in whole blocks: what comes after them in memory fills the last, or
+// zeros where the tensor ends. (A block written in pieces and read at once would wait for the pieces.)
 template <typename T>
-void softmax_in_place(T* logits, int64_t count, int64_t padded) {
-  for (int64_t k = count; k < padded; ++k) logits[k] = -T(__builtin_inf());
+void read_blocks(const Args& args, const View& view, int64_t offset, int64_t count, T* to) {
+  const int64_t blocks = (count + BLOCK - 1) / BLOCK;
+  const int64_t end = row_of_points(view, args.B - 1, args.N - 1, args.H - 1) + count;
+  if (offset + blocks * BLOCK > end) return read_row(to, count, blocks * BLOCK, view.dtype, view.data, offset, T(1));
+  with_storage(view.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    const Storage* from = static_cast<const Storage*>(view.data) + offset;
+    for (int64_t block = 0; block < blocks; ++block, from += BLOCK, to += BLOCK) {
+      RK_INDEPENDENT
+      for (int64_t i = 0; i < BLOCK; ++i) to[i] = load_as<T>(from[i]);
+    }
+  });
+}
+
+template <typename T>
+void softmax_in_place(const Scratch<T>& s, T* logits) {
+  const int64_t padded = s.blocks * BLOCK;
+  T* const last = logits + padded - BLOCK;
+  RK_INDEPENDENT
+  for (int64_t i = 0; i < BLOCK; ++i) last[i] = s.levels[s.blocks - 1].exists[i] ? last[i] : -T(__builtin_inf());
   Vec<T> maximum = broadcast(-T(__builtin_inf())), sum = {};
   for (int64_t k = 0; k < padded; k += LANES<T>) maximum = max<T>(load(logits + k), maximum);
   maximum = maximum_in_every_lane<T>(maximum);
@@ -41,9 +61,8 @@ void softmax_in_place(T* logits, int64_t count, int64_t padded) {
 template <typename T>
 void read_weights(const Args& args, int64_t b, int64_t n, int64_t h, const Scratch<T>& s, PointBlock<T>* points) {
   const View& weights = args.weights;
-  const int64_t offset = row_of_points(weights, b, n, h), padded = s.blocks * BLOCK;
-  read_row(s.singles, args.K, padded, weights.dtype, weights.data, offset, T(1));
-  if (args.fused) softmax_in_place(s.singles, args.K, padded);
+  read_blocks(args, weights, row_of_points(weights, b, n, h), args.K, s.singles);
+  if (args.fused && s.blocks > 0) softmax_in_place(s, s.singles);
   for (int64_t block = 0; block < s.blocks; ++block)
     memcpy(points[block].weight, s.singles + block * BLOCK, BLOCK * sizeof(T));
 }
@@ -54,6 +73,7 @@ void read_locations(const Args& args, const Scratch<T>& s, PointBlock<T>* points
     PointBlock<T>& p = points[block];
     const LevelBlock<T>& level = s.levels[block];
     const T* pairs = s.pairs + block * 2 * BLOCK;
+    RK_INDEPENDENT
     for (int64_t i = 0; i < BLOCK; ++i) {
       p.x[i] = pixel_of_location(pairs[2 * i], T(level.width[i]));
       p.y[i] = pixel_of_location(pairs[2 * i + 1], T(level.height[i]));
@@ -61,43 +81,49 @@ void read_locations(const Args& args, const Scratch<T>& s, PointBlock<T>* points
   }
 }
 
+// The query's references [reference_levels, reference_size], to be indexed by LevelBlock::reference_at.
 template <typename T>
-void read_reference(const Args& args, int64_t b, int64_t n, const Scratch<T>& s, PointBlock<T>* points) {
+const T* references_of(const Args& args, int64_t b, int64_t n, const Scratch<T>& s) {
   const View& reference = args.reference;
-  T box[4] = {};
-  for (int64_t l = 0, k = 0; l < args.L; ++l) {
-    if (l < args.reference_levels) {
-      const int64_t offset = b * reference.stride[0] + n * reference.stride[1] + l * reference.stride[2];
-      read_row(box, args.reference_size, args.reference_size, reference.dtype, reference.data, offset, T(1));
-    }
-    for (int64_t p = 0; p < args.points[l]; ++p, ++k) {
-      PointBlock<T>& block = points[k / BLOCK];
-      block.reference_x[k % BLOCK] = box[0];
-      block.reference_y[k % BLOCK] = box[1];
-      block.extent_x[k % BLOCK] = box[2];
-      block.extent_y[k % BLOCK] = box[3];
-    }
-  }
+  const int64_t offset = b * reference.stride[0] + n * reference.stride[1], size = args.reference_size;
+  if (Scratch<T>::reads_references_in_place(args)) return static_cast<const T*>(reference.data) + offset;
+  for (int64_t l = 0; l < args.reference_levels; ++l)
+    read_row(
+        s.references + l * size, size, size, reference.dtype, reference.data, offset + l * reference.stride[2], T(1));
+  return s.references;
 }
 
 template <typename T>
 void read_offsets(const Args& args, int64_t b, int64_t n, const Scratch<T>& s, PointBlock<T>* points) {
-  read_reference(args, b, n, s, points);
+  const T* references = references_of(args, b, n, s);
   for (int64_t block = 0; block < s.blocks; ++block) {
     PointBlock<T>& p = points[block];
     const LevelBlock<T>& level = s.levels[block];
     const T* pairs = s.pairs + block * 2 * BLOCK;
+    RK_INDEPENDENT
     for (int64_t i = 0; i < BLOCK; ++i) {
       p.offset_x[i] = pairs[2 * i];
       p.offset_y[i] = pairs[2 * i + 1];
     }
+    RK_INDEPENDENT
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      p.reference_x[i] = references[level.reference_at[i]];
+      p.reference_y[i] = references[level.reference_at[i] + 1];
+    }
     if (args.reference_size == 2) {
-      for (int64_t i = 0; i < BLOCK; ++i) {
+    RK_INDEPENDENT
+    for (int64_t i = 0; i < BLOCK; ++i) {
         p.x[i] = pixel_of_point(p.reference_x[i], p.offset_x[i], T(level.width[i]));
         p.y[i] = pixel_of_point(p.reference_y[i], p.offset_y[i], T(level.height[i]));
       }
     } else {
-      for (int64_t i = 0; i < BLOCK; ++i) {
+    RK_INDEPENDENT
+    for (int64_t i = 0; i < BLOCK; ++i) {
+        p.extent_x[i] = references[level.reference_at[i] + 2];
+        p.extent_y[i] = references[level.reference_at[i] + 3];
+      }
+    RK_INDEPENDENT
+    for (int64_t i = 0; i < BLOCK; ++i) {
         const T step = level.half_step[i], width = T(level.width[i]), height = T(level.height[i]);
         p.x[i] = pixel_of_box(p.reference_x[i], p.extent_x[i], p.offset_x[i], step, width);
         p.y[i] = pixel_of_box(p.reference_y[i], p.extent_y[i], p.offset_y[i], step, height);
@@ -109,8 +135,7 @@ void read_offsets(const Args& args, int64_t b, int64_t n, const Scratch<T>& s, P
 template <typename T>
 void read_points(const Args& args, int64_t b, int64_t n, int64_t h, const Scratch<T>& s, PointBlock<T>* points) {
   const View& places = args.places;
-  const int64_t offset = row_of_points(places, b, n, h);
-  read_row(s.pairs, 2 * args.K, 2 * s.blocks * BLOCK, places.dtype, places.data, offset, T(1));
+  read_blocks(args, places, row_of_points(places, b, n, h), 2 * args.K, s.pairs);
   if (args.fused) read_offsets(args, b, n, s, points);
   else read_locations(args, s, points);
   read_weights(args, b, n, h, s, points);
@@ -123,6 +148,7 @@ template <typename T, bool GRADIENTS>
 void find_corners(const LevelBlock<T>& level, const Rows& rows, int64_t grad_stride, int64_t positions, PointBlock<T>& p) {
   const int64_t stride = rows.stride, zeros_at = rows.zeros_at, nowhere = positions * grad_stride;
   int32_t exists[CORNERS][BLOCK];
+  RK_INDEPENDENT
   for (int64_t i = 0; i < BLOCK; ++i) {
     const Cell<T> cell = cell_of(p.x[i], p.y[i], level.height[i], level.width[i]);
     const T above = p.weight[i] * (T(1) - cell.fraction_y), below = p.weight[i] * cell.fraction_y;
@@ -140,6 +166,7 @@ void find_corners(const LevelBlock<T>& level, const Rows& rows, int64_t grad_str
     p.row[i] = cell.row;
     p.column[i] = cell.column;
   }
+  RK_INDEPENDENT
   for (int64_t i = 0; i < BLOCK; ++i) {
     const int64_t width = level.width[i], position = level.start[i] + p.row[i] * width + p.column[i];
     const int64_t at = position * stride, below = at + width * stride;
@@ -189,6 +216,7 @@ void sample_adjoints(const T* products, PointBlock<T>& p) {
   for (int64_t c = 0; c < CORNERS; ++c)
     for (int64_t i = 0; i < BLOCK; i += LANES<T>)
       store(dot[c] + i, sums_of_vectors(products + (c * BLOCK + i) * LANES<T>));
+  RK_INDEPENDENT
   for (int64_t i = 0; i < BLOCK; ++i) {
     const SampleAdjoint<T> adjoint =
         sample_adjoint(dot[0][i], dot[1][i], dot[2][i], dot[3][i], p.fraction_x[i], p.fraction_y[i]);
@@ -207,12 +235,14 @@ void softmax_adjoints(const Scratch<T>& s, PointBlock<T>* points) {
   const T expected = sum_in_every_lane<T>(products)[0];
   for (int64_t block = 0; block < s.blocks; ++block) {
     PointBlock<T>& p = points[block];
+    RK_INDEPENDENT
     for (int64_t i = 0; i < BLOCK; ++i) p.grad_weight[i] = softmax_adjoint(p.weight[i], p.grad_weight[i], expected);
   }
 }
 
 template <typename T>
 void place_adjoints(const Args& args, const LevelBlock<T>& level, const PointBlock<T>& p, T* pairs) {
+  RK_INDEPENDENT
   for (int64_t i = 0; i < BLOCK; ++i) {
     const T width = T(level.width[i]), height = T(level.height[i]), step = level.half_step[i];
     if (!args.fused) {

@@ -8,6 +8,12 @@ namespace rk {
 namespace RK_SIMD {
 namespace {
 
+#if defined(__clang__)
+#define RK_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define RK_INDEPENDENT _Pragma("GCC ivdep") _Pragma("GCC unroll 1")  // before unrolling to single values, vectors
+#endif
+
 constexpr int64_t BLOCK = 16;    // points: loops of fixed length, which the compiler turns into vectors
 constexpr int64_t CORNERS = 4;   // (row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)
 constexpr int64_t QUERIES = 4;   // planned together, so that the latency of one hides behind the others
@@ -15,9 +21,9 @@ constexpr int64_t QUERIES = 4;   // planned together, so that the latency of one
 // Of the level that a point samples. A padding point is in a level without pixels, so it has no corner.
 template <typename T>
 struct LevelBlock {
-  int32_t height[BLOCK], width[BLOCK], level[BLOCK];
-  int64_t start[BLOCK];
-  T half_step[BLOCK];  // 0.5 / P
+  int32_t height[BLOCK], width[BLOCK], level[BLOCK], exists[BLOCK];
+  int64_t start[BLOCK], reference_at[BLOCK];  // among positions; among a query's references, counted in values
+  T half_step[BLOCK];                         // 0.5 / P
 };
 
 // Of one query and head.
@@ -42,7 +48,7 @@ struct Scratch {
   T *pairs, *singles;     // [blocks, BLOCK, 2], [blocks, BLOCK]: rows of points as they are in memory
   T* products;            // [CORNERS, BLOCK, LANES]: lanes of grad_output . corner
   T *channels, *zeros;    // [row]
-  T* reference_sums;      // [reference_levels, reference_size]
+  T *references, *reference_sums;  // [reference_levels, reference_size]
   // of one batch element and head: [S + 1, row], the last row zero (values) or for what falls nowhere (gradients)
   char* value_slice;  // of the storage type
   T* grad_slice[2];   // of a pair that other workers share, and of any other pair
@@ -58,6 +64,7 @@ struct Scratch {
     products = memory.take<T>(CORNERS * BLOCK * LANES<T>);
     channels = memory.take<T>(row);
     zeros = memory.take<T>(row);
+    references = memory.take<T>(4 * args.L);
     reference_sums = memory.take<T>(4 * args.L);
     small_bytes = memory.used;
     const int64_t slice = (args.S + 1) * row;
@@ -66,6 +73,11 @@ struct Scratch {
     grad_slice[0] = memory.take<T>(backward && shares_pairs ? slice : 0);
     grad_slice[1] = memory.take<T>(backward ? slice : 0);
     bytes = memory.used;
+  }
+
+  // References of type T are read where they are, others converted into `references`.
+  static bool reads_references_in_place(const deform::Args& args) {
+    return args.reference.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
   }
 
   static int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
@@ -79,7 +91,10 @@ struct Scratch {
         block.height[i] = int32_t(args.spatial_shapes[2 * l]);
         block.width[i] = int32_t(args.spatial_shapes[2 * l + 1]);
         block.level[i] = int32_t(l);
+        block.exists[i] = 1;
         block.start[i] = args.starts[l];
+        const int64_t stride = reads_references_in_place(args) ? args.reference.stride[2] : args.reference_size;
+        block.reference_at[i] = args.reference_levels == 1 ? 0 : l * stride;
         block.half_step[i] = T(0.5) / T(args.points[l]);
       }
     }

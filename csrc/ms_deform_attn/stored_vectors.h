@@ -24,7 +24,7 @@ inline __attribute__((always_inline)) Vec<T> load_vector(const BFloat16* from) {
 template <typename T>
 inline __attribute__((always_inline)) Vec<T> load_vector(const Half* from) {
 #if defined(__AVX512F__)
-  return (Vec<T>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Vec<T>)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return (Vec<T>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
