@@ -13,4 +13,6 @@ def same_start():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-    assert rk.requested_backend() is None, "a test left a backend behind"
+    left_behind = rk.requested_backend()
+    rk.set_backend(None)
+    assert left_behind is None, f"a test left backend {left_behind!r} behind"

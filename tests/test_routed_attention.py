@@ -179,6 +179,20 @@ def test_both_masks_must_be_passed(mask):
     check_accuracy("routed_attention", masked_arguments(attn_mask=mask, key_ranges=random_ranges(B, N)))
 
 
+@pytest.mark.parametrize("interval", [0, 1])
+@pytest.mark.parametrize("key", [0, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, M - 1])
+def test_one_visible_key_at_the_edge_of_a_tile(key, interval):
+    ranges = torch.zeros(N, 2, 2, dtype=torch.int32)
+    ranges[:, interval] = torch.tensor([key, key + 1])
+    arguments = masked_arguments(key_ranges=ranges)
+    grad_output = torch.randn(B, H, N, 8)
+    results = outcome(rk.routed_attention, arguments, grad_output)
+    torch.testing.assert_close(results["output"], arguments["value"][:, :, key : key + 1].expand(-1, -1, N, -1))
+    expected = torch.zeros(B, H, M, 8)
+    expected[:, :, key] = grad_output.sum(dim=2)
+    torch.testing.assert_close(results["grad value"], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_denoising_groups_skip_whole_tiles():
     groups, size, matching = 6, 60, 300  # a group sees itself and nothing else; matching queries see matching queries
     starts = torch.arange(groups).repeat_interleave(size) * size
