@@ -29,6 +29,21 @@ inline void write_row(const T* from, int64_t n, DType dtype, void* data, int64_t
   });
 }
 
+// to[i, 0..padded) = row i of `rows` rows `stride` apart, zeros in [n, padded).
+template <typename T>
+inline void read_rows(T* to, int64_t rows, int64_t n, int64_t padded, DType dtype, const void* data, int64_t offset,
+                      int64_t stride) {
+  const bool whole_vectors = dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32) && n == padded;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (whole_vectors) {
+      const T* from = static_cast<const T*>(data) + offset + i * stride;
+      for (int64_t c = 0; c < n; c += LANES<T>) store(to + i * padded + c, load(from + c));
+    } else {
+      read_row<T>(to + i * padded, n, padded, dtype, data, offset + i * stride, T(1));
+    }
+  }
+}
+
 // to[d * to_row + j] = from[j][d]: columns become rows, 16 rows at a time so that their lines stay in the cache.
 template <typename T>
 inline void transpose(const T* from, int64_t from_row, int64_t rows, int64_t n, T* to, int64_t to_row) {

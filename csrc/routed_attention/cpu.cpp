@@ -1,4 +1,4 @@
-// Routed attention on a CPU. A worker takes a block of 64 queries with all its heads: the bias tile of 64 x 128 pairs is
+// Routed attention on a CPU. A worker takes a block of 64 queries with all its heads: the bias of a tile of 128 keys is
 // computed once and added for every head, so its cost is divided by H. Forward is an online softmax; backward recomputes
 // the probabilities from lse. Workers add the gradients of keys into slots of their own, summed in a fixed order.
 
@@ -7,11 +7,6 @@
 namespace rk {
 namespace RK_SIMD {
 namespace {
-
-template <typename T>
-inline T exp_of(T x) {
-  return exp_nonpositive(broadcast(x))[0];
-}
 
 inline float log_of(float x) { return __builtin_logf(x); }
 inline double log_of(double x) { return __builtin_log(x); }
@@ -25,136 +20,152 @@ void on_workers(const Parallel& parallel, const Object& object) {
       const_cast<Object*>(&object));
 }
 
+inline int64_t start_of(const View& view, const Place& at) { return at.b * view.stride[0] + at.first * view.stride[2]; }
+inline int64_t start_of_head(const View& view, const Place& at, int64_t h) {
+  return at.b * view.stride[0] + h * view.stride[1];
+}
+
+// Calls tile(place) for every tile of keys that a query of the block may see.
+template <typename T, typename Tile>
+inline void for_tiles_of(const RoutedAttention& a, Place at, Tile tile) {
+  for (at.key = 0; at.key < a.keys; at.key += BLOCK_M) {
+    at.count = smaller(BLOCK_M, a.keys - at.key);
+    if (BiasTile<T>::sees(a, at)) tile(at);
+  }
+}
+
 template <typename T>
 struct ForwardScratch {
   BiasTile<T> bias;
   QueryRows<T> query;   // [H, BLOCK_N, D] scale q
   QueryRows<T> output;  // [H, BLOCK_N, D] sum_j exp(S_hij - max) v_hj
-  T* logits;            // [BLOCK_N, TILE_ROW]
+  T* logits;            // [BLOCK_M, BLOCK_N]
   T* row_max;           // [H, BLOCK_N]
   T* row_sum;           // [H, BLOCK_N] sum_j exp(S_hij - max)
-  T* packing;           // [BLOCK_M, widest of D, R, G]
+  T* correction;        // [BLOCK_N] exp(old max - new max)
+  T* key;               // [BLOCK_M, D]
+  T* value;             // [BLOCK_M, D]
 
   ForwardScratch(Blocks& blocks, const RoutedAttention& a)
-      : bias(blocks, a), query(blocks, a.heads, a.channels), output(blocks, a.heads, a.channels),
-        logits(blocks.take<T>(TILE_SIZE<T>)), row_max(blocks.take<T>(a.heads * BLOCK_N)),
-        row_sum(blocks.take<T>(a.heads * BLOCK_N)), packing(blocks.take<T>(BLOCK_M * widest_row<T>(a))) {}
+      : bias(blocks, a), query(blocks, a.heads, a.channels, true), output(blocks, a.heads, a.channels, false),
+        logits(blocks.take<T>(TILE_SIZE)), row_max(blocks.take<T>(a.heads * BLOCK_N)),
+        row_sum(blocks.take<T>(a.heads * BLOCK_N)), correction(blocks.take<T>(BLOCK_N)),
+        key(blocks.take<T>(BLOCK_M * query.padded_columns)), value(blocks.take<T>(BLOCK_M * query.padded_columns)) {}
 };
 
 template <typename T>
 struct Forward {
   const RoutedAttention& a;
-  Blocks blocks;
-  PackedInputs<T> packed;
-  char* scratch_base;
-  int64_t scratch_bytes, workspace_bytes;
+  int64_t scratch_bytes;
 
-  explicit Forward(const RoutedAttention& args)
-      : a(args), blocks(args.workspace), packed(blocks, args, false), scratch_base(args.workspace) {
+  explicit Forward(const RoutedAttention& args) : a(args) {
     Blocks counting(nullptr);
     ForwardScratch<T>(counting, a);
     scratch_bytes = counting.used + ALIGNMENT;
-    if (scratch_base != nullptr) scratch_base += blocks.used;
-    workspace_bytes = blocks.used + a.parallel.workers * scratch_bytes + ALIGNMENT;
   }
 
-  ForwardScratch<T> scratch_of(int64_t worker) const {
-    Blocks own(scratch_base + worker * scratch_bytes);
-    return ForwardScratch<T>(own, a);
-  }
-
-  void pack(int64_t worker) const { packed.pack(a, scratch_of(worker).packing, worker); }
+  int64_t workspace_bytes() const { return a.parallel.workers * scratch_bytes; }
 
   void attend(int64_t worker) const {
-    ForwardScratch<T> s = scratch_of(worker);
-    for_blocks_of(a, worker, [&](int64_t b, int64_t first, int64_t rows) { attend_block(s, b, first, rows); });
+    Blocks own(a.workspace + worker * scratch_bytes);
+    ForwardScratch<T> s(own, a);
+    for_blocks_of(a, worker, [&](int64_t b, int64_t first, int64_t rows) {
+      attend_block(s, {b, first, rows, round_up_to_lanes<T>(rows)});
+    });
   }
 
-  void attend_block(ForwardScratch<T>& s, int64_t b, int64_t first, int64_t rows) const {
-    s.query.read(
-        a.query, b * a.query.stride[0] + first * a.query.stride[2], a.query.stride[1], a.query.stride[2], rows,
-        T(a.scale));
-    s.bias.read_queries(a, b, first, rows);
+  void attend_block(ForwardScratch<T>& s, const Place& block) const {
+    s.query.read(a.query, start_of(a.query, block), a.query.stride[1], a.query.stride[2], block.rows, T(a.scale));
+    s.bias.read_queries(a, block);
     s.output.clear();
     for (int64_t i = 0; i < a.heads * BLOCK_N; ++i) s.row_max[i] = NOT_VISIBLE<T>, s.row_sum[i] = 0;
-    for (int64_t key = 0; key < a.keys; key += BLOCK_M) {
-      if (!BiasTile<T>::sees(a, b, first, rows, key)) continue;
-      s.bias.compute(a, packed.factors, b, first, rows, key);
-      for (int64_t h = 0; h < a.heads; ++h) attend_tile(s, b, h, first, rows, key);
-    }
-    finish(s, b, first, rows);
+    for_tiles_of<T>(a, block, [&](const Place& at) {
+      s.bias.compute(a, at, false);
+      for (int64_t h = 0; h < a.heads; ++h) attend_tile(s, at, h);
+    });
+    finish(s, block);
   }
 
-  void attend_tile(ForwardScratch<T>& s, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t key) const {
-    const int64_t slice = b * a.heads + h, columns = s.bias.columns;
+  void attend_tile(ForwardScratch<T>& s, const Place& at, int64_t h) const {
     const int64_t padded = s.query.padded_columns;
-    const T* bias = s.bias.of_head(a, b, h, first, rows, key);
+    const KeyRows<T> key =
+        key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, false);
+    const KeyRows<T> value =
+        key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, true);
     gemm<T, false>(
-        rows, columns, a.channels, s.query.of_head(h), padded, 1, packed.key.flipped_at(slice, key),
-        TILE_ROW<T>, s.logits, TILE_ROW<T>);
-    for (int64_t i = 0; i < rows; ++i) {
-      T* row = s.logits + i * TILE_ROW<T>;
-      const T* bias_row = bias == nullptr ? nullptr : bias + i * TILE_ROW<T>;
-      const T in_tile = s.bias.masked ? add_row<true>(row, bias_row, columns) : add_row<false>(row, bias_row, columns);
-      T& row_max = s.row_max[h * BLOCK_N + i];
-      T& row_sum = s.row_sum[h * BLOCK_N + i];
-      const T before = row_max;
-      row_max = in_tile > before ? in_tile : before;
-      const T shift = row_max == NOT_VISIBLE<T> ? T(0) : row_max;
-      Vec<T> sum = {};
-      for (int64_t j = 0; j < columns; j += LANES<T>) {
-        const Vec<T> weight = exp_nonpositive(load(row + j) - shift);
-        store(row + j, weight);
-        sum += weight;
-      }
-      const T correction = before == row_max ? T(1) : exp_of<T>(before - shift);
-      row_sum = row_sum * correction + sum_of_lanes<T>(sum);
-      if (correction != T(1)) {
-        T* output = s.output.of_head(h) + i * padded;
-        for (int64_t d = 0; d < padded; d += LANES<T>) store(output + d, load(output + d) * correction);
-      }
+        at.count, at.columns, a.channels, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N, s.logits,
+        BLOCK_N);
+    const T* bias = s.bias.of_head(a, at, h);
+    const auto softmax = bias == nullptr ? softmax_of_tile<false, false>
+        : s.bias.masked                  ? softmax_of_tile<true, true>
+                                         : softmax_of_tile<true, false>;
+    softmax(s.logits, bias, at, s.row_max + h * BLOCK_N, s.row_sum + h * BLOCK_N, s.correction);
+    T* output = s.output.of_head(h);
+    for (int64_t i = 0; i < at.rows; ++i) {
+      if (s.correction[i] == T(1)) continue;
+      for (int64_t d = i * padded; d < (i + 1) * padded; d += LANES<T>)
+        store(output + d, load(output + d) * s.correction[i]);
     }
-    gemm<T, true>(
-        rows, padded, smaller(BLOCK_M, a.keys - key), s.logits, TILE_ROW<T>, 1, packed.value.rows_at(slice, key), padded,
-        s.output.of_head(h), padded);
+    gemm<T, true>(at.rows, padded, at.count, s.logits, 1, BLOCK_N, value.data, value.stride, output, padded);
   }
 
-  // row += bias; the largest entry.
-  template <bool MASKED>
-  static T add_row(T* row, const T* bias, int64_t columns) {
-    Vec<T> largest = broadcast(NOT_VISIBLE<T>);
-    if (bias == nullptr) {
-      for (int64_t j = 0; j < columns; j += LANES<T>) largest = max<T>(load(row + j), largest);
-    } else {
-      for (int64_t j = 0; j < columns; j += LANES<T>) {
-        const Vec<T> logits = add_bias<T, MASKED>(load(row + j), load(bias + j));
-        store(row + j, logits);
-        largest = max<T>(logits, largest);
-      }
+  // Online softmax over the keys of a tile, 16 queries at a time: logits become exp(S - max).
+  template <bool BIASED, bool MASKED>
+  static void softmax_of_tile(T* logits, const T* bias, const Place& at, T* row_max, T* row_sum, T* correction) {
+    constexpr int64_t CHAINS = 4;  // independent maxima and sums, against the latency of one
+    for (int64_t i = 0; i < at.columns; i += LANES<T>) {
+      T* column = logits + i;
+      Vec<T> largest[CHAINS], sum[CHAINS] = {};
+      for (int64_t c = 0; c < CHAINS; ++c) largest[c] = broadcast(NOT_VISIBLE<T>);
+      const auto look_at = [&](int64_t j, int64_t chain) {
+        Vec<T> logit = load(column + j * BLOCK_N);
+        if constexpr (BIASED) {
+          logit = add_bias<T, MASKED>(logit, load(bias + i + j * BLOCK_N));
+          store(column + j * BLOCK_N, logit);
+        }
+        largest[chain] = max<T>(logit, largest[chain]);
+      };
+      int64_t j = 0;
+      for (; j + CHAINS <= at.count; j += CHAINS)
+        for (int64_t c = 0; c < CHAINS; ++c) look_at(j + c, c);
+      for (; j < at.count; ++j) look_at(j, 0);
+
+      const Vec<T> before = load(row_max + i);
+      const Vec<T> in_tile = max<T>(max<T>(largest[0], largest[1]), max<T>(largest[2], largest[3]));
+      const Vec<T> now = max<T>(in_tile, before);
+      const Vec<T> shift = now == NOT_VISIBLE<T> ? Vec<T>{} : now;
+      const Vec<T> factor = before == now ? broadcast(T(1)) : exp_nonpositive(before - shift);
+
+      const auto exponentiate = [&](int64_t k, int64_t chain) {
+        const Vec<T> weight = exp_nonpositive(load(column + k * BLOCK_N) - shift);
+        store(column + k * BLOCK_N, weight);
+        sum[chain] += weight;
+      };
+      for (j = 0; j + CHAINS <= at.count; j += CHAINS)
+        for (int64_t c = 0; c < CHAINS; ++c) exponentiate(j + c, c);
+      for (; j < at.count; ++j) exponentiate(j, 0);
+      store(row_max + i, now);
+      store(row_sum + i, load(row_sum + i) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      store(correction + i, factor);
     }
-    return max_of_lanes<T>(largest);
   }
 
   // O = output / sum, lse = max + log(sum); a query that attended nothing gives 0 and lse = +inf, so that
   // exp(S - lse) is 0 in backward.
-  void finish(const ForwardScratch<T>& s, int64_t b, int64_t first, int64_t rows) const {
-    T* lse = static_cast<T*>(a.lse.data) + b * a.lse.stride[0] + first * a.lse.stride[2];
+  void finish(const ForwardScratch<T>& s, const Place& block) const {
+    T* lse = static_cast<T*>(a.lse.data) + start_of(a.lse, block);
     for (int64_t h = 0; h < a.heads; ++h)
-      for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t i = 0; i < block.rows; ++i) {
         const T sum = s.row_sum[h * BLOCK_N + i];
         lse[h * a.lse.stride[1] + i * a.lse.stride[2]] =
             sum == 0 ? -NOT_VISIBLE<T> : s.row_max[h * BLOCK_N + i] + log_of(sum);
         write_row<T>(
             s.output.of_head(h) + i * s.output.padded_columns, a.channels, a.output.dtype, a.output.data,
-            b * a.output.stride[0] + h * a.output.stride[1] + (first + i) * a.output.stride[2],
-            sum == 0 ? T(0) : 1 / sum);
+            start_of(a.output, block) + h * a.output.stride[1] + i * a.output.stride[2], sum == 0 ? T(0) : 1 / sum);
       }
   }
 
-  void run() const {
-    on_workers<Forward, &Forward::pack>(a.parallel, *this);
-    on_workers<Forward, &Forward::attend>(a.parallel, *this);
-  }
+  void run() const { on_workers<Forward, &Forward::attend>(a.parallel, *this); }
 };
 
 // Gradients of one image's keys, as one worker has summed them.
@@ -184,56 +195,54 @@ struct BackwardScratch {
   QueryRows<T> grad_output;                          // [H, BLOCK_N, D]
   QueryRows<T> grad_query;                           // [H, BLOCK_N, D] sum_j dS_hij k_hj
   QueryRows<T> grad_sup_q, grad_del_q, grad_gate_q;  // [BLOCK_N, R], [BLOCK_N, R], [BLOCK_N, G]
-  T* lse;           // [H, BLOCK_N]
-  T* dot;           // [H, BLOCK_N] T_hi = dO_hi . O_hi
-  T* probability;   // [BLOCK_N, TILE_ROW] P
-  T* grad_logits;   // [BLOCK_N, TILE_ROW] dS
-  T* grad_bias;     // [BLOCK_N, TILE_ROW] sum_h dS
-  T* packing;       // [BLOCK_M, widest of D, R, G]
+  T* lse;          // [H, BLOCK_N]
+  T* dot;          // [H, BLOCK_N] T_hi = dO_hi . O_hi
+  T* probability;  // [BLOCK_M, BLOCK_N] P
+  T* grad_logits;  // [BLOCK_M, BLOCK_N] dS
+  T* grad_bias;    // [BLOCK_M, BLOCK_N] sum_h dS
+  T* key;          // [BLOCK_M, D]
+  T* value;        // [BLOCK_M, D]
+  T* sum;          // [BLOCK_M, widest of D, R, G]
 
   BackwardScratch(Blocks& blocks, const RoutedAttention& a)
-      : bias(blocks, a), query(blocks, a.heads, a.channels), grad_output(blocks, a.heads, a.channels),
-        grad_query(blocks, a.heads, a.channels), grad_sup_q(blocks, 1, a.sup_rank), grad_del_q(blocks, 1, a.del_rank),
-        grad_gate_q(blocks, 1, a.gate_rank), lse(blocks.take<T>(a.heads * BLOCK_N)),
-        dot(blocks.take<T>(a.heads * BLOCK_N)), probability(blocks.take<T>(TILE_SIZE<T>)),
-        grad_logits(blocks.take<T>(TILE_SIZE<T>)), grad_bias(blocks.take<T>(TILE_SIZE<T>)),
-        packing(blocks.take<T>(BLOCK_M * widest_row<T>(a))) {}
+      : bias(blocks, a), query(blocks, a.heads, a.channels, true), grad_output(blocks, a.heads, a.channels, true),
+        grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks, 1, a.sup_rank, false),
+        grad_del_q(blocks, 1, a.del_rank, false), grad_gate_q(blocks, 1, a.gate_rank, false),
+        lse(blocks.take<T>(a.heads * BLOCK_N)), dot(blocks.take<T>(a.heads * BLOCK_N)),
+        probability(blocks.take<T>(TILE_SIZE)), grad_logits(blocks.take<T>(TILE_SIZE)),
+        grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        value(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        sum(blocks.take<T>(
+            BLOCK_M * larger(larger(query.padded_columns, grad_sup_q.padded_columns),
+                             larger(grad_del_q.padded_columns, grad_gate_q.padded_columns)))) {}
 };
 
 template <typename T>
 struct Backward {
   const RoutedAttention& a;
   const RoutedAttentionGradients& grad;
-  Blocks blocks;
-  PackedInputs<T> packed;
-  char* slots_base;
-  char* scratch_base;
-  int64_t slot_bytes, scratch_bytes, workspace_bytes;
+  int64_t slot_bytes, scratch_bytes;
 
-  Backward(const RoutedAttention& args, const RoutedAttentionGradients& gradients)
-      : a(args), grad(gradients), blocks(args.workspace), packed(blocks, args, true) {
+  Backward(const RoutedAttention& args, const RoutedAttentionGradients& gradients) : a(args), grad(gradients) {
     Blocks counting_slot(nullptr), counting_scratch(nullptr);
     slot_bytes = KeyGradients<T>(counting_slot, a).bytes + ALIGNMENT;
     BackwardScratch<T>(counting_scratch, a);
     scratch_bytes = counting_scratch.used + ALIGNMENT;
-    const int64_t slots = a.parallel.workers + a.batch;
-    slots_base = a.workspace == nullptr ? nullptr : a.workspace + blocks.used;
-    scratch_base = a.workspace == nullptr ? nullptr : slots_base + slots * slot_bytes;
-    workspace_bytes = blocks.used + slots * slot_bytes + a.parallel.workers * scratch_bytes + ALIGNMENT;
   }
+
+  int64_t slots() const { return a.parallel.workers + a.batch; }
+  int64_t workspace_bytes() const { return slots() * slot_bytes + a.parallel.workers * scratch_bytes; }
 
   // Walking through (image, worker) pairs in order, each step raises one of them: the sum numbers the slots.
   KeyGradients<T> slot_of(int64_t worker, int64_t b) const {
-    Blocks own(slots_base + (worker + b) * slot_bytes);
+    Blocks own(a.workspace + (worker + b) * slot_bytes);
     return KeyGradients<T>(own, a);
   }
 
   BackwardScratch<T> scratch_of(int64_t worker) const {
-    Blocks own(scratch_base + worker * scratch_bytes);
+    Blocks own(a.workspace + slots() * slot_bytes + worker * scratch_bytes);
     return BackwardScratch<T>(own, a);
   }
-
-  void pack(int64_t worker) const { packed.pack(a, scratch_of(worker).packing, worker); }
 
   void differentiate(int64_t worker) const {
     BackwardScratch<T> s = scratch_of(worker);
@@ -242,130 +251,127 @@ struct Backward {
       const KeyGradients<T> keys = slot_of(worker, b);
       if (b != image) memset(keys.key, 0, size_t(keys.bytes));
       image = b;
-      differentiate_block(s, keys, b, first, rows);
+      differentiate_block(s, keys, {b, first, rows, round_up_to_lanes<T>(rows)});
     });
   }
 
-  void read_block(BackwardScratch<T>& s, int64_t b, int64_t first, int64_t rows) const {
-    const auto start = [&](const View& view) { return b * view.stride[0] + first * view.stride[2]; };
-    s.query.read(a.query, start(a.query), a.query.stride[1], a.query.stride[2], rows, T(a.scale));
+  void read_block(BackwardScratch<T>& s, const Place& at) const {
+    s.query.read(a.query, start_of(a.query, at), a.query.stride[1], a.query.stride[2], at.rows, T(a.scale));
     // O passes through grad_query's block, which is not needed yet.
-    s.grad_query.read(a.output, start(a.output), a.output.stride[1], a.output.stride[2], rows, T(1));
-    s.grad_output.read(grad.output, start(grad.output), grad.output.stride[1], grad.output.stride[2], rows, T(1));
+    s.grad_query.read(a.output, start_of(a.output, at), a.output.stride[1], a.output.stride[2], at.rows, T(1));
+    const View& incoming = grad.output;
+    s.grad_output.read(incoming, start_of(incoming, at), incoming.stride[1], incoming.stride[2], at.rows, T(1));
     const int64_t padded = s.query.padded_columns;
-    const T* lse = static_cast<const T*>(a.lse.data) + start(a.lse);
+    const T* lse = static_cast<const T*>(a.lse.data) + start_of(a.lse, at);
     for (int64_t h = 0; h < a.heads; ++h)
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* grad_row = s.grad_output.of_head(h) + i * padded;
-        const T* output_row = s.grad_query.of_head(h) + i * padded;
+      for (int64_t i = 0; i < BLOCK_N; ++i) {
         Vec<T> dot = {};
-        for (int64_t d = 0; d < padded; d += LANES<T>) dot += load(grad_row + d) * load(output_row + d);
+        if (i < at.rows)
+          for (int64_t d = i * padded; d < (i + 1) * padded; d += LANES<T>)
+            dot += load(s.grad_output.of_head(h) + d) * load(s.grad_query.of_head(h) + d);
         s.dot[h * BLOCK_N + i] = sum_of_lanes<T>(dot);
-        s.lse[h * BLOCK_N + i] = lse[h * a.lse.stride[1] + i * a.lse.stride[2]];
+        s.lse[h * BLOCK_N + i] = i < at.rows ? lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : -NOT_VISIBLE<T>;
       }
-    s.bias.read_queries(a, b, first, rows);
+    s.bias.read_queries(a, at);
     s.grad_query.clear(), s.grad_sup_q.clear(), s.grad_del_q.clear(), s.grad_gate_q.clear();
   }
 
-  void differentiate_block(
-      BackwardScratch<T>& s, const KeyGradients<T>& keys, int64_t b, int64_t first, int64_t rows) const {
-    read_block(s, b, first, rows);
-    for (int64_t key = 0; key < a.keys; key += BLOCK_M) {
-      if (!BiasTile<T>::sees(a, b, first, rows, key)) continue;
-      s.bias.compute(a, packed.factors, b, first, rows, key);
-      if (a.routed) memset(s.grad_bias, 0, size_t(rows * TILE_ROW<T>) * sizeof(T));
-      for (int64_t h = 0; h < a.heads; ++h) differentiate_tile(s, keys, b, h, first, rows, key);
-      if (a.routed) differentiate_routes(s, keys, b, rows, key);
-    }
-    write_block(s, b, first, rows);
+  void differentiate_block(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& block) const {
+    read_block(s, block);
+    for_tiles_of<T>(a, block, [&](const Place& at) {
+      s.bias.compute(a, at, true);
+      if (a.routed) memset(s.grad_bias, 0, size_t(at.count * BLOCK_N) * sizeof(T));
+      for (int64_t h = 0; h < a.heads; ++h) differentiate_tile(s, keys, at, h);
+      if (a.routed) differentiate_routes(s, keys, at);
+    });
+    write_block(s, block);
   }
 
-  void differentiate_tile(BackwardScratch<T>& s, const KeyGradients<T>& keys, int64_t b, int64_t h, int64_t first,
-                          int64_t rows, int64_t key) const {
-    const int64_t slice = b * a.heads + h, columns = s.bias.columns, count = smaller(BLOCK_M, a.keys - key);
+  void differentiate_tile(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& at, int64_t h) const {
     const int64_t padded = s.query.padded_columns;
-    const T* bias = s.bias.of_head(a, b, h, first, rows, key);
-    const T* query = s.query.of_head(h);
-    const T* grad_output = s.grad_output.of_head(h);
+    const KeyRows<T> key =
+        key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, true);
+    const KeyRows<T> value =
+        key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, false);
     gemm<T, false>(
-        rows, columns, a.channels, query, padded, 1, packed.key.flipped_at(slice, key), TILE_ROW<T>,
-        s.probability, TILE_ROW<T>);
+        at.count, at.columns, a.channels, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N, s.probability,
+        BLOCK_N);
     gemm<T, false>(
-        rows, columns, a.channels, grad_output, padded, 1, packed.value.flipped_at(slice, key),
-        TILE_ROW<T>, s.grad_logits, TILE_ROW<T>);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = i * TILE_ROW<T>, of_head = h * BLOCK_N + i;
-      const auto differentiate = s.bias.masked ? differentiate_row<true> : differentiate_row<false>;
-      differentiate(
-          s.probability + row, s.grad_logits + row, bias == nullptr ? nullptr : bias + row,
-          a.routed ? s.grad_bias + row : nullptr, s.lse[of_head], s.dot[of_head], columns);
-    }
-    const int64_t key_row = (h * a.keys + key) * padded;
+        at.count, at.columns, a.channels, value.data, value.stride, 1, s.grad_output.flipped_of_head(h), BLOCK_N,
+        s.grad_logits, BLOCK_N);
+    const T* bias = s.bias.of_head(a, at, h);
+    const auto softmax_adjoint = bias == nullptr ? softmax_adjoint_of_tile<false, false, false>
+        : !a.routed                              ? softmax_adjoint_of_tile<true, true, false>
+        : s.bias.masked                          ? softmax_adjoint_of_tile<true, true, true>
+                                                 : softmax_adjoint_of_tile<true, false, true>;
+    softmax_adjoint(s, bias, at, s.lse + h * BLOCK_N, s.dot + h * BLOCK_N);
+    const int64_t key_row = (h * a.keys + at.key) * padded;
     gemm<T, true>(
-        count, padded, rows, s.probability, 1, TILE_ROW<T>, grad_output, padded, keys.value + key_row, padded);
-    gemm<T, true>(count, padded, rows, s.grad_logits, 1, TILE_ROW<T>, query, padded, keys.key + key_row, padded);
+        at.count, padded, at.rows, s.probability, BLOCK_N, 1, s.grad_output.of_head(h), padded, keys.value + key_row,
+        padded);
     gemm<T, true>(
-        rows, padded, count, s.grad_logits, TILE_ROW<T>, 1, packed.key.rows_at(slice, key), padded,
-        s.grad_query.of_head(h), padded);
+        at.count, padded, at.rows, s.grad_logits, BLOCK_N, 1, s.query.of_head(h), padded, keys.key + key_row, padded);
+    gemm<T, true>(
+        at.rows, padded, at.count, s.grad_logits, 1, BLOCK_N, key.data, key.stride, s.grad_query.of_head(h), padded);
   }
 
   // P = exp(S + bias - lse),  dS = P (dP - T),  dbias += dS; S becomes P and dP becomes dS.
-  template <bool MASKED>
-  static void differentiate_row(
-      T* logits, T* grad, const T* bias, T* grad_bias, T lse_of_row, T dot_of_row, int64_t columns) {
-    const Vec<T> lse = broadcast(lse_of_row), dot = broadcast(dot_of_row);
-    for (int64_t j = 0; j < columns; j += LANES<T>) {
-      const Vec<T> plain = load(logits + j);
-      const Vec<T> biased = bias == nullptr ? plain : add_bias<T, MASKED>(plain, load(bias + j));
-      const Vec<T> probability = exp_nonpositive(biased - lse);
-      const Vec<T> grad_logits = probability * (load(grad + j) - dot);
-      store(logits + j, probability);
-      store(grad + j, grad_logits);
-      if (grad_bias != nullptr) store(grad_bias + j, load(grad_bias + j) + grad_logits);
-    }
+  template <bool BIASED, bool MASKED, bool ROUTED>
+  static void softmax_adjoint_of_tile(
+      const BackwardScratch<T>& s, const T* bias, const Place& at, const T* lse, const T* dot) {
+    for (int64_t j = 0; j < at.count; ++j)
+      for (int64_t i = 0; i < at.columns; i += LANES<T>) {
+        const int64_t e = j * BLOCK_N + i;
+        Vec<T> logit = load(s.probability + e);
+        if constexpr (BIASED) logit = add_bias<T, MASKED>(logit, load(bias + e));
+        const Vec<T> probability = exp_nonpositive(logit - load(lse + i));
+        const Vec<T> grad_logit = probability * (load(s.grad_logits + e) - load(dot + i));
+        store(s.probability + e, probability);
+        store(s.grad_logits + e, grad_logit);
+        if constexpr (ROUTED) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logit);
+      }
   }
 
-  void differentiate_routes(
-      BackwardScratch<T>& s, const KeyGradients<T>& keys, int64_t b, int64_t rows, int64_t key) const {
-    const int64_t count = smaller(BLOCK_M, a.keys - key);
+  void differentiate_routes(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& at) const {
     const Vec<T> limit = broadcast(a.clamped ? T(a.limit) : T(__builtin_inff()));
     BiasTile<T>& tile = s.bias;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t e = i * TILE_ROW<T>; e < i * TILE_ROW<T> + tile.columns; e += LANES<T>) {
-        const Vec<T> grad_r = clamp_adjoint(load(tile.del + e), limit, load(s.grad_bias + e));
-        const RouteGradient<Vec<T>> g = route_adjoint(load(tile.p + e), load(tile.sup + e), grad_r);
-        store(tile.sup + e, g.sup), store(tile.del + e, g.del), store(tile.p + e, g.gate);
+    for (int64_t j = 0; j < at.count; ++j)
+      for (int64_t e = j * BLOCK_N; e < j * BLOCK_N + at.columns; e += LANES<T>) {
+        const Vec<T> grad_r = clamp_adjoint(load(tile.del.products + e), limit, load(s.grad_bias + e));
+        const RouteGradient<Vec<T>> g =
+            route_adjoint(load(tile.gate.products + e), load(tile.sup.products + e), grad_r);
+        store(tile.sup.products + e, g.sup), store(tile.del.products + e, g.del);
+        store(tile.gate.products + e, g.gate);
       }
-    add_factor_gradients(packed.factors.sup, tile.sup, tile.sup_q, s.grad_sup_q, keys.sup, b, rows, key, count);
-    add_factor_gradients(packed.factors.del, tile.del, tile.del_q, s.grad_del_q, keys.del, b, rows, key, count);
-    add_factor_gradients(packed.factors.gate, tile.p, tile.gate_q, s.grad_gate_q, keys.gate, b, rows, key, count);
+    add_factor_gradients(tile.sup, s.grad_sup_q, keys.sup, at);
+    add_factor_gradients(tile.del, s.grad_del_q, keys.del, at);
+    add_factor_gradients(tile.gate, s.grad_gate_q, keys.gate, at);
   }
 
-  // grad_q += dproduct keys,  grad_k += dproduct^T queries
+  // grad_q += dproducts^T keys,  grad_k += dproducts queries
   static void add_factor_gradients(
-      const PackedKeys<T>& keys, const T* grad_product, const QueryRows<T>& queries, const QueryRows<T>& grad_queries,
-      T* grad_keys, int64_t b, int64_t rows, int64_t key, int64_t count) {
-    const int64_t padded = keys.padded_columns;
+      const FactorTile<T>& factor, const QueryRows<T>& grad_queries, T* grad_keys, const Place& at) {
+    const int64_t padded = factor.queries.padded_columns;
     gemm<T, true>(
-        rows, padded, count, grad_product, TILE_ROW<T>, 1, keys.rows_at(b, key), padded, grad_queries.data, padded);
+        at.rows, padded, at.count, factor.products, 1, BLOCK_N, factor.keys.data, factor.keys.stride, grad_queries.rows,
+        padded);
     gemm<T, true>(
-        count, padded, rows, grad_product, 1, TILE_ROW<T>, queries.data, padded, grad_keys + key * padded, padded);
+        at.count, padded, at.rows, factor.products, BLOCK_N, 1, factor.queries.rows, padded, grad_keys + at.key * padded,
+        padded);
   }
 
-  void write_block(const BackwardScratch<T>& s, int64_t b, int64_t first, int64_t rows) const {
+  void write_block(const BackwardScratch<T>& s, const Place& at) const {
     const View& q = grad.query;
-    s.grad_query.write(q, b * q.stride[0] + first * q.stride[2], q.stride[1], q.stride[2], rows, T(a.scale));
+    s.grad_query.write(q, start_of(q, at), q.stride[1], q.stride[2], at.rows, T(a.scale));
     if (!a.routed) return;
-    const QueryRows<T>* factors[] = {&s.grad_sup_q, &s.grad_del_q, &s.grad_gate_q};
-    const View* views[] = {&grad.sup_q, &grad.del_q, &grad.gate_q};
-    for (int i = 0; i < 3; ++i) {
-      const View& view = *views[i];
-      factors[i]->write(view, b * view.stride[0] + first * view.stride[1], 0, view.stride[1], rows, T(1));
-    }
+    const auto write = [&](const QueryRows<T>& from, const View& to) {
+      from.write(to, at.b * to.stride[0] + at.first * to.stride[1], 0, to.stride[1], at.rows, T(1));
+    };
+    write(s.grad_sup_q, grad.sup_q), write(s.grad_del_q, grad.del_q), write(s.grad_gate_q, grad.gate_q);
   }
 
-  // grad = sum of the slots of image b, in the order of the workers, for rows `offset + j * padded` of a slot.
-  void write_key_gradient(const View& to, int64_t b, int64_t h, int64_t row_stride, int64_t head_stride, int64_t columns,
+  // grad = sum of the slots of image b, in the order of the workers.
+  void write_key_gradient(const View& to, int64_t b, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
                           T* KeyGradients<T>::*member, int64_t first, T* sum) const {
     const int64_t padded = round_up_to_lanes<T>(columns), count = smaller(BLOCK_M, a.keys - first);
     const int64_t offset = (h * a.keys + first) * padded;
@@ -382,26 +388,25 @@ struct Backward {
   }
 
   void write_keys(int64_t worker) const {
-    T* sum = scratch_of(worker).packing;
-    const int64_t tiles = blocks_of(a.keys, BLOCK_M);
+    T* sum = scratch_of(worker).sum;
+    const int64_t tiles = (a.keys + BLOCK_M - 1) / BLOCK_M;
     const Share share = share_of(a.batch * a.heads * tiles, worker, a.parallel.workers);
     for (int64_t item = share.begin; item < share.end; ++item) {
       const int64_t slice = item / tiles, first = item % tiles * BLOCK_M, b = slice / a.heads, h = slice % a.heads;
       using Slot = KeyGradients<T>;
-      const auto write = [&](const View& to, int64_t row_stride, int64_t head_stride, int64_t columns, auto member) {
-        write_key_gradient(to, b, h, row_stride, head_stride, columns, member, first, sum);
+      const auto write = [&](const View& to, int64_t head_stride, int64_t row_stride, int64_t columns, auto member) {
+        write_key_gradient(to, b, h, head_stride, row_stride, columns, member, first, sum);
       };
-      write(grad.key, grad.key.stride[2], grad.key.stride[1], a.channels, &Slot::key);
-      write(grad.value, grad.value.stride[2], grad.value.stride[1], a.channels, &Slot::value);
+      write(grad.key, grad.key.stride[1], grad.key.stride[2], a.channels, &Slot::key);
+      write(grad.value, grad.value.stride[1], grad.value.stride[2], a.channels, &Slot::value);
       if (!a.routed || h > 0) continue;
-      write(grad.sup_k, grad.sup_k.stride[1], 0, a.sup_rank, &Slot::sup);
-      write(grad.del_k, grad.del_k.stride[1], 0, a.del_rank, &Slot::del);
-      write(grad.gate_k, grad.gate_k.stride[1], 0, a.gate_rank, &Slot::gate);
+      write(grad.sup_k, 0, grad.sup_k.stride[1], a.sup_rank, &Slot::sup);
+      write(grad.del_k, 0, grad.del_k.stride[1], a.del_rank, &Slot::del);
+      write(grad.gate_k, 0, grad.gate_k.stride[1], a.gate_rank, &Slot::gate);
     }
   }
 
   void run() const {
-    on_workers<Backward, &Backward::pack>(a.parallel, *this);
     on_workers<Backward, &Backward::differentiate>(a.parallel, *this);
     on_workers<Backward, &Backward::write_keys>(a.parallel, *this);
   }
@@ -410,7 +415,7 @@ struct Backward {
 }  // namespace
 
 int64_t routed_attention_forward_workspace(const RoutedAttention& a) {
-  return a.query.dtype == DType::float64 ? Forward<double>(a).workspace_bytes : Forward<float>(a).workspace_bytes;
+  return a.query.dtype == DType::float64 ? Forward<double>(a).workspace_bytes() : Forward<float>(a).workspace_bytes();
 }
 
 void routed_attention_forward(const RoutedAttention& a) {
@@ -419,8 +424,8 @@ void routed_attention_forward(const RoutedAttention& a) {
 
 int64_t routed_attention_backward_workspace(const RoutedAttention& a) {
   const RoutedAttentionGradients none;
-  return a.query.dtype == DType::float64 ? Backward<double>(a, none).workspace_bytes
-                                         : Backward<float>(a, none).workspace_bytes;
+  return a.query.dtype == DType::float64 ? Backward<double>(a, none).workspace_bytes()
+                                         : Backward<float>(a, none).workspace_bytes();
 }
 
 void routed_attention_backward(const RoutedAttention& a, const RoutedAttentionGradients& grad) {
