@@ -79,13 +79,15 @@ def check_accuracy(op: str, arguments: Arguments, function: Callable[..., torch.
     Raises:
         AssertionError: an error is above twice that of PyTorch's own operators in the dtypes of the arguments.
     """
-    function = getattr(rk, op) if function is None else function
+    of_op: Callable[..., torch.Tensor] = getattr(rk, op)
     with rk.backend("reference"):
         doubles = converted(arguments, torch.float64)
-        output = getattr(rk, op)(**doubles)
+        output = of_op(**doubles)
         generator = torch.Generator().manual_seed(0)
         dtype = next(tensor.dtype for _, tensor in named_tensors(arguments))
         grad_output = torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output.device, dtype)
-        exact = outcome(getattr(rk, op), doubles, grad_output)
+        exact = outcome(of_op, doubles, grad_output)
     fresh = map_tensors(arguments, lambda x: x.detach().requires_grad_(x.requires_grad))
-    assert_as_accurate(outcome(function, fresh, grad_output), outcome(EAGER[op], arguments, grad_output), exact)
+    assert_as_accurate(
+        outcome(function or of_op, fresh, grad_output), outcome(EAGER[op], arguments, grad_output), exact
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -40,13 +41,11 @@ def routed_attention_arguments(
     }
     if routed:
         ranks = (rank, rank, rank, rank, gate_rank, gate_rank)
-        arguments["routing"] = RoutingFactors(
-            *(
-                normal(batch, rows, r, dtype=factor_dtype, scale=math.sqrt(2) * max(r, 1) ** -0.25)
-                for rows, r in zip((queries, keys) * 3, ranks, strict=True)
-            ),
-            limit,
-        )
+        factors = [
+            normal(batch, rows, r, dtype=factor_dtype, scale=math.sqrt(2) * max(r, 1) ** -0.25)
+            for rows, r in zip((queries, keys) * 3, ranks, strict=True)
+        ]
+        arguments["routing"] = RoutingFactors._make([*factors, limit])
     return arguments
 
 
@@ -104,7 +103,7 @@ def ms_deform_attn_fused_arguments(
     return arguments
 
 
-def sample_arguments(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Arguments]:
+def sample_arguments(op: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> dict[str, Arguments]:
     """By label, calls of a public op that together reach every argument; `sizes` go to the op's `*_arguments`.
 
     Raises:
@@ -113,7 +112,7 @@ def sample_arguments(op: str, dtype: torch.dtype = torch.float32, **sizes: int) 
     return _SAMPLES[op](dtype, sizes)
 
 
-def _routed_attention_samples(dtype: torch.dtype, sizes: dict[str, int]) -> dict[str, Arguments]:
+def _routed_attention_samples(dtype: torch.dtype, sizes: dict[str, Any]) -> dict[str, Arguments]:
     def arguments(**options) -> Arguments:
         return routed_attention_arguments(dtype=dtype, **{**sizes, **options})
 
@@ -131,7 +130,7 @@ def _routed_attention_samples(dtype: torch.dtype, sizes: dict[str, int]) -> dict
     }
 
 
-_SAMPLES: dict[str, Callable[[torch.dtype, dict[str, int]], dict[str, Arguments]]] = {
+_SAMPLES: dict[str, Callable[[torch.dtype, dict[str, Any]], dict[str, Arguments]]] = {
     "routed_attention": _routed_attention_samples,
     "query_similarity": lambda dtype, sizes: {
         mode: query_similarity_arguments(mode=mode, dtype=dtype, **sizes) for mode in ("relu", "mean")
