@@ -46,7 +46,8 @@ inline void read_rows(T* to, int64_t rows, int64_t n, int64_t padded, DType dtyp
 
 // to[d * to_row + j] = from[j][d]: columns become rows, 16 rows at a time so that their lines stay in the cache.
 template <typename T>
-inline void transpose(const T* from, int64_t from_row, int64_t rows, int64_t n, T* to, int64_t to_row) {
+inline void transpose(
+    const T* __restrict from, int64_t from_row, int64_t rows, int64_t n, T* __restrict to, int64_t to_row) {
   constexpr int64_t GROUP = 16;
   int64_t j = 0;
   for (; j + GROUP <= rows; j += GROUP)

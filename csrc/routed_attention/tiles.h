@@ -70,11 +70,8 @@ struct QueryRows {
             to + i * padded_columns, columns, padded_columns, view.dtype, view.data,
             offset + h * head_stride + i * row_stride, factor);
       if (flipped == nullptr) continue;
-      for (int64_t d = 0; d < columns; ++d) {
-        T* column = flipped_of_head(h) + d * BLOCK_N;
-        for (int64_t i = 0; i < count; ++i) column[i] = to[i * padded_columns + d];
-        for (int64_t i = count; i < BLOCK_N; ++i) column[i] = 0;
-      }
+      memset(to + count * padded_columns, 0, size_t((BLOCK_N - count) * padded_columns) * sizeof(T));
+      transpose(to, padded_columns, BLOCK_N, columns, flipped_of_head(h), BLOCK_N);
     }
   }
   void write(const View& view, int64_t offset, int64_t head_stride, int64_t row_stride, int64_t count, T factor) const {
