@@ -9,7 +9,7 @@ DEMO_TRAINING := --preset tiny --time-budget 300
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 SET_UP := $(VENV)/.set-up
 KERNEL_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -29,7 +29,7 @@ test: $(SET_UP)
 bench: $(SET_UP)
 	@$(BIN)/python -c 'import torch_ms_deform_attn' 2>/dev/null || { \
 	    echo "== installing the packages to compare with (benchmarks/requirements.txt)"; \
-	    $(PIP_INSTALL) --no-build-isolation -r benchmarks/requirements.txt || \
+	    $(PIP_INSTALL) --quiet --no-build-isolation -r benchmarks/requirements.txt || \
 	    echo "== they could not be installed: their rows will say so"; }
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.training_step
@@ -53,7 +53,7 @@ $(SET_UP): constraints.txt pyproject.toml setup.py $(KERNEL_SOURCES)
 	@echo "== installing PyTorch and the build tools in $(VENV)"
 	@$(PIP_INSTALL) torch setuptools wheel
 	@echo "== installing what else is needed, building the kernels (about a minute each)"
-	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@$(PIP_INSTALL) --quiet --no-build-isolation -e '.[dev]'
 	@$(BIN)/route-kernels info
 	@touch $@
 
