@@ -260,28 +260,40 @@ void place_adjoints(const Args& args, const LevelBlock<T>& level, const PointBlo
   }
 }
 
+// Gradients of a block's references, one a point: [reference_size, BLOCK].
+template <typename T>
+void reference_adjoints(const Args& args, const LevelBlock<T>& level, const PointBlock<T>& p, T (*grad)[BLOCK]) {
+  const bool box = args.reference_size == 4;
+  RK_INDEPENDENT
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const T width = T(level.width[i]), height = T(level.height[i]), step = level.half_step[i];
+    const BoxAdjoint<T> x = box_adjoint(p.grad_x[i], p.extent_x[i], p.offset_x[i], step, width);
+    const BoxAdjoint<T> y = box_adjoint(p.grad_y[i], p.extent_y[i], p.offset_y[i], step, height);
+    const bool adds = level.exists[i] & p.inside[i];
+    grad[0][i] = adds ? (box ? x.center : point_adjoint(p.grad_x[i], width).reference) : T(0);
+    grad[1][i] = adds ? (box ? y.center : point_adjoint(p.grad_y[i], height).reference) : T(0);
+    grad[2][i] = adds ? x.extent : T(0);
+    grad[3][i] = adds ? y.extent : T(0);
+  }
+}
+
 // This query and head's part of grad_reference [reference_levels, reference_size].
 template <typename T>
 void write_reference_part(const Args& args, const Scratch<T>& s, const PointBlock<T>* points, T* grad_reference) {
   const int64_t size = args.reference_size;
   for (int64_t i = 0; i < args.reference_levels * size; ++i) grad_reference[i] = T(0);
-  for (int64_t k = 0; k < args.K; ++k) {
-    const PointBlock<T>& p = points[k / BLOCK];
-    const LevelBlock<T>& level = s.levels[k / BLOCK];
-    const int64_t i = k % BLOCK;
-    if (!p.inside[i]) continue;
-    T* grad = grad_reference + (args.reference_levels == 1 ? 0 : level.level[i]) * size;
-    const T width = T(level.width[i]), height = T(level.height[i]), step = level.half_step[i];
-    if (size == 2) {
-      grad[0] += point_adjoint(p.grad_x[i], width).reference;
-      grad[1] += point_adjoint(p.grad_y[i], height).reference;
-    } else {
-      const BoxAdjoint<T> x = box_adjoint(p.grad_x[i], p.extent_x[i], p.offset_x[i], step, width);
-      const BoxAdjoint<T> y = box_adjoint(p.grad_y[i], p.extent_y[i], p.offset_y[i], step, height);
-      grad[0] += x.center;
-      grad[1] += y.center;
-      grad[2] += x.extent;
-      grad[3] += y.extent;
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    const LevelBlock<T>& level = s.levels[block];
+    T grad[4][BLOCK];
+    reference_adjoints(args, level, points[block], grad);
+    for (int64_t j = 0; j < size; ++j) {
+      if (args.reference_levels == 1) {
+        Vec<T> sum = {};
+        for (int64_t i = 0; i < BLOCK; i += LANES<T>) sum += load(grad[j] + i);
+        grad_reference[j] += sum_in_every_lane<T>(sum)[0];
+      } else {
+        for (int64_t i = 0; i < BLOCK; ++i) grad_reference[level.level[i] * size + j] += grad[j][i];
+      }
     }
   }
 }
