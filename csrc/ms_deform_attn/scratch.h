@@ -72,7 +72,7 @@ struct Scratch {
     value_slice = memory.take<char>(slice * size_of(args.value.dtype));
     grad_slice[0] = memory.take<T>(backward && shares_pairs ? slice : 0);
     grad_slice[1] = memory.take<T>(backward ? slice : 0);
-    bytes = memory.used;
+    bytes = memory.used + ALIGNMENT;  // wherever the allocation starts
   }
 
   // References of type T are read where they are, others converted into `references`.
