@@ -238,20 +238,21 @@ def test_overfits_four_images():
     backbone = BackboneConfig(block="basic", stem_channels=16, channels=(16, 32, 64), depths=(1, 1, 1), used_stages=2)
     changes = {"backbone": backbone, "embed_dim": 32, "num_levels": 2, "num_queries": 12, "ffn_dim": 64}
     detector = Detector(DetectorConfig(**{**SMALL, **changes})).train()
-    criterion = Criterion(TrainConfig())
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3, weight_decay=1e-4)
+    criterion, steps = Criterion(TrainConfig(class_weight=2.0)), 150
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3, weight_decay=1e-4)
     history = []
-    for step in range(300):
+    for step in range(steps):
         detector.set_routing(0.3 * min(1, step / 100), 0.5)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (steps - step) / 50)
         losses = criterion(detector(images), targets)
         optimizer.zero_grad()
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(detector.parameters(), 0.5)
         optimizer.step()
         history.append(losses["loss"].item())
-    assert history[-1] < 0.1 * history[0]
+    assert history[-1] < 0.05 * history[0]
     found = detections(detector.eval()(images), [(1, 1)] * 4, top_k=3)
     for one, target in zip(found, targets, strict=True):
         order = one["labels"].argsort()
         assert one["labels"][order].tolist() == [0, 1, 2]
-        assert generalized_iou(one["boxes"][order], corners(target.boxes)).min() > 0.7
+        assert generalized_iou(one["boxes"][order], corners(target.boxes)).min() > 0.8
