@@ -157,7 +157,16 @@ def detections(output: DetectorOutput, sizes: list[tuple[int, int]], top_k: int 
 
 
 def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict]:
-    """Optimizer groups "main", "backbone" and "sampling" (layers that give sampling offsets), by learning rate."""
+    """Optimizer groups "main", "backbone" and "sampling" (layers that give sampling offsets), by learning rate.
+
+    Raises ValueError for a backbone whose fixed layers would be random: `fine_tune` without `weights`.
+    """
+    backbone_config = detector.config.backbone
+    if backbone_config.fine_tune and backbone_config.weights is None:
+        raise ValueError(
+            "detector.backbone.weights: expected a model name or folder, since fine_tune fixes the stem and all norms, "
+            "got None (or set detector.backbone.fine_tune to false to train from scratch)"
+        )
     scales = {
         "main": 1.0,
         "backbone": config.backbone_learning_rate_scale,

@@ -196,6 +196,8 @@ def test_fine_tuning_fixes_norms_stem_and_first_stage():
     assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
     trained = {name for name, p in detector.backbone.named_parameters() if p.requires_grad}
     assert trained and all("stages.1" in name for name in trained)
+    with pytest.raises(ValueError, match=r"backbone\.weights: expected a model name or folder"):
+        parameter_groups(detector, TrainConfig())
 
 
 def test_backbone_loads_pretrained_weights_from_a_folder(tmp_path):
