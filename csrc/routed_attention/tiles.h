@@ -241,6 +241,29 @@ inline Vec<T> add_bias(Vec<T> logits, Vec<T> bias) {
   return MASKED ? (bias == NOT_VISIBLE<T> ? bias : sum) : sum;
 }
 
+// Runs `method(worker)` of an object on every worker.
+template <typename Object, void (Object::*METHOD)(int64_t) const>
+void on_workers(const Parallel& parallel, const Object& object) {
+  parallel.run(
+      parallel.workers,
+      [](int64_t worker, void* context) { (static_cast<const Object*>(context)->*METHOD)(worker); },
+      const_cast<Object*>(&object));
+}
+
+inline int64_t start_of(const View& view, const Place& at) { return at.b * view.stride[0] + at.first * view.stride[2]; }
+inline int64_t start_of_head(const View& view, const Place& at, int64_t h) {
+  return at.b * view.stride[0] + h * view.stride[1];
+}
+
+// Calls tile(place) for every tile of keys that a query of the block may see.
+template <typename T, typename Tile>
+inline void for_tiles_of(const RoutedAttention& a, Place at, Tile tile) {
+  for (at.key = 0; at.key < a.keys; at.key += BLOCK_M) {
+    at.count = smaller(BLOCK_M, a.keys - at.key);
+    if (BiasTile<T>::sees(a, at)) tile(at);
+  }
+}
+
 }  // namespace
 }  // namespace RK_SIMD
 }  // namespace rk

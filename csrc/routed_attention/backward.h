@@ -1,0 +1,256 @@
+#pragma once
+// The backward pass of a worker: probabilities recomputed from lse, gradients of keys summed in slots of its own.
+
+#include "tiles.h"
+
+namespace rk {
+namespace RK_SIMD {
+namespace {
+
+// Gradients of one image's keys, as one worker has summed them.
+template <typename T>
+struct KeyGradients {
+  T* key;    // [H, M, padded D]
+  T* value;  // [H, M, padded D]
+  T* sup;    // [M, padded R]
+  T* del;    // [M, padded R]
+  T* gate;   // [M, padded G]
+  int64_t bytes;
+
+  KeyGradients(Blocks& blocks, const RoutedAttention& a) {
+    const int64_t before = blocks.used, padded = round_up_to_lanes<T>(a.channels);
+    key = blocks.take<T>(a.heads * a.keys * padded), value = blocks.take<T>(a.heads * a.keys * padded);
+    sup = blocks.take<T>(a.keys * round_up_to_lanes<T>(a.sup_rank));
+    del = blocks.take<T>(a.keys * round_up_to_lanes<T>(a.del_rank));
+    gate = blocks.take<T>(a.keys * round_up_to_lanes<T>(a.gate_rank));
+    bytes = blocks.used - before;
+  }
+};
+
+template <typename T>
+struct BackwardScratch {
+  BiasTile<T> bias;
+  QueryRows<T> query;                                // [H, BLOCK_N, D] scale q
+  QueryRows<T> grad_output;                          // [H, BLOCK_N, D]
+  QueryRows<T> grad_query;                           // [H, BLOCK_N, D] sum_j dS_hij k_hj
+  QueryRows<T> grad_sup_q, grad_del_q, grad_gate_q;  // [BLOCK_N, R], [BLOCK_N, R], [BLOCK_N, G]
+  T* lse;          // [H, BLOCK_N]
+  T* dot;          // [H, BLOCK_N] T_hi = dO_hi . O_hi
+  T* probability;  // [BLOCK_M, BLOCK_N] P
+  T* grad_logits;  // [BLOCK_M, BLOCK_N] dS
+  T* grad_bias;    // [BLOCK_M, BLOCK_N] sum_h dS
+  T* key;          // [BLOCK_M, D]
+  T* value;        // [BLOCK_M, D]
+  T* sum;          // [BLOCK_M, widest of D, R, G]
+
+  BackwardScratch(Blocks& blocks, const RoutedAttention& a)
+      : bias(blocks, a), query(blocks, a.heads, a.channels, true), grad_output(blocks, a.heads, a.channels, true),
+        grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks, 1, a.sup_rank, false),
+        grad_del_q(blocks, 1, a.del_rank, false), grad_gate_q(blocks, 1, a.gate_rank, false),
+        lse(blocks.take<T>(a.heads * BLOCK_N)), dot(blocks.take<T>(a.heads * BLOCK_N)),
+        probability(blocks.take<T>(TILE_SIZE)), grad_logits(blocks.take<T>(TILE_SIZE)),
+        grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        value(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        sum(blocks.take<T>(
+            BLOCK_M * larger(larger(query.padded_columns, grad_sup_q.padded_columns),
+                             larger(grad_del_q.padded_columns, grad_gate_q.padded_columns)))) {}
+};
+
+template <typename T>
+struct Backward {
+  const RoutedAttention& a;
+  const RoutedAttentionGradients& grad;
+  int64_t slot_bytes, scratch_bytes;
+
+  Backward(const RoutedAttention& args, const RoutedAttentionGradients& gradients) : a(args), grad(gradients) {
+    Blocks counting_slot(nullptr), counting_scratch(nullptr);
+    slot_bytes = KeyGradients<T>(counting_slot, a).bytes + ALIGNMENT;
+    BackwardScratch<T>(counting_scratch, a);
+    scratch_bytes = counting_scratch.used + ALIGNMENT;
+  }
+
+  int64_t slots() const { return a.parallel.workers + a.batch; }
+  int64_t workspace_bytes() const { return slots() * slot_bytes + a.parallel.workers * scratch_bytes; }
+
+  // Walking through (image, worker) pairs in order, each step raises one of them: the sum numbers the slots.
+  KeyGradients<T> slot_of(int64_t worker, int64_t b) const {
+    Blocks own(a.workspace + (worker + b) * slot_bytes);
+    return KeyGradients<T>(own, a);
+  }
+
+  BackwardScratch<T> scratch_of(int64_t worker) const {
+    Blocks own(a.workspace + slots() * slot_bytes + worker * scratch_bytes);
+    return BackwardScratch<T>(own, a);
+  }
+
+  void differentiate(int64_t worker) const {
+    BackwardScratch<T> s = scratch_of(worker);
+    int64_t image = -1;
+    for_blocks_of(a, worker, [&](int64_t b, int64_t first, int64_t rows) {
+      const KeyGradients<T> keys = slot_of(worker, b);
+      if (b != image) memset(keys.key, 0, size_t(keys.bytes));
+      image = b;
+      differentiate_block(s, keys, {b, first, rows, round_up_to_lanes<T>(rows)});
+    });
+  }
+
+  void read_block(BackwardScratch<T>& s, const Place& at) const {
+    s.query.read(a.query, start_of(a.query, at), a.query.stride[1], a.query.stride[2], at.rows, T(a.scale));
+    // O passes through grad_query's block, which is not needed yet.
+    s.grad_query.read(a.output, start_of(a.output, at), a.output.stride[1], a.output.stride[2], at.rows, T(1));
+    const View& incoming = grad.output;
+    s.grad_output.read(incoming, start_of(incoming, at), incoming.stride[1], incoming.stride[2], at.rows, T(1));
+    const int64_t padded = s.query.padded_columns;
+    const T* lse = static_cast<const T*>(a.lse.data) + start_of(a.lse, at);
+    for (int64_t h = 0; h < a.heads; ++h)
+      for (int64_t i = 0; i < BLOCK_N; ++i) {
+        Vec<T> dot = {};
+        if (i < at.rows)
+          for (int64_t d = i * padded; d < (i + 1) * padded; d += LANES<T>)
+            dot += load(s.grad_output.of_head(h) + d) * load(s.grad_query.of_head(h) + d);
+        s.dot[h * BLOCK_N + i] = sum_of_lanes<T>(dot);
+        s.lse[h * BLOCK_N + i] = i < at.rows ? lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : -NOT_VISIBLE<T>;
+      }
+    s.bias.read_queries(a, at);
+    s.grad_query.clear(), s.grad_sup_q.clear(), s.grad_del_q.clear(), s.grad_gate_q.clear();
+  }
+
+  void differentiate_block(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& block) const {
+    read_block(s, block);
+    for_tiles_of<T>(a, block, [&](const Place& at) {
+      s.bias.compute(a, at, true);
+      if (a.routed) memset(s.grad_bias, 0, size_t(at.count * BLOCK_N) * sizeof(T));
+      for (int64_t h = 0; h < a.heads; ++h) differentiate_tile(s, keys, at, h);
+      if (a.routed) differentiate_routes(s, keys, at);
+    });
+    write_block(s, block);
+  }
+
+  void differentiate_tile(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& at, int64_t h) const {
+    const int64_t padded = s.query.padded_columns;
+    const KeyRows<T> key =
+        key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, true);
+    const KeyRows<T> value =
+        key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, false);
+    gemm<T, false>(
+        at.count, at.columns, a.channels, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N, s.probability,
+        BLOCK_N);
+    gemm<T, false>(
+        at.count, at.columns, a.channels, value.data, value.stride, 1, s.grad_output.flipped_of_head(h), BLOCK_N,
+        s.grad_logits, BLOCK_N);
+    const T* bias = s.bias.of_head(a, at, h);
+    const auto softmax_adjoint = bias == nullptr ? softmax_adjoint_of_tile<false, false, false>
+        : !a.routed                              ? softmax_adjoint_of_tile<true, true, false>
+        : s.bias.masked                          ? softmax_adjoint_of_tile<true, true, true>
+                                                 : softmax_adjoint_of_tile<true, false, true>;
+    softmax_adjoint(s, bias, at, s.lse + h * BLOCK_N, s.dot + h * BLOCK_N);
+    const int64_t key_row = (h * a.keys + at.key) * padded;
+    gemm<T, true>(
+        at.count, padded, at.rows, s.probability, BLOCK_N, 1, s.grad_output.of_head(h), padded, keys.value + key_row,
+        padded);
+    gemm<T, true>(
+        at.count, padded, at.rows, s.grad_logits, BLOCK_N, 1, s.query.of_head(h), padded, keys.key + key_row, padded);
+    gemm<T, true>(
+        at.rows, padded, at.count, s.grad_logits, 1, BLOCK_N, key.data, key.stride, s.grad_query.of_head(h), padded);
+  }
+
+  // P = exp(S + bias - lse),  dS = P (dP - T),  dbias += dS; S becomes P and dP becomes dS.
+  template <bool BIASED, bool MASKED, bool ROUTED>
+  static void softmax_adjoint_of_tile(
+      const BackwardScratch<T>& s, const T* bias, const Place& at, const T* lse, const T* dot) {
+    for (int64_t j = 0; j < at.count; ++j)
+      for (int64_t i = 0; i < at.columns; i += LANES<T>) {
+        const int64_t e = j * BLOCK_N + i;
+        Vec<T> logit = load(s.probability + e);
+        if constexpr (BIASED) logit = add_bias<T, MASKED>(logit, load(bias + e));
+        const Vec<T> probability = exp_nonpositive(logit - load(lse + i));
+        const Vec<T> grad_logit = probability * (load(s.grad_logits + e) - load(dot + i));
+        store(s.probability + e, probability);
+        store(s.grad_logits + e, grad_logit);
+        if constexpr (ROUTED) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logit);
+      }
+  }
+
+  void differentiate_routes(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& at) const {
+    const Vec<T> limit = broadcast(a.clamped ? T(a.limit) : T(__builtin_inff()));
+    BiasTile<T>& tile = s.bias;
+    for (int64_t j = 0; j < at.count; ++j)
+      for (int64_t e = j * BLOCK_N; e < j * BLOCK_N + at.columns; e += LANES<T>) {
+        const Vec<T> grad_r = clamp_adjoint(load(tile.del.products + e), limit, load(s.grad_bias + e));
+        const RouteGradient<Vec<T>> g =
+            route_adjoint(load(tile.gate.products + e), load(tile.sup.products + e), grad_r);
+        store(tile.sup.products + e, g.sup), store(tile.del.products + e, g.del);
+        store(tile.gate.products + e, g.gate);
+      }
+    add_factor_gradients(tile.sup, s.grad_sup_q, keys.sup, at);
+    add_factor_gradients(tile.del, s.grad_del_q, keys.del, at);
+    add_factor_gradients(tile.gate, s.grad_gate_q, keys.gate, at);
+  }
+
+  // grad_q += dproducts^T keys,  grad_k += dproducts queries
+  static void add_factor_gradients(
+      const FactorTile<T>& factor, const QueryRows<T>& grad_queries, T* grad_keys, const Place& at) {
+    const int64_t padded = factor.queries.padded_columns;
+    gemm<T, true>(
+        at.rows, padded, at.count, factor.products, 1, BLOCK_N, factor.keys.data, factor.keys.stride, grad_queries.rows,
+        padded);
+    gemm<T, true>(
+        at.count, padded, at.rows, factor.products, BLOCK_N, 1, factor.queries.rows, padded, grad_keys + at.key * padded,
+        padded);
+  }
+
+  void write_block(const BackwardScratch<T>& s, const Place& at) const {
+    const View& q = grad.query;
+    s.grad_query.write(q, start_of(q, at), q.stride[1], q.stride[2], at.rows, T(a.scale));
+    if (!a.routed) return;
+    const auto write = [&](const QueryRows<T>& from, const View& to) {
+      from.write(to, at.b * to.stride[0] + at.first * to.stride[1], 0, to.stride[1], at.rows, T(1));
+    };
+    write(s.grad_sup_q, grad.sup_q), write(s.grad_del_q, grad.del_q), write(s.grad_gate_q, grad.gate_q);
+  }
+
+  // grad = sum of the slots of image b, in the order of the workers.
+  void write_key_gradient(const View& to, int64_t b, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
+                          T* KeyGradients<T>::*member, int64_t first, T* sum) const {
+    const int64_t padded = round_up_to_lanes<T>(columns), count = smaller(BLOCK_M, a.keys - first);
+    const int64_t offset = (h * a.keys + first) * padded;
+    memset(sum, 0, size_t(count * padded) * sizeof(T));
+    for (int64_t worker = 0; worker < a.parallel.workers; ++worker) {
+      if (!works_on(a, worker, b)) continue;
+      const T* part = slot_of(worker, b).*member + offset;
+      for (int64_t e = 0; e < count * padded; e += LANES<T>) store(sum + e, load(sum + e) + load(part + e));
+    }
+    for (int64_t j = 0; j < count; ++j)
+      write_row<T>(
+          sum + j * padded, columns, to.dtype, to.data,
+          b * to.stride[0] + h * head_stride + (first + j) * row_stride, T(1));
+  }
+
+  void write_keys(int64_t worker) const {
+    T* sum = scratch_of(worker).sum;
+    const int64_t tiles = (a.keys + BLOCK_M - 1) / BLOCK_M;
+    const Share share = share_of(a.batch * a.heads * tiles, worker, a.parallel.workers);
+    for (int64_t item = share.begin; item < share.end; ++item) {
+      const int64_t slice = item / tiles, first = item % tiles * BLOCK_M, b = slice / a.heads, h = slice % a.heads;
+      using Slot = KeyGradients<T>;
+      const auto write = [&](const View& to, int64_t head_stride, int64_t row_stride, int64_t columns, auto member) {
+        write_key_gradient(to, b, h, head_stride, row_stride, columns, member, first, sum);
+      };
+      write(grad.key, grad.key.stride[1], grad.key.stride[2], a.channels, &Slot::key);
+      write(grad.value, grad.value.stride[1], grad.value.stride[2], a.channels, &Slot::value);
+      if (!a.routed || h > 0) continue;
+      write(grad.sup_k, 0, grad.sup_k.stride[1], a.sup_rank, &Slot::sup);
+      write(grad.del_k, 0, grad.del_k.stride[1], a.del_rank, &Slot::del);
+      write(grad.gate_k, 0, grad.gate_k.stride[1], a.gate_rank, &Slot::gate);
+    }
+  }
+
+  void run() const {
+    on_workers<Backward, &Backward::differentiate>(a.parallel, *this);
+    on_workers<Backward, &Backward::write_keys>(a.parallel, *this);
+  }
+};
+
+}  // namespace
+}  // namespace RK_SIMD
+}  // namespace rk
