@@ -20,11 +20,9 @@ ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SIMD_LEVELS = {"baseline": []}
 if X86:
-    SIMD_LEVELS |= {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
-        + ["-mprefer-vector-width=512"],
-    }
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+    SIMD_LEVELS |= {"avx2": AVX2, "avx512": AVX2 + AVX512}
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fPIC", "-Wall", "-g0"]
 ONCE = ["csrc/registration.cpp", "csrc/common/dispatch.cpp", *sorted(map(str, Path("csrc").glob("*/op.cpp")))]
 EVERY_LEVEL = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
@@ -37,7 +35,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         reason = self._why_not()
         if reason is not None:
-            print(f"route-kernels: native kernels skipped, the reference backend will be used: {reason}", file=sys.stderr)
+            print(
+                f"route-kernels: native kernels skipped, the reference backend will be used: {reason}", file=sys.stderr
+            )
             ext.optional = True  # nothing to copy is then no error
             return
         from torch.utils.cpp_extension import include_paths, library_paths

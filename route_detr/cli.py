@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -112,6 +113,8 @@ def _complain(kind: str, message: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
+    # Read once, when PyTorch loads OpenMP: threads that wait asleep, not spinning, keep a busy machine usable.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *where, **more: _complain("warning", message)
         try:

@@ -36,11 +36,7 @@ def with_two_images(tmp_path):
 
 
 def opened(folder, sections=None, transforms=AS_STORED, **options):
-    text = (
-        sections
-        if isinstance(sections, str | bytes)
-        else json.dumps(content() if sections is None else sections)
-    )
+    text = sections if isinstance(sections, str | bytes) else json.dumps(content() if sections is None else sections)
     path = folder / "instances.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return CocoDetection(path, folder / "images", transforms, **options)

@@ -35,9 +35,7 @@ def test_categories_boxes_and_sizes_are_read_and_images_without_boxes_are_kept(f
     assert image.shape == (3, 40, 60) and image.dtype == torch.float32
     assert target.image_id == 1 and target.size == target.original_size == (40, 60)
     assert target.labels.tolist() == [0, 1]
-    torch.testing.assert_close(
-        target.boxes, torch.tensor([[1 / 3, 3 / 8, 1 / 3, 1 / 4], [0.5, 0.5, 1.0, 1.0]])
-    )
+    torch.testing.assert_close(target.boxes, torch.tensor([[1 / 3, 3 / 8, 1 / 3, 1 / 4], [0.5, 0.5, 1.0, 1.0]]))
     _, empty = dataset[1]
     assert empty.boxes.shape == (0, 4) and empty.boxes.dtype == torch.float32
     assert empty.labels.shape == (0,) and empty.labels.dtype == torch.int64
@@ -226,13 +224,9 @@ def test_less_than_a_pixel_outside_is_rounding_cut_for_training_and_kept_for_eva
 
 def test_only_the_first_examples_of_many_are_shown(folder):
     with pytest.warns(DatasetWarning):
-        dataset = opened(
-            folder, content(annotations=[annotation(n, bbox=[1, 1, 0, 9]) for n in range(1, 41)])
-        )
+        dataset = opened(folder, content(annotations=[annotation(n, bbox=[1, 1, 0, 9]) for n in range(1, 41)]))
     line = dataset.report.lines()[0]
-    assert (
-        ": 40 (first: annotation 1 of" in line and "annotation 3 of" in line and "annotation 4 of" not in line
-    )
+    assert ": 40 (first: annotation 1 of" in line and "annotation 3 of" in line and "annotation 4 of" not in line
 
 
 def test_corner_boxes_are_suspected_when_most_boxes_do_not_fit(folder):

@@ -41,11 +41,7 @@ def folder(tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def instances(folder: Path, split: str) -> dict:
@@ -132,10 +128,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(folder, tm
     write_digits(tmp_path / "again", **SMALL)
     assert contents(tmp_path / "again") == contents(folder)
     write_digits(tmp_path / "other", seed=1, **SMALL)
-    assert (
-        contents(tmp_path / "other")["train2017/000000000001.png"]
-        != contents(folder)["train2017/000000000001.png"]
-    )
+    assert contents(tmp_path / "other")["train2017/000000000001.png"] != contents(folder)["train2017/000000000001.png"]
 
 
 def test_an_image_does_not_depend_on_how_many_there_are(folder, tmp_path):

@@ -87,9 +87,7 @@ MARK = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1,
 
 @pytest.mark.parametrize("extension", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", MARK)
-def test_exif_orientation_is_applied_when_the_annotations_have_the_rotated_size(
-    folder, orientation, extension
-):
+def test_exif_orientation_is_applied_when_the_annotations_have_the_rotated_size(folder, orientation, extension):
     save_with_orientation(folder / "images" / f"x.{extension}", orientation)
     width, height = (40, 60) if orientation > 4 else (60, 40)
     entry = {"id": 1, "file_name": f"x.{extension}", "width": width, "height": height}
@@ -97,11 +95,7 @@ def test_exif_orientation_is_applied_when_the_annotations_have_the_rotated_size(
     image = dataset.raw_image(0)
     assert image.size == (width, height)
     right, bottom = MARK[orientation]
-    corners = {
-        (x, y): image.getpixel((5 + x * (width - 10), 5 + y * (height - 10)))[0]
-        for x in (0, 1)
-        for y in (0, 1)
-    }
+    corners = {(x, y): image.getpixel((5 + x * (width - 10), 5 + y * (height - 10)))[0] for x in (0, 1) for y in (0, 1)}
     assert corners[right, bottom] > 200
     assert all(level < 60 for corner, level in corners.items() if corner != (right, bottom))
     assert dataset[0][1].original_size == (height, width)

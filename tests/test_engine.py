@@ -246,7 +246,7 @@ def test_learning_rate_warms_up_and_drops():
 
 
 def test_a_time_budget_drops_the_rate_and_ends_the_run_with_an_evaluation(tmp_path, data):
-    config = small_config({"train.time_budget": 100.0}).train
+    config = small_config({"train.time_budget": 100.0, "train.warmup_steps": 0}).train
     assert Progress(step=1, elapsed=79.0).learning_rate_factor(50, config) == 1.0
     assert Progress(step=1, elapsed=80.0).learning_rate_factor(50, config) == 0.1
     training = new_training(tmp_path / "run", data, {"train.time_budget": 1e-6, "train.epochs": 1000})

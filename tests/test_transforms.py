@@ -27,9 +27,7 @@ def scene(width=200, height=100, boxes=((20, 10, 80, 60), (150, 50, 200, 100)), 
     for x0, y0, x1, y1 in boxes:
         pixels[y0:y1, x0:x1] = 255
     labels = np.arange(len(boxes)) if labels is None else np.array(labels)
-    return Scene(
-        Image.fromarray(pixels), np.array(boxes, dtype=np.float64).reshape(-1, 4), labels.astype(np.int64)
-    )
+    return Scene(Image.fromarray(pixels), np.array(boxes, dtype=np.float64).reshape(-1, 4), labels.astype(np.int64))
 
 
 def bounds_of_white(image: Image.Image) -> np.ndarray:
@@ -79,9 +77,7 @@ def test_crop_clips_boxes_and_drops_those_without_area_with_their_labels():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_detr_augmentation_keeps_the_box_on_its_object(seed):
-    small = TransformConfig(
-        scales=(90, 120), max_size=260, crop=0.7, crop_scales=(80, 150), crop_size=(60, 110)
-    )
+    small = TransformConfig(scales=(90, 120), max_size=260, crop=0.7, crop_scales=(80, 150), crop_size=(60, 110))
     result = train_transforms(small)(scene(boxes=[(60, 20, 140, 80)]), np.random.default_rng(seed))
     assert min(result.image.size) in (90, 120) or max(result.image.size) == 260
     if len(result.boxes):
@@ -135,9 +131,9 @@ def test_normalised_subtracts_imagenets_mean_and_divides_by_its_deviation():
     image = Image.fromarray(np.array([[[0, 51, 255], [255, 102, 0]]], dtype=np.uint8))
     tensor = normalised(image)
     assert tensor.shape == (3, 1, 2) and tensor.dtype == torch.float32 and tensor.is_contiguous()
-    expected = (
-        torch.tensor([[[0, 1.0]], [[0.2, 0.4]], [[1.0, 0]]]) - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    ) / (torch.tensor(IMAGENET_STD).view(3, 1, 1))
+    expected = (torch.tensor([[[0, 1.0]], [[0.2, 0.4]], [[1.0, 0]]]) - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / (
+        torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    )
     torch.testing.assert_close(tensor, expected)
 
 
@@ -169,9 +165,7 @@ def test_a_bad_setting_is_named(field, value):
 
 
 def target(image_id, height, width, count=2):
-    return Target(
-        image_id, torch.rand(count, 4), torch.zeros(count, dtype=torch.int64), (height, width), (9, 9)
-    )
+    return Target(image_id, torch.rand(count, 4), torch.zeros(count, dtype=torch.int64), (height, width), (9, 9))
 
 
 def test_collate_pads_right_and_bottom_with_zeros_and_marks_the_padding():
@@ -205,6 +199,5 @@ def test_a_batch_moves_with_its_targets():
 def test_a_batch_pins_all_its_tensors():
     pinned = collate([(torch.rand(3, 4, 4), target(1, 4, 4))]).pin_memory()
     assert all(
-        t.is_pinned()
-        for t in (pinned.images, pinned.padding_mask, pinned.targets[0].boxes, pinned.targets[0].labels)
+        t.is_pinned() for t in (pinned.images, pinned.padding_mask, pinned.targets[0].boxes, pinned.targets[0].labels)
     )

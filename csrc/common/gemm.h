@@ -16,10 +16,7 @@ constexpr int GEMM_ROWS = 4;  // 8 accumulators of 16 registers
 template <typename T, bool ACCUMULATE, int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void gemm_block(
     int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row) {
-  Vec<T> sum[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v)
-      sum[r][v] = ACCUMULATE ? load(c + r * c_row + v * LANES<T>) : Vec<T>{};
+  Vec<T> sum[ROWS][VECTORS] = {};  // of this product alone: what C holds is added last, so errors do not pile up
   for (int64_t p = 0; p < k; ++p) {
     Vec<T> row_of_b[VECTORS];
     for (int v = 0; v < VECTORS; ++v) row_of_b[v] = load(b + p * b_row + v * LANES<T>);
@@ -29,7 +26,10 @@ inline __attribute__((always_inline)) void gemm_block(
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) store(c + r * c_row + v * LANES<T>, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      T* to = c + r * c_row + v * LANES<T>;
+      store(to, ACCUMULATE ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <typename T, bool ACCUMULATE, int VECTORS>

@@ -75,23 +75,17 @@ def read_annotations(
 
 def _load(file: Path) -> dict[str, list]:
     if not file.is_file():
-        raise DatasetError(
-            f"{file}: expected a COCO annotation file, found {'a folder' if file.is_dir() else 'none'}"
-        )
+        raise DatasetError(f"{file}: expected a COCO annotation file, found {'a folder' if file.is_dir() else 'none'}")
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{file}: expected JSON: {error}") from error
     if not isinstance(content, dict):
-        raise DatasetError(
-            f"{file}: expected a JSON object with {', '.join(SECTIONS)}, found {_named(content)}"
-        )
+        raise DatasetError(f"{file}: expected a JSON object with {', '.join(SECTIONS)}, found {_named(content)}")
     for section in SECTIONS:
         if not isinstance(content.get(section), list):
             found = (
-                _named(content[section])
-                if section in content
-                else f"only {', '.join(sorted(content)) or 'nothing'}"
+                _named(content[section]) if section in content else f"only {', '.join(sorted(content)) or 'nothing'}"
             )
             raise DatasetError(f"{file}: expected a list {section!r}, found {found}")
     return content
@@ -145,14 +139,10 @@ def _check_images(
             report.add("image sizes read from the files because 'width' and 'height' are missing", name)
         elif not all(_is_integer(image.get(side)) and image[side] > 0 for side in ("width", "height")):
             found = f"{image.get('width')} x {image.get('height')}"
-            faults.add(
-                "images whose 'width' and 'height' are not positive integers", f"image {image['id']}: {found}"
-            )
+            faults.add("images whose 'width' and 'height' are not positive integers", f"image {image['id']}: {found}")
 
 
-def _check_references(
-    annotations: list[dict], image_ids: set[int], category_ids: set[int], faults: Report
-) -> None:
+def _check_references(annotations: list[dict], image_ids: set[int], category_ids: set[int], faults: Report) -> None:
     for annotation in annotations:
         named = f"annotation {annotation['id']}"
         for key, known in (("image_id", image_ids), ("category_id", category_ids)):
@@ -172,9 +162,7 @@ def _check_references(
                 f"{named} has {found}",
             )
         if annotation.setdefault("iscrowd", 0) not in (0, 1):
-            faults.add(
-                "annotations whose 'iscrowd' is not 0 or 1", f"{named} has {_named(annotation['iscrowd'])}"
-            )
+            faults.add("annotations whose 'iscrowd' is not 0 or 1", f"{named} has {_named(annotation['iscrowd'])}")
 
 
 def _fit_to_image(annotation: dict, shape: tuple[int, int], report: Report) -> bool:
@@ -196,9 +184,7 @@ def _fit_to_image(annotation: dict, shape: tuple[int, int], report: Report) -> b
     box_area = (x1 - x0) * (y1 - y0)
     area = annotation.get("area")
     if area is not None and not (_is_number(area) and area >= 0):
-        report.add(
-            "areas replaced by the box's because they are not numbers >= 0", f"{named}: area {_named(area)}"
-        )
+        report.add("areas replaced by the box's because they are not numbers >= 0", f"{named}: area {_named(area)}")
         area = None
     annotation["area"] = box_area if area is None else min(area, box_area) if cut else area
     annotation["iscrowd"] = int(annotation["iscrowd"])

@@ -62,9 +62,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by ``DataLoader(pin_memory=True)``."""
-        return Batch(
-            self.images.pin_memory(), self.padding_mask.pin_memory(), [t.pin_memory() for t in self.targets]
-        )
+        return Batch(self.images.pin_memory(), self.padding_mask.pin_memory(), [t.pin_memory() for t in self.targets])
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:

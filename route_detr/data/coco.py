@@ -74,9 +74,7 @@ class CocoDetection(Dataset):
         self.category_names: list[str] = [str(category["name"]) for category in content.categories]
         self.image_ids: list[int] = [image["id"] for image in content.images]
         self.file_names: list[str] = [image["file_name"] for image in content.images]
-        self._sizes = np.array([(i["width"], i["height"]) for i in content.images], dtype=np.int64).reshape(
-            -1, 2
-        )
+        self._sizes = np.array([(i["width"], i["height"]) for i in content.images], dtype=np.int64).reshape(-1, 2)
         self._boxes, self._labels, self._starts = self._objects(content)
         self._require_files()
         if check_headers or (check_headers is None and len(self) <= HEADERS_CHECKED_UP_TO):
@@ -119,9 +117,7 @@ class CocoDetection(Dataset):
                     sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
             for name in names:
                 if not sizes.get(name):
-                    faults.add(
-                        "image files empty" if name in sizes else "image files missing", str(path / name)
-                    )
+                    faults.add("image files empty" if name in sizes else "image files missing", str(path / name))
         if faults:
             raise DatasetError(f"{self.annotation_file}: of {len(self)} images:\n{faults}")
 
@@ -172,9 +168,7 @@ class CocoDetection(Dataset):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         rows = self._rows(index)
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
-        scene = self.transforms(
-            Scene(self.raw_image(index), self._boxes[rows], self._labels[rows].copy()), rng
-        )
+        scene = self.transforms(Scene(self.raw_image(index), self._boxes[rows], self._labels[rows].copy()), rng)
         width, height = scene.image.size
         original_width, original_height = self._sizes[index].tolist()
         target = Target(

@@ -56,9 +56,7 @@ class DigitsParameters:
         for name, smallest in (("digits_per_image", 1), ("digit_size", 8)):
             low, high = getattr(self, name)
             if not smallest <= low <= high:
-                raise ValueError(
-                    f"{name}: expected (low, high) with {smallest} <= low <= high, got {(low, high)}"
-                )
+                raise ValueError(f"{name}: expected (low, high) with {smallest} <= low <= high, got {(low, high)}")
         smallest_image = math.ceil(FRAME_SCALE * self.digit_size[1])
         if self.image_size < smallest_image:
             raise ValueError(
@@ -331,9 +329,7 @@ def _write_folder(folder: Path, parameters: DigitsParameters, progress: bool) ->
     scans = digit_scans(parameters.seed)
     images_of = {"train": parameters.train_images, "val": parameters.val_images}
     (folder / "annotations").mkdir()
-    with tqdm(
-        total=sum(images_of.values()), desc="crowded digits", unit="image", disable=not progress
-    ) as bar:
+    with tqdm(total=sum(images_of.values()), desc="crowded digits", unit="image", disable=not progress) as bar:
         for split in SPLITS:
             image_dir = folder / f"{split}2017"
             image_dir.mkdir()

@@ -68,9 +68,7 @@ def upright(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         return image
     stored = f"{image.width} x {image.height}"
     turned = "" if rotated == image.size else f" ({rotated[0]} x {rotated[1]} with its EXIF orientation)"
-    raise ValueError(
-        f"expected the annotation file's {size[0]} x {size[1]} pixels, the image has {stored}{turned}"
-    )
+    raise ValueError(f"expected the annotation file's {size[0]} x {size[1]} pixels, the image has {stored}{turned}")
 
 
 def exif_size(image: Image.Image) -> tuple[int, int]:

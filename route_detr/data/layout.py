@@ -69,9 +69,7 @@ def _split_paths(
     return SplitPaths(Path(json_path), Path(images)) if json_path is not None and images is not None else None
 
 
-def open_splits(
-    layout: CocoLayout, config: TransformConfig, seed: int = 0
-) -> tuple[CocoDetection, CocoDetection]:
+def open_splits(layout: CocoLayout, config: TransformConfig, seed: int = 0) -> tuple[CocoDetection, CocoDetection]:
     """The training set, with augmentation, and the validation set of a layout that has both.
 
     Raises DatasetError when their category tables differ, or when one has no image or no box.
@@ -92,13 +90,9 @@ def open_splits(
 
 def require_same_categories(train: CocoDetection, val: CocoDetection) -> None:
     """Raises DatasetError naming the first entries in which the two category tables differ."""
-    tables = [
-        dict(zip(dataset.category_ids, dataset.category_names, strict=True)) for dataset in (train, val)
-    ]
+    tables = [dict(zip(dataset.category_ids, dataset.category_names, strict=True)) for dataset in (train, val)]
     differing = [
-        number
-        for number in sorted({*tables[0], *tables[1]})
-        if tables[0].get(number) != tables[1].get(number)
+        number for number in sorted({*tables[0], *tables[1]}) if tables[0].get(number) != tables[1].get(number)
     ]
     if differing:
         shown = "; ".join(

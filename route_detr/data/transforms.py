@@ -55,9 +55,7 @@ class TransformConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive length in pixels, got {getattr(self, name)!r}")
         if len(self.crop_size) != 2 or not 1 <= self.crop_size[0] <= self.crop_size[1]:
-            raise ValueError(
-                f"crop_size: expected (least, most) with 1 <= least <= most, got {self.crop_size!r}"
-            )
+            raise ValueError(f"crop_size: expected (least, most) with 1 <= least <= most, got {self.crop_size!r}")
 
     @classmethod
     def single_scale(cls, scale: int, flip: float = 0.5) -> TransformConfig:
