@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -q
 BENCH_FLAGS ?=
 DEMO_RUN := runs/demo
-DEMO_TRAINING := --preset tiny --time-budget 300
+DEMO_TRAINING := --preset tiny --time-budget 290
 
 VENV := .venv
 BIN := $(VENV)/bin

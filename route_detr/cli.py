@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     digits.set_defaults(action="write_digits")
     digits.add_argument("out", type=Path)
     digits.add_argument("--seed", type=int, default=0)
-    digits.add_argument("--train-images", type=int, default=2000)
+    digits.add_argument("--train-images", type=int, default=5000)
     digits.add_argument("--val-images", type=int, default=100)
     digits.add_argument("--image-size", type=int, default=128)
     return top

@@ -247,6 +247,8 @@ PRESETS = {
             drop_at=0.8,
             class_weight=4.0,
             workers=0,
+            strength_warmup_epochs=0.4,  # an epoch of the 5000 bundled images has 625 steps
+            strength_ramp_epochs=1.6,
         ),
         TransformConfig.single_scale(128, flip=0.0),
     ),

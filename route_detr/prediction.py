@@ -75,7 +75,8 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     state = load_checkpoint(path)
     try:
         config = Config.from_dict(state["config"])
-        detector = Detector(config.detector).to(device)
+        weights_are_here = config.updated({"detector.backbone.weights": None})
+        detector = Detector(weights_are_here.detector).to(device)
         detector.load_state_dict(state["model"])
         ids = [int(category["id"]) for category in state["categories"]]
         names = [str(category["name"]) for category in state["categories"]]

@@ -8,6 +8,7 @@ and pastes them with heavy overlap onto a textured canvas. No scan is used in bo
 from __future__ import annotations
 
 import json
+import sys
 import math
 import os
 import secrets
@@ -273,7 +274,7 @@ def write_digits(
     out: str | os.PathLike,
     *,
     seed: int = 0,
-    train_images: int = 2000,
+    train_images: int = 5000,
     val_images: int = 100,
     image_size: int = 128,
     digits_per_image: Sequence[int] = (5, 25),
@@ -329,7 +330,9 @@ def _write_folder(folder: Path, parameters: DigitsParameters, progress: bool) ->
     scans = digit_scans(parameters.seed)
     images_of = {"train": parameters.train_images, "val": parameters.val_images}
     (folder / "annotations").mkdir()
-    with tqdm(total=sum(images_of.values()), desc="crowded digits", unit="image", disable=not progress) as bar:
+    seconds_between = 0.2 if sys.stderr.isatty() else 20.0
+    bar_options = {"desc": "crowded digits", "unit": "image", "mininterval": seconds_between}
+    with tqdm(total=sum(images_of.values()), **bar_options, disable=not progress) as bar:
         for split in SPLITS:
             image_dir = folder / f"{split}2017"
             image_dir.mkdir()
