@@ -8,11 +8,11 @@ and pastes them with heavy overlap onto a textured canvas. No scan is used in bo
 from __future__ import annotations
 
 import json
-import sys
 import math
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
