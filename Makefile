@@ -13,7 +13,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLA
 SET_UP := $(VENV)/.set-up
 KERNEL_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test bench lint clean
 .NOTPARALLEL:
 
 demo: $(SET_UP)
@@ -37,9 +37,6 @@ bench: $(SET_UP)
 lint: $(SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: $(SET_UP)
-	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Everything installed, kernels built; done again when a version, the build or a kernel source changed.
 $(SET_UP): constraints.txt pyproject.toml setup.py $(KERNEL_SOURCES)

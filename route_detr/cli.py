@@ -113,8 +113,9 @@ def _complain(kind: str, message: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
-    # Read once, when PyTorch loads OpenMP: threads that wait asleep, not spinning, keep a busy machine usable.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read once, when PyTorch loads OpenMP: threads that wait spin some 50 us, then sleep. By default they spin for
+    # milliseconds, and one other process on the machine then makes a training step many times as slow.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *where, **more: _complain("warning", message)
         try:
