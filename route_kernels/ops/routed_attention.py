@@ -36,6 +36,7 @@ class RoutingFactors(NamedTuple):
 
     Sign, strength and 1/sqrt(R) are already folded into the suppressor and delegator factors.
     All six have one dtype: the query's, or the dtype it is accumulated in (float32; float64 for float64).
+    `torch.compile` takes `limit` for a constant: a new value compiles once more.
     """
 
     sup_q: torch.Tensor  # [B, N, R]
