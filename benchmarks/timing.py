@@ -19,7 +19,8 @@ def _seconds_per_call(call: Callable[[], object], repeats: int) -> float:
 
 
 def time_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds a call of each contender, one sample a round, the first of a round in rotation.
+    """Seconds a call of each contender, one sample a round; the order rotates and turns around from round to round, so
+    that nobody always follows the one that leaves the caches cold.
 
     Rounds go on for about `seconds`, within `FEWEST_ROUNDS` and `MOST_ROUNDS`; before them each runs twice unmeasured.
     """
@@ -33,7 +34,8 @@ def time_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> 
     for done in range(MOST_ROUNDS):
         if done >= FEWEST_ROUNDS and perf_counter() - started > seconds:
             break
-        for name in order[done % len(order) :] + order[: done % len(order)]:
+        turns = order[done % len(order) :] + order[: done % len(order)]
+        for name in turns if done % 2 == 0 else reversed(turns):
             samples[name].append(_seconds_per_call(calls[name], repeats[name]))
     return samples
 

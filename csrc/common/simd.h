@@ -101,23 +101,23 @@ constexpr int64_t round_up_to_lanes(int64_t n) {
   return (n + LANES<T> - 1) / LANES<T> * LANES<T>;
 }
 
-// exp(x) for x <= 0 (and up to 80, for rounding): x = n ln2 + r, |r| <= ln2 / 2, exp(x) = 2^n exp(r).
+// exp(x) for x <= 0 (and up to 80, for rounding): x log2(e) = n + f, |f| <= 1/2, exp(x) = 2^n 2^f.
 // Adding 1.5 * 2^23 + 127 rounds to an integer whose low bits are the exponent field of 2^n.
-// Below the smallest normal number the result is 0; NaN stays NaN. At most 2 ulp.
+// Below the smallest normal number the result is 0; NaN stays NaN. The error is about (1 + |x|) 2^-24, relative: less
+// than rounding in a sum of such terms, of which the largest is 1.
 inline Vec<float> exp_nonpositive(Vec<float> x) {
   using Bits = VectorOf<float>::bits;
-  const float shifter = 12583039.0f;
-  const Vec<float> shifted = x * 1.44269504088896341f + shifter;
+  const float shifter = 12583039.0f, log2e = 1.44269504088896341f;
+  const Vec<float> shifted = x * log2e + shifter;
   const Vec<float> n = shifted - shifter;
-  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> p = broadcast(1.9875691500e-4f);  // Cephes expf
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const Vec<float> f = x * log2e - n;
+  Vec<float> p = broadcast(1.535336188319500e-4f);  // Cephes exp2f
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
   return x < -87.33f ? Vec<float>{} : p * (Vec<float>)((Bits)shifted << 23);
 }
 

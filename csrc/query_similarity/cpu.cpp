@@ -11,37 +11,40 @@ namespace rk {
 namespace RK_SIMD {
 namespace {
 
-constexpr int64_t BLOCK_N = 32;   // queries of a tile
-constexpr int64_t BLOCK_M = 256;  // queries they are compared with
+constexpr int64_t BLOCK_N = 64;  // queries of a tile
+
+// Queries they are compared with: one register block wide, so that all their channels stay in the first-level cache.
+template <typename T>
+constexpr int64_t BLOCK_M = 2 * LANES<T>;
 
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
 
 template <typename T>
 struct Workspace {
-  int64_t padded_queries;
-  T* unit;             // [B, N, C] x^
-  T* unit_transposed;  // [B, C, padded N]
-  T* tiles;            // [workers, BLOCK_N, BLOCK_M]
+  int64_t tiles_of_image;
+  T* unit;     // [B, N, C] x^
+  T* flipped;  // [B, tiles, C, BLOCK_M] x^, a column a query
+  T* tiles;    // [workers, BLOCK_N, BLOCK_M]
   int64_t bytes;
 
   explicit Workspace(const QuerySimilarity& a) {
     Blocks blocks(a.workspace);
-    padded_queries = (a.queries + BLOCK_M - 1) / BLOCK_M * BLOCK_M;
+    tiles_of_image = (a.queries + BLOCK_M<T> - 1) / BLOCK_M<T>;
     unit = blocks.take<T>(a.batch * a.queries * a.channels);
-    unit_transposed = blocks.take<T>(a.batch * a.channels * padded_queries);
-    tiles = blocks.take<T>(a.parallel.workers * BLOCK_N * BLOCK_M);
+    flipped = blocks.take<T>(a.batch * tiles_of_image * a.channels * BLOCK_M<T>);
+    tiles = blocks.take<T>(a.parallel.workers * BLOCK_N * BLOCK_M<T>);
     bytes = blocks.used + ALIGNMENT;
   }
 };
 
 template <typename T>
 void normalize(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) {
-  const int64_t groups = (a.queries + BLOCK_M - 1) / BLOCK_M;  // of one image
+  const int64_t groups = w.tiles_of_image;
   const Share share = share_of(a.batch * groups, worker, a.parallel.workers);
   for (int64_t item = share.begin; item < share.end; ++item) {
-    const int64_t b = item / groups, first = item % groups * BLOCK_M;
-    const int64_t rows = a.queries - first < BLOCK_M ? a.queries - first : BLOCK_M;
+    const int64_t b = item / groups, first = item % groups * BLOCK_M<T>;
+    const int64_t rows = a.queries - first < BLOCK_M<T> ? a.queries - first : BLOCK_M<T>;
     T* unit = w.unit + (b * a.queries + first) * a.channels;
     for (int64_t i = 0; i < rows; ++i) {
       T* row = unit + i * a.channels;
@@ -52,10 +55,10 @@ void normalize(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) 
       const T factor = inverse_norm<T>(squared, root);
       for (int64_t c = 0; c < a.channels; ++c) row[c] *= factor;
     }
-    T* columns = w.unit_transposed + b * a.channels * w.padded_queries + first;
-    transpose(unit, a.channels, rows, a.channels, columns, w.padded_queries);
+    T* columns = w.flipped + item * a.channels * BLOCK_M<T>;
+    transpose(unit, a.channels, rows, a.channels, columns, BLOCK_M<T>);
     for (int64_t c = 0; c < a.channels; ++c)
-      for (int64_t j = rows; j < BLOCK_M; ++j) columns[c * w.padded_queries + j] = 0;
+      for (int64_t j = rows; j < BLOCK_M<T>; ++j) columns[c * BLOCK_M<T> + j] = 0;
   }
 }
 
@@ -63,20 +66,20 @@ template <typename T>
 void sum_similarities(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) {
   const int64_t groups = (a.queries + BLOCK_N - 1) / BLOCK_N;
   const Share share = share_of(a.batch * groups, worker, a.parallel.workers);
-  T* tile = w.tiles + worker * BLOCK_N * BLOCK_M;
+  T* tile = w.tiles + worker * BLOCK_N * BLOCK_M<T>;
   for (int64_t item = share.begin; item < share.end; ++item) {
     const int64_t b = item / groups, first = item % groups * BLOCK_N;
     const int64_t rows = a.queries - first < BLOCK_N ? a.queries - first : BLOCK_N;
     T sums[BLOCK_N] = {};
-    for (int64_t j = 0; j < a.queries; j += BLOCK_M) {
+    for (int64_t j = 0; j < a.queries; j += BLOCK_M<T>) {
       gemm<T, false>(
-          rows, BLOCK_M, a.channels, w.unit + (b * a.queries + first) * a.channels, a.channels, 1,
-          w.unit_transposed + b * a.channels * w.padded_queries + j, w.padded_queries, tile, BLOCK_M);
+          rows, BLOCK_M<T>, a.channels, w.unit + (b * a.queries + first) * a.channels, a.channels, 1,
+          w.flipped + (b * w.tiles_of_image + j / BLOCK_M<T>) * a.channels * BLOCK_M<T>, BLOCK_M<T>, tile, BLOCK_M<T>);
       for (int64_t i = 0; i < rows; ++i) {
-        T* row = tile + i * BLOCK_M;
-        if (first + i >= j && first + i < j + BLOCK_M) row[first + i - j] = 0;  // not with itself
+        T* row = tile + i * BLOCK_M<T>;
+        if (first + i >= j && first + i < j + BLOCK_M<T>) row[first + i - j] = 0;  // not with itself
         Vec<T> sum = {};
-        for (int64_t c = 0; c < BLOCK_M; c += LANES<T>) {
+        for (int64_t c = 0; c < BLOCK_M<T>; c += LANES<T>) {
           const Vec<T> cosine = load(row + c);
           sum += cosine < 0 ? Vec<T>{} : cosine;  // a NaN stays one
         }
