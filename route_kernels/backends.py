@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import torch
 
 from . import native
+from .ops.contract import FLOATING
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("routed_attention", "query_similarity", "ms_deform_attn", "ms_deform_attn_fused")
 
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _requested: str | None = None
 
@@ -87,7 +87,7 @@ def can_run(op: str, name: str, *tensors: torch.Tensor) -> tuple[bool, str]:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return False, f"the cpu kernel takes CPU tensors, got one on {tensor.device}"
-        if tensor.is_floating_point() and tensor.dtype not in _FLOATING:
+        if tensor.is_floating_point() and tensor.dtype not in FLOATING:
             return False, f"the cpu kernel takes float16, bfloat16, float32 and float64, got {tensor.dtype}"
     return True, "native C++ kernel"
 

@@ -72,28 +72,22 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// Lanes are combined by halves, so the additions of a step are independent of each other.
-template <typename T, int BYTES, typename Combine>
-inline T combine_lanes(const T* lanes, Combine combine) {
+// Lanes are added by halves, so the additions of a step are independent of each other.
+template <typename T, int BYTES>
+inline T sum_of_halves(const T* lanes) {
   if constexpr (BYTES == int(sizeof(T))) {
     return lanes[0];
   } else {
     typedef T Half __attribute__((vector_size(BYTES / 2), aligned(sizeof(T)), may_alias));
     const Half* halves = reinterpret_cast<const Half*>(lanes);
-    const Half combined = combine(halves[0], halves[1]);
-    return combine_lanes<T, BYTES / 2>(reinterpret_cast<const T*>(&combined), combine);
+    const Half sum = halves[0] + halves[1];
+    return sum_of_halves<T, BYTES / 2>(reinterpret_cast<const T*>(&sum));
   }
 }
 
 template <typename T>
 inline T sum_of_lanes(Vec<T> v) {
-  return combine_lanes<T, RK_SIMD_BYTES>(reinterpret_cast<const T*>(&v), [](auto a, auto b) { return a + b; });
-}
-
-template <typename T>
-inline T max_of_lanes(Vec<T> v) {
-  return combine_lanes<T, RK_SIMD_BYTES>(
-      reinterpret_cast<const T*>(&v), [](auto a, auto b) { return a > b ? a : b; });
+  return sum_of_halves<T, RK_SIMD_BYTES>(reinterpret_cast<const T*>(&v));
 }
 
 template <typename T>

@@ -229,19 +229,23 @@ struct Backward {
   void write_keys(int64_t worker) const {
     T* sum = scratch_of(worker).sum;
     const int64_t tiles = (a.keys + BLOCK_M - 1) / BLOCK_M;
-    const Share share = share_of(a.batch * a.heads * tiles, worker, a.parallel.workers);
+    const int64_t parts = a.heads + (a.routed ? 1 : 0);  // of an image: its heads, then the factors
+    const Share share = share_of(a.batch * parts * tiles, worker, a.parallel.workers);
     for (int64_t item = share.begin; item < share.end; ++item) {
-      const int64_t slice = item / tiles, first = item % tiles * BLOCK_M, b = slice / a.heads, h = slice % a.heads;
+      const int64_t b = item / tiles / parts, part = item / tiles % parts, first = item % tiles * BLOCK_M;
       using Slot = KeyGradients<T>;
-      const auto write = [&](const View& to, int64_t head_stride, int64_t row_stride, int64_t columns, auto member) {
+      const auto write = [&](const View& to, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
+                             auto member) {
         write_key_gradient(to, b, h, head_stride, row_stride, columns, member, first, sum);
       };
-      write(grad.key, grad.key.stride[1], grad.key.stride[2], a.channels, &Slot::key);
-      write(grad.value, grad.value.stride[1], grad.value.stride[2], a.channels, &Slot::value);
-      if (!a.routed || h > 0) continue;
-      write(grad.sup_k, 0, grad.sup_k.stride[1], a.sup_rank, &Slot::sup);
-      write(grad.del_k, 0, grad.del_k.stride[1], a.del_rank, &Slot::del);
-      write(grad.gate_k, 0, grad.gate_k.stride[1], a.gate_rank, &Slot::gate);
+      if (part < a.heads) {
+        write(grad.key, part, grad.key.stride[1], grad.key.stride[2], a.channels, &Slot::key);
+        write(grad.value, part, grad.value.stride[1], grad.value.stride[2], a.channels, &Slot::value);
+      } else {
+        write(grad.sup_k, 0, 0, grad.sup_k.stride[1], a.sup_rank, &Slot::sup);
+        write(grad.del_k, 0, 0, grad.del_k.stride[1], a.del_rank, &Slot::del);
+        write(grad.gate_k, 0, 0, grad.gate_k.stride[1], a.gate_rank, &Slot::gate);
+      }
     }
   }
 

@@ -19,7 +19,6 @@ from .contract import (
     expect_shape,
     expect_tensors,
     last_dim_contiguous,
-    no_second_derivative,
 )
 from .levels import (
     LevelStarts,
@@ -30,7 +29,7 @@ from .levels import (
     level_pairs,
     level_starts,
 )
-from .registry import register
+from .registry import register, register_backward
 
 OP = "ms_deform_attn"
 
@@ -204,10 +203,9 @@ register(
     setup_context=_setup_context,
     backward=_backward,
 )
-register(
+register_backward(
+    OP,
     f"ms_deform_attn_backward(Tensor grad_output, {_INPUTS}) -> (Tensor value, Tensor locations, Tensor weights)",
     _backward_kernel,
     _backward_fake,
-    setup_context=lambda ctx, inputs, output: None,
-    backward=no_second_derivative(OP),
 )

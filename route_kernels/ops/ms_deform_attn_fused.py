@@ -22,11 +22,10 @@ from .contract import (
     expect_shape,
     expect_tensors,
     last_dim_contiguous,
-    no_second_derivative,
 )
 from .levels import SpatialShapes, check_levels, flat_integers, flat_spatial_shapes, level_pairs, level_starts
 from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums
-from .registry import register
+from .registry import register, register_backward
 
 OP = "ms_deform_attn_fused"
 
@@ -239,10 +238,9 @@ register(
     setup_context=_setup_context,
     backward=_backward,
 )
-register(
+register_backward(
+    OP,
     f"ms_deform_attn_fused_backward(Tensor grad_output, {_INPUTS}, bool reference_grad, str? backend) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
-    setup_context=lambda ctx, inputs, output: None,
-    backward=no_second_derivative(OP),
 )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from .contract import no_second_derivative
+
 _library = torch.library.Library("route_kernels", "DEF")
 OPS: list[str] = []
 
@@ -27,3 +29,8 @@ def register(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     OPS.append(name)
+
+
+def register_backward(op: str, schema: str, kernel: Callable, fake: Callable) -> None:
+    """Defines the backward op of `op`; differentiating it again is a clear error."""
+    register(schema, kernel, fake, setup_context=lambda ctx, inputs, output: None, backward=no_second_derivative(op))

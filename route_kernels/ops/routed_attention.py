@@ -24,9 +24,8 @@ from .contract import (
     expect_shape,
     expect_tensors,
     last_dim_contiguous,
-    no_second_derivative,
 )
-from .registry import register
+from .registry import register, register_backward
 
 OP = "routed_attention"
 
@@ -239,8 +238,7 @@ def _cpu_forward(query, key, value, factors, limit, mask, key_ranges, scale):
 
 
 def _cpu_backward(grad_output, output, lse, query, key, value, factors, limit, mask, key_ranges, scale):
-    new = torch.Tensor.new_empty if query.shape[1] > 0 else torch.Tensor.new_zeros  # without heads nothing is written
-    grads = [new(x, x.shape) for x in (query, key, value, *factors) if x is not None]
+    grads = [x.new_empty(x.shape) for x in (query, key, value, *factors) if x is not None]
     factor_grads = grads[3:] if len(grads) > 3 else [None] * 6
     torch.ops.route_kernels_native.routed_attention_backward(
         grad_output, output, lse, query, key, value, *factors, limit, mask, key_ranges, scale,
@@ -282,10 +280,9 @@ register(
     setup_context=_setup_context,
     backward=_backward,
 )
-register(
+register_backward(
+    OP,
     f"routed_attention_backward(Tensor grad_output, Tensor output, Tensor lse, {_INPUTS}) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
-    setup_context=lambda ctx, inputs, output: None,
-    backward=no_second_derivative(OP),
 )
