@@ -1,5 +1,6 @@
 """Fused training kernels for DETR-family detectors: routed attention and multi-scale deformable attention."""
 
+from . import integrations
 from .backends import (
     BackendUnavailableError,
     available_backends,
@@ -21,6 +22,7 @@ __all__ = [
     "available_backends",
     "backend",
     "can_run",
+    "integrations",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "query_similarity",
