@@ -107,6 +107,22 @@ def available_backends(op: str, *inputs: object) -> dict[str, tuple[bool, str]]:
     return {name: can_run(op, name, *tensors) for name in BACKENDS}
 
 
+def choose(op: str, *tensors: torch.Tensor | None) -> str:
+    """The backend of a public op's call: the requested one, plain PyTorch while a graph is exported, or the fastest.
+
+    Raises:
+        BackendUnavailableError: the requested backend cannot run this call; the message says why.
+    """
+    if _requested is None and _exporting():
+        return "reference"
+    return resolve(op, _requested, *tensors)
+
+
+def _exporting() -> bool:
+    """Whether torch.export, torch.onnx or torch.jit.trace records a graph that shall run without this package."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
 def resolve(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
     """The backend that will run this call: the requested one, or the fastest that can.
 

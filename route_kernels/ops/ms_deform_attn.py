@@ -68,7 +68,7 @@ def ms_deform_attn(
     sizes = flat_spatial_shapes(OP, spatial_shapes)
     starts = flat_level_starts(OP, level_start_index)
     value = autocast_value(value)
-    chosen = backends.resolve(OP, backends.requested_backend(), value, sampling_locations, attention_weights)
+    chosen = backends.choose(OP, value, sampling_locations, attention_weights)
     if chosen == "reference":
         check(value, sizes, starts, sampling_locations, attention_weights)
         return reference.ms_deform_attn(

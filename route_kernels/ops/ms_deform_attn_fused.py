@@ -72,7 +72,7 @@ def ms_deform_attn_fused(
     sizes = flat_spatial_shapes(OP, spatial_shapes)
     value = autocast_value(value)
     tensors = (reference_points, sampling_offsets, attention_logits)
-    chosen = backends.resolve(OP, backends.requested_backend(), value, *tensors, value_mask)
+    chosen = backends.choose(OP, value, *tensors, value_mask)
     points = flat_integers(OP, "points", points)
     if chosen == "reference":
         check(value, sizes, *tensors, points, value_mask)

@@ -35,7 +35,7 @@ def query_similarity(x: torch.Tensor, mode: str = "relu") -> torch.Tensor:
         BackendUnavailableError: an explicitly requested backend cannot run.
     """
     expect_tensors(OP, x=x)
-    chosen = backends.resolve(OP, backends.requested_backend(), x)
+    chosen = backends.choose(OP, x)
     if mode == "mean" or chosen == "reference":  # O(N C) in plain PyTorch: nothing to fuse, on any backend
         check(x, mode)
         return reference.query_similarity(x, mode)

@@ -85,7 +85,7 @@ def routed_attention(
     expect_tensors(OP, query=query, key=key, value=value, **{k: mask for k, mask in masks.items() if mask is not None})
     query, key, value = _autocast(query, key, value)
     factors: tuple = (None,) * 7 if routing is None else tuple(routing)
-    chosen = backends.resolve(OP, backends.requested_backend(), query, key, value, *factors[:6])
+    chosen = backends.choose(OP, query, key, value, *factors[:6])
     if chosen == "reference":
         check(query, key, value, *factors, attn_mask, key_ranges, scale)
         return reference.routed_attention(

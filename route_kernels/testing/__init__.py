@@ -1,4 +1,4 @@
-"""Sample inputs, bad inputs and the tolerance policy: what tests and benchmarks of the ops share."""
+"""Sample inputs, bad inputs, the tolerance policy and training steps: what tests, benchmarks and the doctor share."""
 
 from .accuracy import assert_as_accurate, check_accuracy, errors, outcome, root_mean_square
 from .arguments import Arguments, call, converted, map_tensors, named_tensors
@@ -11,6 +11,7 @@ from .samples import (
     routed_attention_arguments,
     sample_arguments,
 )
+from .training_step import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
 
 __all__ = [
     "BAD_INPUTS",
@@ -21,14 +22,19 @@ __all__ = [
     "call",
     "check_accuracy",
     "converted",
+    "counted_calls",
     "errors",
     "map_tensors",
     "ms_deform_attn_arguments",
     "ms_deform_attn_fused_arguments",
     "named_tensors",
     "outcome",
+    "perturb_sampling",
     "query_similarity_arguments",
+    "relative_errors",
     "root_mean_square",
     "routed_attention_arguments",
     "sample_arguments",
+    "tensors_in",
+    "training_step",
 ]
