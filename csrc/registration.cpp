@@ -21,11 +21,11 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
   m.def("query_similarity_relu(Tensor x, Tensor(a!) output) -> ()");
   m.def(
       "ms_deform_attn_forward(Tensor value, int[] spatial_shapes, int[] starts, Tensor locations, Tensor weights, "
-      "Tensor(a!) output) -> ()");
+      "int[] points, Tensor(a!) output) -> ()");
   m.def(
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, int[] spatial_shapes, int[] starts, "
-      "Tensor locations, Tensor weights, Tensor(a!) grad_value, Tensor(b!) grad_locations, Tensor(c!) grad_weights) "
-      "-> ()");
+      "Tensor locations, Tensor weights, int[] points, Tensor(a!) grad_value, Tensor(b!) grad_locations, "
+      "Tensor(c!) grad_weights) -> ()");
   m.def(
       "ms_deform_attn_fused_forward(Tensor value, int[] spatial_shapes, int[] starts, Tensor reference_points, "
       "Tensor offsets, Tensor logits, int[] points, Tensor? value_mask, Tensor(a!) output) -> ()");

@@ -44,7 +44,7 @@ def test_every_element_of_poisoned_outputs_is_written(sizes, dtype, threads):
     grad_output = gradient_for(arguments)
     expected = list(outcome(rk.ms_deform_attn, arguments, grad_output).values())
     value, locations, weights = (tensor.detach() for _, tensor in named_tensors(arguments))
-    inputs = (value, [5, 7, 3, 4], [0, 35], locations.flatten(3, 4), weights.flatten(3, 4))
+    inputs = (value, [5, 7, 3, 4], [0, 35], locations.flatten(3, 4), weights.flatten(3, 4), [weights.shape[4]] * 2)
     output, grads = poisoned(grad_output), [poisoned(tensor) for tensor in (value, locations, weights)]
     kernels.ms_deform_attn_forward(*inputs, output)
     kernels.ms_deform_attn_backward(grad_output, *inputs, grads[0], grads[1].flatten(3, 4), grads[2].flatten(3, 4))

@@ -24,14 +24,6 @@ deform::Args arguments(
   return a;
 }
 
-deform::Args plain_arguments(
-    const Tensor& value, const Ints& spatial_shapes, const Ints& starts, Ints& points, const Tensor& locations,
-    const Tensor& weights) {
-  const int64_t levels = int64_t(starts.size());
-  points.assign(starts.size(), weights.size(3) / levels);
-  return arguments(value, spatial_shapes, starts, points, locations, weights);
-}
-
 deform::Args fused_arguments(
     const Tensor& value, const Ints& spatial_shapes, const Ints& starts, const Tensor& reference_points,
     const Tensor& offsets, const Tensor& logits, const Ints& points, const std::optional<Tensor>& value_mask) {
@@ -63,17 +55,15 @@ void backward(
 }  // namespace
 
 void ms_deform_attn_forward(
-    Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Tensor output) {
-  Ints points;
-  deform::Args a = plain_arguments(value, spatial_shapes, starts, points, locations, weights);
+    Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points, Tensor output) {
+  deform::Args a = arguments(value, spatial_shapes, starts, points, locations, weights);
   forward(a, output);
 }
 
 void ms_deform_attn_backward(
-    Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights,
+    Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points,
     Tensor grad_value, Tensor grad_locations, Tensor grad_weights) {
-  Ints points;
-  deform::Args a = plain_arguments(value, spatial_shapes, starts, points, locations, weights);
+  deform::Args a = arguments(value, spatial_shapes, starts, points, locations, weights);
   backward(a, grad_output, grad_value, grad_locations, grad_weights);
 }
 

@@ -5,11 +5,12 @@ namespace rk {
 
 void ms_deform_attn_forward(
     Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor locations, Tensor weights,
-    Tensor output);
+    std::vector<int64_t> points, Tensor output);
 
 void ms_deform_attn_backward(
     Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
-    Tensor locations, Tensor weights, Tensor grad_value, Tensor grad_locations, Tensor grad_weights);
+    Tensor locations, Tensor weights, std::vector<int64_t> points, Tensor grad_value, Tensor grad_locations,
+    Tensor grad_weights);
 
 void ms_deform_attn_fused_forward(
     Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor reference_points,

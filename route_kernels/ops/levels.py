@@ -17,6 +17,7 @@ LONGEST_SIDE = 2**24
 
 SpatialShapes = torch.Tensor | Sequence[tuple[int, int]]
 LevelStarts = torch.Tensor | Sequence[int] | None
+PointCounts = torch.Tensor | Sequence[int] | None
 
 
 def flat_spatial_shapes(op: str, spatial_shapes: SpatialShapes) -> list[int]:
@@ -93,6 +94,14 @@ def level_starts(spatial_shapes: Sequence[int], level_start_index: Sequence[int]
         starts.append(position)
         position = position + height * width
     return tuple(starts)
+
+
+def check_points(op: str, points: Sequence[int], levels: int, total: int) -> None:
+    """Raises ValueError unless `points` are counts >= 0, one a level, that sum to `total` = K."""
+    if len(points) != levels:
+        raise ValueError(f"{op}: points: expected L={levels} counts like spatial_shapes, got {list(points)}")
+    if any(count < 0 for count in points) or sum(points) != total:
+        raise ValueError(f"{op}: points: expected counts >= 0 that sum to K={total}, got {list(points)}")
 
 
 def check_levels(

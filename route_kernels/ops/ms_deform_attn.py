@@ -3,7 +3,8 @@
     output_nh = sum_l sum_p attention_weights_nhlp bilinear(value_hl, sampling_locations_nhlp)
 
 Bilinear with zeros outside and align_corners=False: pixel x = x_loc w - 0.5.
-B batch, S flattened feature positions, H heads, D channels of one head, N queries, L levels, P points of a level.
+B batch, S flattened feature positions, H heads, D channels of one head, N queries, L levels, P points of a level, K
+points over all levels.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from .contract import (
 )
 from .levels import (
     LevelStarts,
+    PointCounts,
     SpatialShapes,
     check_levels,
+    check_points,
+    flat_integers,
     flat_level_starts,
     flat_spatial_shapes,
     level_pairs,
@@ -40,6 +44,8 @@ def ms_deform_attn(
     level_start_index: LevelStarts,
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
+    *,
+    points: PointCounts = None,
 ) -> torch.Tensor:
     """Weighted sum of bilinear samples of several feature levels, with the calling convention of Deformable DETR.
 
@@ -52,6 +58,9 @@ def ms_deform_attn(
         sampling_locations: [B, N, H, L, P, 2] as (x, y), 0 to 1 over a level. Floating; float64 only with a float64
             value.
         attention_weights: [B, N, H, L, P], dtypes as sampling_locations.
+        points: (P_1, ..., P_L), where levels differ, as a sequence of ints or an integer tensor: then
+            sampling_locations is [B, N, H, K, 2] and attention_weights [B, N, H, K], level after level,
+            K = P_1 + ... + P_L.
 
     Returns:
         [B, N, H * D] in the dtype of value; coordinates and sums are float32 (float64 for float64). A sample whose
@@ -67,29 +76,32 @@ def ms_deform_attn(
     expect_tensors(OP, value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
     sizes = flat_spatial_shapes(OP, spatial_shapes)
     starts = flat_level_starts(OP, level_start_index)
+    counts = flat_integers(OP, "points", points)
     value = autocast_value(value)
     chosen = backends.choose(OP, value, sampling_locations, attention_weights)
+    inputs = (value, sizes, starts, sampling_locations, attention_weights, counts)
     if chosen == "reference":
-        check(value, sizes, starts, sampling_locations, attention_weights)
+        check(*inputs)
         return reference.ms_deform_attn(
-            value, level_pairs(sizes), level_starts(sizes, starts), sampling_locations, attention_weights
-        )
-    return torch.ops.route_kernels.ms_deform_attn(value, sizes, starts, sampling_locations, attention_weights, chosen)
+            value, level_pairs(sizes), level_starts(sizes, starts), sampling_locations, attention_weights,
+            None if counts is None else tuple(counts),
+        )  # fmt: skip
+    return torch.ops.route_kernels.ms_deform_attn(*inputs, chosen)
 
 
-def check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights) -> None:
+def check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points) -> None:
     """The contract, for real and fake tensors alike; the levels as flat lists of ints."""
     expect_shape(OP, "value", value, "B", "S", "H", "D")
     batch, positions, heads, _ = value.shape
     check_levels(OP, spatial_shapes, level_start_index, positions)
-    levels = ("L", len(spatial_shapes) // 2)
-    expect_shape(
-        OP, "sampling_locations", sampling_locations, ("B", batch), "N", ("H", heads), levels, "P", ("", 2)
-    )  # fmt: skip
-    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
-    expect_shape(
-        OP, "attention_weights", attention_weights, ("B", batch), ("N", queries), ("H", heads), levels, ("P", points)
-    )
+    levels = len(spatial_shapes) // 2
+    samples = (("L", levels), "P") if points is None else ("K",)
+    expect_shape(OP, "sampling_locations", sampling_locations, ("B", batch), "N", ("H", heads), *samples, ("", 2))
+    queries, last = sampling_locations.shape[1], sampling_locations.shape[-2]
+    if points is not None:
+        check_points(OP, points, levels, last)
+    samples = (("L", levels), ("P", last)) if points is None else (("K", last),)
+    expect_shape(OP, "attention_weights", attention_weights, ("B", batch), ("N", queries), ("H", heads), *samples)
     expect_floating(OP, "value", value)
     allowed = not_wider_than_sums(value.dtype)
     expect_floating(OP, "sampling_locations", sampling_locations, allowed)
@@ -115,63 +127,63 @@ def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.numel() == 0 or tensor[0, 0, 0].is_contiguous() else tensor.contiguous()
 
 
-def _kernel(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend):
-    check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    run = _FORWARD[backends.resolve(OP, backend, value)]
+def _native_inputs(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points):
+    """The inputs as the kernels read them: locations [B, N, H, K, 2] and weights [B, N, H, K], rows contiguous."""
     starts = level_starts(spatial_shapes, level_start_index)
-    return run(last_dim_contiguous(value), spatial_shapes, starts, sampling_locations, attention_weights)
+    if points is None:
+        points = (sampling_locations.shape[4],) * len(starts)
+        sampling_locations, attention_weights = _all_points(sampling_locations), _all_points(attention_weights)
+    locations, weights = contiguous_rows(sampling_locations), contiguous_rows(attention_weights)
+    return last_dim_contiguous(value), spatial_shapes, starts, locations, weights, points
 
 
-def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend):
-    check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+def _all_points(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, N, H, L, P, ...] -> [B, N, H, K, ...], the points of one query and head one after the other."""
+    return contiguous_rows(tensor).flatten(3, 4)
+
+
+def _kernel(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend):
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points)
+    check(*inputs)
+    return _FORWARD[backends.resolve(OP, backend, value)](*_native_inputs(*inputs))
+
+
+def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend):
+    check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points)
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
 
 
 def _backward_kernel(
-    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend
+    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend
 ):
     run = _BACKWARD[backends.resolve(OP, backend, value)]
-    starts = level_starts(spatial_shapes, level_start_index)
-    grad_output, value = last_dim_contiguous(grad_output), last_dim_contiguous(value)
-    return run(grad_output, value, spatial_shapes, starts, sampling_locations, attention_weights)
+    grads = tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
+    inputs = _native_inputs(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points)
+    of_points = grads[1:] if points is not None else (grad.flatten(3, 4) for grad in grads[1:])
+    run(last_dim_contiguous(grad_output), *inputs, grads[0], *of_points)
+    return grads
 
 
 def _backward_fake(
-    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, backend
+    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend
 ):
     return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
 
 
-def _cpu_forward(value, spatial_shapes, starts, locations, weights):
+def _cpu_forward(value, spatial_shapes, starts, locations, weights, points):
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, locations.shape[1], heads * channels)
     torch.ops.route_kernels_native.ms_deform_attn_forward(
-        value, spatial_shapes, starts, _points_of_all_levels(locations), _points_of_all_levels(weights), output
+        value, spatial_shapes, starts, locations, weights, points, output
     )
     return output
 
 
-def _cpu_backward(grad_output, value, spatial_shapes, starts, locations, weights):
-    grads = tuple(x.new_empty(x.shape) for x in (value, locations, weights))
-    grad_value, grad_locations, grad_weights = grads
+def _cpu_backward(grad_output, value, spatial_shapes, starts, locations, weights, points, *grads):
     torch.ops.route_kernels_native.ms_deform_attn_backward(
-        grad_output,
-        value,
-        spatial_shapes,
-        starts,
-        _points_of_all_levels(locations),
-        _points_of_all_levels(weights),
-        grad_value,
-        grad_locations.flatten(3, 4),
-        grad_weights.flatten(3, 4),
+        grad_output, value, spatial_shapes, starts, locations, weights, points, *grads
     )
-    return grads
-
-
-def _points_of_all_levels(tensor: torch.Tensor) -> torch.Tensor:
-    """[B, N, H, L, P, ...] -> [B, N, H, K, ...], the points of one query and head one after the other."""
-    return contiguous_rows(tensor).flatten(3, 4)
 
 
 _FORWARD = {"cpu": _cpu_forward}
@@ -179,21 +191,21 @@ _BACKWARD = {"cpu": _cpu_backward}
 
 
 def _setup_context(ctx, inputs, output):
-    value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.backend = inputs
+    value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.points, ctx.backend = inputs
     ctx.save_for_backward(value, locations, weights)
 
 
 def _backward(ctx, grad_output):
     value, locations, weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.route_kernels.ms_deform_attn_backward(
-        grad_output, value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.backend
+        grad_output, value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.points, ctx.backend
     )
-    return grad_value, None, None, grad_locations, grad_weights, None
+    return grad_value, None, None, grad_locations, grad_weights, None, None
 
 
 _INPUTS = (
     "Tensor value, SymInt[] spatial_shapes, SymInt[]? level_start_index, Tensor sampling_locations, "
-    "Tensor attention_weights, str? backend"
+    "Tensor attention_weights, SymInt[]? points, str? backend"
 )
 
 register(

@@ -23,7 +23,16 @@ from .contract import (
     expect_tensors,
     last_dim_contiguous,
 )
-from .levels import SpatialShapes, check_levels, flat_integers, flat_spatial_shapes, level_pairs, level_starts
+from .levels import (
+    PointCounts,
+    SpatialShapes,
+    check_levels,
+    check_points,
+    flat_integers,
+    flat_spatial_shapes,
+    level_pairs,
+    level_starts,
+)
 from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums
 from .registry import register, register_backward
 
@@ -37,7 +46,7 @@ def ms_deform_attn_fused(
     sampling_offsets: torch.Tensor,
     attention_logits: torch.Tensor,
     *,
-    points: torch.Tensor | Sequence[int] | None = None,
+    points: PointCounts = None,
     value_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax, sampling locations, bilinear gather and weighted sum; backward keeps nothing but these inputs.
@@ -92,7 +101,12 @@ def check(value, spatial_shapes, reference_points, sampling_offsets, attention_l
     queries, total = sampling_offsets.shape[1], sampling_offsets.shape[3]
     expect_shape(OP, "attention_logits", attention_logits, ("B", batch), ("N", queries), ("H", heads), ("K", total))
     levels = len(spatial_shapes) // 2
-    _check_points(points, levels, total)
+    if points is not None:
+        check_points(OP, points, levels, total)
+    elif total % levels != 0:
+        raise ValueError(
+            f"{OP}: points: expected the points of each level, as K={total} is no multiple of L={levels}, got None"
+        )
     _check_reference_points(reference_points, batch, queries, levels)
     expect_floating(OP, "value", value)
     allowed = not_wider_than_sums(value.dtype)
@@ -106,19 +120,6 @@ def check(value, spatial_shapes, reference_points, sampling_offsets, attention_l
         OP, ("value", value), reference_points=reference_points, sampling_offsets=sampling_offsets,
         attention_logits=attention_logits, value_mask=value_mask,
     )  # fmt: skip
-
-
-def _check_points(points: Sequence[int] | None, levels: int, total: int) -> None:
-    if points is None:
-        if total % levels != 0:
-            raise ValueError(
-                f"{OP}: points: expected the points of each level, as K={total} is no multiple of L={levels}, got None"
-            )
-        return
-    if len(points) != levels:
-        raise ValueError(f"{OP}: points: expected L={levels} counts like spatial_shapes, got {list(points)}")
-    if any(count < 0 for count in points) or sum(points) != total:
-        raise ValueError(f"{OP}: points: expected counts >= 0 that sum to K={total}, got {list(points)}")
 
 
 def _check_reference_points(reference_points: torch.Tensor, batch: int, queries: int, levels: int) -> None:

@@ -64,14 +64,16 @@ def ms_deform_attn(
     value: torch.Tensor,  # [B, S, H, D]
     shapes: tuple[tuple[int, int], ...],
     starts: tuple[int, ...],
-    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
-    attention_weights: torch.Tensor,  # [B, N, H, L, P]
+    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2], or [B, N, H, K, 2] with points
+    attention_weights: torch.Tensor,  # [B, N, H, L, P], or [B, N, H, K] with points
+    points: tuple[int, ...] | None = None,  # of each level
 ) -> torch.Tensor:
     """sum over levels and points of weight times the bilinear sample: [B, N, H * D]."""
     dtype, accumulate = value.dtype, accumulate_dtype(value.dtype)
-    points = (sampling_locations.shape[4],) * len(shapes)
-    locations = sampling_locations.to(accumulate).flatten(3, 4)
-    weights = attention_weights.to(accumulate).flatten(3, 4)
+    locations, weights = sampling_locations.to(accumulate), attention_weights.to(accumulate)
+    if points is None:
+        points = (sampling_locations.shape[4],) * len(shapes)
+        locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
     return _attend(value.to(accumulate), shapes, starts, points, locations, weights).to(dtype)
 
 
