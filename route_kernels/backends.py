@@ -113,12 +113,12 @@ def choose(op: str, *tensors: torch.Tensor | None) -> str:
     Raises:
         BackendUnavailableError: the requested backend cannot run this call; the message says why.
     """
-    if _requested is None and _exporting():
+    if _requested is None and exporting():
         return "reference"
     return resolve(op, _requested, *tensors)
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     """Whether torch.export, torch.onnx or torch.jit.trace records a graph that shall run without this package."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 

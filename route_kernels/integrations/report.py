@@ -34,6 +34,11 @@ class _Saved:
     original: Any  # _MISSING where the owner itself had none (an instance that used its class's)
     replacement: Any
 
+    def covers(self, owner: Any, attribute: str) -> bool:
+        """Whether this is `owner.attribute`, or that of its class."""
+        of_its_class = isinstance(self.owner, type) and isinstance(owner, self.owner)
+        return self.attribute == attribute and (self.owner is owner or of_its_class)
+
 
 class Report:
     """The result of an `apply()`: a list of what runs on our ops now, and of what does not and why.
@@ -56,7 +61,7 @@ class Report:
     def replace(self, owner: Any, attribute: str, replacement: Any, *, name: str, op: str) -> None:
         """Set `owner.attribute` to `replacement`, remembering the original; what is ours already is left."""
         original = vars(owner).get(attribute, _MISSING)
-        if any(saved.owner is owner and saved.attribute == attribute for report in _active for saved in report._saved):
+        if any(saved.covers(owner, attribute) for report in _active for saved in report._saved):
             self.leave(name, "already replaced by an earlier apply()")
             return
         setattr(owner, attribute, replacement)

@@ -1,0 +1,134 @@
+"""mmcv, and with it mmdet and other codebases of OpenMMLab: deformable attention on our ops.
+
+    report = apply()         # every model of this process
+    report = apply(model)    # the attention modules of this model alone
+
+`MultiScaleDeformableAttention` gets the fused form. Code that calls `multi_scale_deformable_attn_pytorch` (mmcv on a
+CPU and for bfloat16) or `MultiScaleDeformableAttnFunction.apply` (mmcv's own CUDA kernel) gets the plain form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..ops.ms_deform_attn import ms_deform_attn
+from .attention_module import FUSED, PLAIN, has_kernel, import_foreign, replace_forward, replace_function, sample
+from .report import Report, applying, revert_all
+
+CODEBASE = "mmcv"
+
+
+def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> Report:
+    """Run deformable attention of mmcv on our ops.
+
+    Args:
+        model_or_family: a model, of which only the `MultiScaleDeformableAttention` modules change; None for the
+            package: every such module and both functions.
+        verbose: print the report.
+
+    Returns:
+        What was replaced, what was left and why; it reverts, also as a context manager.
+
+    Raises:
+        ImportError: mmcv, or its compiled `mmcv._ext`, is not installed.
+        TypeError: not a model.
+        ValueError: a model without such a module.
+    """
+    bindings = import_foreign(CODEBASE, "mmcv.ops.multi_scale_deform_attn", "onedl-mmcv (or mmcv) with its ops")
+    with applying(CODEBASE, verbose=verbose) as report:
+        replace_attention(report, bindings, model_or_family)
+    return report
+
+
+def revert() -> None:
+    """Put back everything that `apply` has replaced."""
+    revert_all(CODEBASE)
+
+
+def replace_attention(report: Report, bindings: ModuleType, model: nn.Module | None) -> None:
+    """What mmcv's file defines, in `bindings` or in a codebase that has a file of the same kind.
+
+    Raises:
+        TypeError, ValueError: as `apply`.
+    """
+    replace_forward(report, bindings.MultiScaleDeformableAttention, _fused_forward, model)
+    if model is not None:
+        return
+    function = bindings.MultiScaleDeformableAttnFunction
+    name = f"{function.__module__}.{function.__qualname__}.apply"
+    report.replace(function, "apply", staticmethod(_plain_apply(function.apply)), name=name, op=PLAIN)
+    original = bindings.multi_scale_deformable_attn_pytorch
+    replace_function(report, original, _plain_function(original))
+
+
+def _fused_forward(original: Callable) -> Callable:
+    """The module's forward; the deprecated argument `residual` stays the original's business."""
+
+    @wraps(original)
+    def forward(
+        self: nn.Module,
+        query: torch.Tensor,  # [N, B, C], or [B, N, C] with batch_first
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,  # [S, B, C], or [B, S, C] with batch_first
+        identity: torch.Tensor | None = None,  # as query
+        query_pos: torch.Tensor | None = None,  # as query
+        key_padding_mask: torch.Tensor | None = None,  # [B, S] bool
+        reference_points: torch.Tensor | None = None,  # [B, N, L, 2 or 4]
+        spatial_shapes: torch.Tensor | None = None,  # [L, 2]
+        level_start_index: torch.Tensor | None = None,  # [L]
+        **kwargs: object,
+    ) -> torch.Tensor:
+        if "residual" in kwargs or not has_kernel(FUSED, query):
+            return original(
+                self, query, key, value, identity, query_pos, key_padding_mask, reference_points, spatial_shapes,
+                level_start_index, **kwargs,
+            )  # fmt: skip
+        memory = query if value is None else value
+        identity = query if identity is None else identity
+        if query_pos is not None:
+            query = query + query_pos
+        if not self.batch_first:
+            query, memory = query.transpose(0, 1), memory.transpose(0, 1)
+        output = sample(
+            self, query, reference_points, memory, spatial_shapes, key_padding_mask, heads=self.num_heads
+        )  # fmt: skip
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        return self.dropout(output) + identity
+
+    return forward
+
+
+def _plain_function(original: Callable) -> Callable:
+    @wraps(original)
+    def multi_scale_deformable_attn_pytorch(
+        value: torch.Tensor,  # [B, S, H, D]
+        value_spatial_shapes: torch.Tensor,  # [L, 2]
+        sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
+        attention_weights: torch.Tensor,  # [B, N, H, L, P]
+    ) -> torch.Tensor:
+        if not has_kernel(PLAIN, value):
+            return original(value, value_spatial_shapes, sampling_locations, attention_weights)
+        return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+
+    return multi_scale_deformable_attn_pytorch
+
+
+def _plain_apply(original: Callable) -> Callable:
+    def apply(
+        value: torch.Tensor,  # [B, S, H, D]
+        value_spatial_shapes: torch.Tensor,  # [L, 2]
+        value_level_start_index: torch.Tensor,  # [L]
+        sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
+        attention_weights: torch.Tensor,  # [B, N, H, L, P]
+        im2col_step: int,
+    ) -> torch.Tensor:
+        inputs = (value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
+        return ms_deform_attn(*inputs) if has_kernel(PLAIN, value) else original(*inputs, im2col_step)
+
+    return apply
