@@ -30,15 +30,16 @@ _GOOD: dict[str, Callable[[], Arguments]] = {
     "routed_attention": lambda: routed_attention_arguments(queries=5, keys=7),
     "query_similarity": lambda: query_similarity_arguments(queries=5),
     "ms_deform_attn": ms_deform_attn_arguments,
+    "ms_deform_attn with points": lambda: ms_deform_attn_arguments(counts=(3, 1, 2)),
     "ms_deform_attn_fused": lambda: ms_deform_attn_fused_arguments(masked=True),
 }
 
 
-def _changed(op: str, argument: str, change: Callable[[Any], Any]) -> Callable[[], Arguments]:
+def _changed(sample: str, argument: str, change: Callable[[Any], Any]) -> Callable[[], Arguments]:
     """The good arguments with `change` applied to one of them; "routing.sup_q" is a field of `routing`."""
 
     def arguments() -> Arguments:
-        good = _GOOD[op]()
+        good = _GOOD[sample]()
         name, _, field = argument.partition(".")
         if field:
             good[name] = good[name]._replace(**{field: change(getattr(good[name], field))})
@@ -171,6 +172,35 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
             _TYPE,
             r"attention_weights: expected dtype .*, got .*int64",
         ),
+        (
+            "not packed",
+            "points",
+            _constant((2, 2, 2)),
+            _VALUE,
+            r"sampling_locations: expected shape \[B=2, N, H=2, K, 2\], got \[2, 9, 2, 3, 2, 2\]",
+        ),
+        ("a number", "points", _constant(2), _TYPE, r"points: expected a sequence of ints, .* got int"),
+        ("fractions", "points", _constant((2.5, 2, 2)), _TYPE, r"points: expected ints, got 2.5"),
+    ),
+    "ms_deform_attn with points": (
+        ("other L", "points", _constant((3, 3)), _VALUE, r"points: expected L=3 counts .*, got \[3, 3\]"),
+        ("other K", "points", _constant((2, 2, 3)), _VALUE, r"points: expected counts >= 0 that sum to K=6, got"),
+        ("negative", "points", _constant((8, -1, -1)), _VALUE, r"points: expected counts >= 0 that sum to K=6, got"),
+        (
+            "none",
+            "points",
+            _constant(None),
+            _VALUE,
+            r"sampling_locations: expected shape .*L=3, P, 2\], got \[2, 9, 2, 6, 2\]",
+        ),
+        (
+            "packed, x alone",
+            "sampling_locations",
+            _without_last(4),
+            _VALUE,
+            r"sampling_locations: expected shape .*K, 2\], got",
+        ),
+        ("other K", "attention_weights", _without_last(3), _VALUE, r"attention_weights: expected shape .*K=6\], got"),
     ),
     "ms_deform_attn_fused": (
         ("no tensor", "sampling_offsets", _constant(2.0), _TYPE, r"sampling_offsets: expected a tensor, got float"),
@@ -197,7 +227,8 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
 }
 
 BAD_INPUTS: tuple[BadInput, ...] = tuple(
-    BadInput(op, f"{argument}: {name}", _changed(op, argument, change), error, f"^{op}: {message}")
-    for op, rows in _TABLE.items()
+    BadInput(op, f"{argument}: {name}", _changed(sample, argument, change), error, f"^{op}: {message}")
+    for sample, rows in _TABLE.items()
+    for op in (sample.split()[0],)
     for name, argument, change, error, message in rows
 )

@@ -39,9 +39,15 @@ def query_similarity(x, mode="relu") -> torch.Tensor:
     return (cosine.relu() * others).sum(dim=-1).detach() / max(x.shape[1], 1)
 
 
-def ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights) -> torch.Tensor:
+def ms_deform_attn(
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *, points=None
+) -> torch.Tensor:
     """`grid_sample` level by level, as the public modules do it where no kernel is built."""
-    return _sampled(value, spatial_shapes, level_start_index, sampling_locations.unbind(3), attention_weights.unbind(3))
+    if points is None:
+        locations, weights = sampling_locations.unbind(3), attention_weights.unbind(3)
+    else:
+        locations, weights = sampling_locations.split(points, dim=3), attention_weights.split(points, dim=3)
+    return _sampled(value, spatial_shapes, level_start_index, locations, weights)
 
 
 def ms_deform_attn_fused(

@@ -61,23 +61,26 @@ def query_similarity_arguments(
 
 def ms_deform_attn_arguments(
     *, levels: tuple[tuple[int, int], ...] = LEVELS, batch: int = 2, heads: int = 2, channels: int = 8,
-    queries: int = 9, points: int = 2, dtype: torch.dtype = torch.float32, point_dtype: torch.dtype | None = None,
-    device: str = "cpu", seed: int = 0,
+    queries: int = 9, points: int = 2, counts: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32,
+    point_dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0,
 ) -> Arguments:  # fmt: skip
-    """Locations over and around the levels, positive weights that sum to 1."""
+    """Locations over and around the levels, positive weights that sum to 1; with `counts` packed, level after level."""
     normal = _normals(seed, device)
     point_dtype = dtype if point_dtype is None else point_dtype
     positions = sum(height * width for height, width in levels)
-    shape = (batch, queries, heads, len(levels), points)
+    shape = (batch, queries, heads, *((len(levels), points) if counts is None else (sum(counts),)))
     locations = 0.5 + 0.35 * normal(*shape, 2, dtype=torch.float64).detach()
     weights = normal(*shape, dtype=torch.float64).detach().flatten(3).softmax(-1).view(shape)
-    return {
+    arguments: Arguments = {
         "value": normal(batch, positions, heads, channels, dtype=dtype),
         "spatial_shapes": levels,
         "level_start_index": None,
         "sampling_locations": locations.to(point_dtype).requires_grad_(),
         "attention_weights": weights.to(point_dtype).requires_grad_(),
     }
+    if counts is not None:
+        arguments["points"] = counts
+    return arguments
 
 
 def ms_deform_attn_fused_arguments(
@@ -138,6 +141,7 @@ _SAMPLES: dict[str, Callable[[torch.dtype, dict[str, Any]], dict[str, Arguments]
     "ms_deform_attn": lambda dtype, sizes: {
         "default starts": ms_deform_attn_arguments(dtype=dtype, **sizes),
         "given starts": {**ms_deform_attn_arguments(dtype=dtype, **sizes), "level_start_index": (1, 23, 0)},
+        "counts of points": ms_deform_attn_arguments(dtype=dtype, counts=(3, 1, 2), **sizes),
     },
     "ms_deform_attn_fused": lambda dtype, sizes: {
         "points": ms_deform_attn_fused_arguments(dtype=dtype, **sizes),
