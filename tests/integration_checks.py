@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import route_kernels as rk
+from route_kernels.integrations.report import Report
 from route_kernels.testing import counted_calls, perturb_sampling, relative_errors, training_step
 
 TOLERANCE = 1e-8
@@ -53,7 +54,7 @@ def align_corners_mistaken():
 def check_integration(
     function: Callable,
     inputs: Mapping | tuple,
-    apply: Callable[[], rk.integrations.report.Report],
+    apply: Callable[[], Report],
     calls: Mapping[str, int],
     *,
     module: torch.nn.Module | None = None,
