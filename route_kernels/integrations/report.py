@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,12 +59,15 @@ class Report:
         self._saved: list[_Saved] = []
 
     def replace(self, owner: Any, attribute: str, replacement: Any, *, name: str, op: str) -> None:
-        """Set `owner.attribute` to `replacement`, remembering the original; what is ours already is left."""
-        original = vars(owner).get(attribute, _MISSING)
-        if any(saved.covers(owner, attribute) for report in _active for saved in report._saved):
+        """Set `owner.attribute` to `replacement`, remembering the original; what is ours already is left.
+
+        Of a dictionary (`sys.modules`) it is the item.
+        """
+        original = _names(owner).get(attribute, _MISSING)
+        if is_replaced(owner, attribute):
             self.leave(name, "already replaced by an earlier apply()")
             return
-        setattr(owner, attribute, replacement)
+        _set(owner, attribute, replacement)
         self._saved.append(_Saved(owner, attribute, original, replacement))
         self.replaced.append(Replaced(name, op))
 
@@ -79,16 +82,13 @@ class Report:
             RuntimeError: someone else has replaced one of the names since; nothing is changed then.
         """
         for saved in self._saved:
-            if vars(saved.owner).get(saved.attribute) is not saved.replacement:
+            if _names(saved.owner).get(saved.attribute) is not saved.replacement:
                 raise RuntimeError(
                     f"{self.codebase}: revert: {saved.attribute} of {_described(saved.owner)} has been replaced by "
                     "other code since apply(); undo that first"
                 )
         for saved in reversed(self._saved):
-            if saved.original is _MISSING:
-                delattr(saved.owner, saved.attribute)
-            else:
-                setattr(saved.owner, saved.attribute, saved.original)
+            _set(saved.owner, saved.attribute, saved.original)
         self._saved.clear()
         if self in _active:
             _active.remove(self)
@@ -111,6 +111,11 @@ class Report:
             yield f"  {entry.name:{width}}  left: {entry.reason}"
 
 
+def is_replaced(owner: Any, attribute: str) -> bool:
+    """Whether an `apply()` that has not been reverted replaced `owner.attribute`, or that of its class."""
+    return any(saved.covers(owner, attribute) for report in _active for saved in report._saved)
+
+
 @contextmanager
 def applying(codebase: str, *, verbose: bool) -> Iterator[Report]:
     """A report to fill in; on an error everything replaced so far is put back, on success it is active and printed."""
@@ -129,6 +134,22 @@ def revert_all(codebase: str) -> None:
     """Revert every active report of a codebase, the latest first."""
     for report in [report for report in reversed(_active) if report.codebase == codebase]:
         report.revert()
+
+
+def _names(owner: Any) -> Mapping[str, Any]:
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, dict):
+        if value is _MISSING:
+            del owner[name]
+        else:
+            owner[name] = value
+    elif value is _MISSING:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
 
 
 def _described(owner: Any) -> str:

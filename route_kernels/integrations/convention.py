@@ -1,0 +1,147 @@
+"""Deformable attention modules of research code: the fused form for those that compute what the published one does.
+
+Forks keep the names and change the formula (other box normalisers, modulation, another mask). So each module is first
+compared with the fused form on a small example, in float64 and with random parameters, outputs and gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import nn
+
+from .. import backends
+from .attention_module import FUSED
+from .report import Report
+
+LINEAR_LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+EXAMPLE_LEVELS = ((4, 5), (3, 2), (2, 3), (1, 2))
+BATCH, QUERIES = 2, 3
+TOLERANCE = 1e-9
+"""Of float64 results that differ in the order of their sums alone."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a codebase spells the module: the fused forward, with its arguments, and the names of two attributes."""
+
+    forward: Callable[..., torch.Tensor]
+    heads: str
+    levels: str
+
+    def describes(self, module: nn.Module) -> bool:
+        """Whether the module has the layers, the attributes and the arguments of forward of this convention."""
+        return (
+            all(isinstance(getattr(module, layer, None), nn.Linear) for layer in LINEAR_LAYERS)
+            and all(isinstance(getattr(module, size, None), int) for size in (self.heads, self.levels))
+            and _arguments(type(module).forward) == _arguments(self.forward)
+        )
+
+
+def fuse(report: Report, model: nn.Module, convention: Convention) -> None:
+    """Give every module of `model` that follows the convention the fused forward; the others are left, with a reason.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{report.codebase}.apply: model: expected a torch.nn.Module or None, got {type(model).__name__}"
+        )
+    found = False
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "sampling_offsets", None), nn.Linear):
+            continue
+        found = True
+        reason = _reason_to_leave(module, convention)
+        if reason is None:
+            replacement = MethodType(convention.forward, module)
+            report.replace(module, "forward", replacement, name=name or type(module).__name__, op=FUSED)
+        else:
+            report.leave(name or type(module).__name__, reason)
+    if not found:
+        report.leave(type(model).__name__, "no module in it has a linear layer `sampling_offsets`")
+
+
+def replaced_by_others(module: nn.Module, *ours: Callable) -> str | None:
+    """Why the forward of this very module must stay: it is ours already, or somebody's; None where it is its class's.
+
+    A copy of a model (`copy.deepcopy`, for an average of the weights) has the replacements of the original.
+    """
+    own = vars(module).get("forward")
+    if own is None or getattr(own, "__func__", own) is type(module).forward:
+        return None
+    if getattr(own, "__func__", own) in ours:
+        return "already replaced by an earlier apply()"
+    return "other code has replaced the forward of this module"
+
+
+def _reason_to_leave(module: nn.Module, convention: Convention) -> str | None:
+    taken = replaced_by_others(module, convention.forward)
+    if taken is not None:
+        return taken
+    if not convention.describes(module):
+        return f"{type(module).__name__} is not the published module: expected {', '.join(LINEAR_LAYERS)}, " + (
+            f"{convention.heads}, {convention.levels} and forward({', '.join(_arguments(convention.forward))})"
+        )
+    return _difference(module, convention)
+
+
+def _arguments(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _difference(module: nn.Module, convention: Convention) -> str | None:
+    """What an example shows: why the fused form is not what `module` computes; None where it is."""
+    try:
+        twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    except (NotImplementedError, RuntimeError) as error:  # parameters on the meta device, sharded, not copyable
+        return f"could not be copied for a trial: {error}"
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    for coordinates in (2, 4):
+        arguments, leaves = _example(getattr(twin, convention.levels), twin.value_proj.in_features, coordinates)
+        with backends.backend("reference"):
+            try:
+                theirs = _results(type(module).forward(twin, *arguments), leaves)
+            except Exception as error:  # whatever somebody's module raises is the reason that is reported
+                return f"its own forward does not run on a small CPU example: {type(error).__name__}: {error}"
+            ours = _results(convention.forward(twin, *arguments), leaves)
+        if not all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(ours, theirs, strict=True)):
+            return f"it computes something else than the published module (reference points of {coordinates} numbers)"
+    return None
+
+
+def _example(levels: int, channels: int, coordinates: int) -> tuple[tuple, tuple[torch.Tensor, ...]]:
+    """The positional arguments of a forward, and those of them that have gradients."""
+    generator = torch.Generator().manual_seed(coordinates)
+    sizes = [EXAMPLE_LEVELS[level % len(EXAMPLE_LEVELS)] for level in range(levels)]
+    shapes = torch.tensor(sizes)
+    areas = shapes.prod(1)
+    positions = int(areas.sum())
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    query = random(BATCH, QUERIES, channels).sub(0.5).requires_grad_()
+    reference_points = random(BATCH, QUERIES, levels, coordinates).requires_grad_()
+    memory = random(BATCH, positions, channels).sub(0.5).requires_grad_()
+    padding = random(BATCH, positions) < 0.2
+    return (query, reference_points, memory, shapes, areas.cumsum(0) - areas, padding), (
+        query,
+        reference_points,
+        memory,
+    )
+
+
+def _results(output: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The output, and the gradients of a fixed weighting of it."""
+    weighting = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+    return output.detach(), *torch.autograd.grad(output, leaves, weighting, materialize_grads=True)

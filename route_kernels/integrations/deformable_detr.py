@@ -1,0 +1,104 @@
+"""Deformable-DETR and what builds on it (DAB, DN, DINO, MaskDINO, Mask2Former, H-DETR, DAC-DETR, ...) on our ops.
+
+    import route_kernels.integrations.deformable_detr    # before theirs: `import MultiScaleDeformableAttention` is ours
+
+    report = deformable_detr.apply(model)                 # then, their MSDeformAttn modules in the fused form
+
+Importing this module is `apply()`: it provides the extension that these codebases would have to compile. With
+`python -m route_kernels.shim main.py ...` nothing of theirs is edited.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from .attention_module import PLAIN, has_kernel, sample
+from .convention import Convention, fuse
+from .extension import replace_functions
+from .importable import MultiScaleDeformableAttention
+from .report import Report, applying, revert_all
+
+CODEBASE = "deformable_detr"
+EXTENSION = "MultiScaleDeformableAttention"
+
+
+def forward(
+    self: nn.Module,
+    query: torch.Tensor,
+    reference_points: torch.Tensor,
+    input_flatten: torch.Tensor,
+    input_spatial_shapes: torch.Tensor,
+    input_level_start_index: torch.Tensor,
+    input_padding_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`MSDeformAttn.forward` by the fused op; on devices without a kernel it stays what it is.
+
+    Args:
+        query: [B, N, C].
+        reference_points: [B, N, L, 2] or [B, N, L, 4].
+        input_flatten: [B, S, C], the levels one after the other, as `input_level_start_index` must say.
+        input_spatial_shapes: [L, 2].
+        input_padding_mask: [B, S] bool, True = padding.
+
+    Returns:
+        [B, N, C].
+    """
+    if not has_kernel("ms_deform_attn_fused", query):
+        return type(self).forward(
+            self,
+            query,
+            reference_points,
+            input_flatten,
+            input_spatial_shapes,
+            input_level_start_index,
+            input_padding_mask,
+        )
+    return sample(
+        self, query, reference_points, input_flatten, input_spatial_shapes, input_padding_mask, heads=self.n_heads
+    )
+
+
+MS_DEFORM_ATTN = Convention(forward, heads="n_heads", levels="n_levels")
+
+
+def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
+    """Provide the module `MultiScaleDeformableAttention`; with a model, fuse its `MSDeformAttn` modules.
+
+    Where the compiled extension has been imported already, its two functions are replaced inside it, since other
+    modules hold it; on devices for which this package has no kernel they go on calling the compiled ones.
+
+    Args:
+        model: whose modules `MSDeformAttn` shall run as one fused call between their linear layers: no
+            sampling locations, no softmaxed weights, no masked copy of value, no float32 copy of a float16 value.
+        verbose: print the report.
+
+    Returns:
+        What was replaced, what was left and why; it reverts, also as a context manager.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    with applying(CODEBASE, verbose=verbose) as report:
+        _provide_extension(report)
+        if model is not None:
+            fuse(report, model, MS_DEFORM_ATTN)
+    return report
+
+
+def revert() -> None:
+    """Put back everything that `apply` and the import of this module have replaced."""
+    revert_all(CODEBASE)
+
+
+def _provide_extension(report: Report) -> None:
+    imported = sys.modules.get(EXTENSION)
+    if imported is None:
+        report.replace(sys.modules, EXTENSION, MultiScaleDeformableAttention, name=f"import {EXTENSION}", op=PLAIN)
+    else:
+        replace_functions(report, imported, EXTENSION)
+
+
+apply(verbose=EXTENSION in sys.modules)
