@@ -9,6 +9,7 @@ from .backends import (
     requested_backend,
     set_backend,
 )
+from .integrations.routing_context import routing
 from .ops.ms_deform_attn import ms_deform_attn
 from .ops.ms_deform_attn_fused import ms_deform_attn_fused
 from .ops.query_similarity import query_similarity
@@ -28,6 +29,7 @@ __all__ = [
     "query_similarity",
     "requested_backend",
     "routed_attention",
+    "routing",
     "routing_bias",
     "set_backend",
 ]
