@@ -93,12 +93,7 @@ def ms_deform_attn_fused(
     if value_mask is not None:
         value = value.masked_fill(value_mask[:, :, None, None], 0)
     weights = torch.softmax(attention_logits.to(accumulate), dim=-1)
-    locations = _locations(
-        reference_points.to(accumulate),
-        sampling_offsets.to(accumulate),
-        shapes,
-        torch.tensor(points, device=value.device),
-    )
+    locations = _locations(reference_points.to(accumulate), sampling_offsets.to(accumulate), shapes, points)
     return _attend(value, shapes, starts, points, locations, weights).to(dtype)
 
 
@@ -106,23 +101,25 @@ def _locations(
     reference_points: torch.Tensor,  # [B, N, L or 1, 2 or 4]
     offsets: torch.Tensor,  # [B, N, H, K, 2]
     shapes: tuple[tuple[int, int], ...],
-    points: torch.Tensor,  # [L]
+    points: tuple[int, ...],
 ) -> torch.Tensor:
     """Reference point plus scaled offset, NaN (a sample that is nowhere) where not finite: [B, N, H, K, 2]."""
-    total = offsets.shape[3]
-    reference = reference_points.expand(-1, -1, len(shapes), -1)
-    reference = reference.repeat_interleave(points, dim=2, output_size=total).unsqueeze(2)  # [B, N, 1, K, 2 or 4]
-    reference = reference.expand(-1, -1, offsets.shape[2], -1, -1)
-    if reference.shape[-1] == 2:
-        sizes = torch.tensor([(width, height) for height, width in shapes], dtype=offsets.dtype, device=offsets.device)
-        scale = 1 / sizes.clamp(min=1).repeat_interleave(points, dim=0, output_size=total)  # [K, 2]
-    else:
-        scale = 0.5 / points.repeat_interleave(points, output_size=total).to(offsets.dtype).unsqueeze(-1)  # [K, 1]
+    references = reference_points.expand(-1, -1, len(shapes), -1)
+    located = []
+    for level, (size, offset) in enumerate(zip(shapes, offsets.split(points, dim=3), strict=True)):
+        reference = references[:, :, level, None, None].expand(*offset.shape[:-1], -1)  # [B, N, H, P, 2 or 4]
+        height, width = size
+        if reference.shape[-1] == 2:
+            scale = 1 / torch.tensor([width, height], dtype=offsets.dtype, device=offsets.device).clamp(min=1)
+        else:
+            scale = 0.5 / max(points[level], 1)
+        nowhere = ~_located(reference.detach(), offset.detach(), scale).isfinite().all(dim=-1, keepdim=True)
+        # masked before the arithmetic, too: 0 * inf would be a NaN in the gradients
+        location = _located(reference.masked_fill(nowhere, 0), offset.masked_fill(nowhere, 0), scale)
+        located.append(location.masked_fill(nowhere, torch.nan))
+    return torch.cat(located, dim=3)
 
-    def locate(reference: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        box = 1 if reference.shape[-1] == 2 else reference[..., 2:]
-        return reference[..., :2] + offsets * scale * box
 
-    nowhere = ~locate(reference.detach(), offsets.detach()).isfinite().all(dim=-1, keepdim=True)
-    # masked before the arithmetic, too: 0 * inf would be a NaN in the gradients
-    return locate(reference.masked_fill(nowhere, 0), offsets.masked_fill(nowhere, 0)).masked_fill(nowhere, torch.nan)
+def _located(reference: torch.Tensor, offset: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    box = 1 if reference.shape[-1] == 2 else reference[..., 2:]
+    return reference[..., :2] + offset * scale * box

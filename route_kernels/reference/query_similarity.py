@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .precision import accumulate_dtype
+from .precision import accumulate_dtype, without_autocast
 
 EPS = 1e-12
 
@@ -16,7 +16,7 @@ def query_similarity(x: torch.Tensor, mode: str) -> torch.Tensor:
     mean: s_i = (1/(N-1)) sum_{j != i} x^_i . x^_j = x^_i . (sum_j x^_j - x^_i) / (N-1), differentiable, O(N C).
     """
     queries = x.shape[1]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         unit = torch.nn.functional.normalize(x.to(accumulate_dtype(x.dtype)), dim=-1, eps=EPS)
         if mode == "mean":
             others = unit.sum(dim=1, keepdim=True) - unit

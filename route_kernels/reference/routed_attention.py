@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .precision import accumulate_dtype
+from .precision import accumulate_dtype, without_autocast
 
 
 def routing_bias(
@@ -45,7 +45,7 @@ def routed_attention(
 ) -> torch.Tensor:
     """O_hi = sum_j softmax_j(scale q_hi . k_hj + b_ij + mask_ij) v_hj: [B, H, N, D]; no key to attend gives 0."""
     dtype, accumulate = query.dtype, accumulate_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         query, key, value = (x.to(accumulate) for x in (query, key, value))
         logits = scale * (query @ key.mT)
         if factors is not None:
