@@ -82,7 +82,7 @@ class routing:
 
     @staticmethod
     def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        """`context_fn` of `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: recomputes as forward computed.
+        """`context_fn` of `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: recomputes what was computed.
 
         Autograd recomputes during backward, after the `routing` block, and on a GPU in another thread.
         """
