@@ -39,7 +39,7 @@ class Convention:
         return (
             all(isinstance(getattr(module, layer, None), nn.Linear) for layer in LINEAR_LAYERS)
             and all(isinstance(getattr(module, size, None), int) for size in (self.heads, self.levels))
-            and _arguments(type(module).forward) == _arguments(self.forward)
+            and arguments_of(type(module).forward) == arguments_of(self.forward)
         )
 
 
@@ -81,38 +81,56 @@ def replaced_by_others(module: nn.Module, *ours: Callable) -> str | None:
     return "other code has replaced the forward of this module"
 
 
+def arguments_of(function: Callable) -> list[str]:
+    """The names of its parameters."""
+    return list(inspect.signature(function).parameters)
+
+
+def described(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def random_twin(module: nn.Module) -> nn.Module | str:
+    """A float64 CPU copy of a module for a trial, its parameters random (as initialised, they hide a wrong formula).
+
+    Returns:
+        The copy, or why there can be none.
+    """
+    try:
+        twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    except (NotImplementedError, RuntimeError) as error:  # on the meta device, sharded
+        return f"could not be copied for a trial: {described(error)}"
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return twin
+
+
 def _reason_to_leave(module: nn.Module, convention: Convention) -> str | None:
     taken = replaced_by_others(module, convention.forward)
     if taken is not None:
         return taken
     if not convention.describes(module):
         return f"{type(module).__name__} is not the published module: expected {', '.join(LINEAR_LAYERS)}, " + (
-            f"{convention.heads}, {convention.levels} and forward({', '.join(_arguments(convention.forward))})"
+            f"{convention.heads}, {convention.levels} and forward({', '.join(arguments_of(convention.forward))})"
         )
     return _difference(module, convention)
 
 
-def _arguments(function: Callable) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
 def _difference(module: nn.Module, convention: Convention) -> str | None:
     """What an example shows: why the fused form is not what `module` computes; None where it is."""
-    try:
-        twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
-    except (NotImplementedError, RuntimeError) as error:  # parameters on the meta device, sharded, not copyable
-        return f"could not be copied for a trial: {error}"
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    twin = random_twin(module)
+    if isinstance(twin, str):
+        return twin
     for coordinates in (2, 4):
         arguments, leaves = _example(getattr(twin, convention.levels), twin.value_proj.in_features, coordinates)
         with backends.backend("reference"):
             try:
                 theirs = _results(type(module).forward(twin, *arguments), leaves)
             except Exception as error:  # whatever somebody's module raises is the reason that is reported
-                return f"its own forward does not run on a small CPU example: {type(error).__name__}: {error}"
+                return f"its own forward does not run on a small CPU example: {described(error)}"
             ours = _results(convention.forward(twin, *arguments), leaves)
         if not all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(ours, theirs, strict=True)):
             return f"it computes something else than the published module (reference points of {coordinates} numbers)"

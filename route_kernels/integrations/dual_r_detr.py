@@ -1,0 +1,202 @@
+"""Dual-R-DETR (Route-DETR, arXiv 2512.13876): their QueryRouter and decoder self-attention as one fused call.
+
+    report = apply(model)    # their decoder layers, with their parameters; nothing else changes
+
+Their router writes out a bias [B * H, N, N], from a similarity [B, N, N], and self-attention takes it as `attn_mask`:
+
+    attention(q, k, v, mask + lambda clamp(p sup + (1 - p) del, -5, 5))
+
+Here the layer hands the bias to self-attention as factors, and `routed_attention` computes it tile by tile. lambda
+scales what has been clamped, so it scales the limit as well as the factors.
+B batch, N queries, C channels, H heads, D = C / H, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..ops.query_similarity import query_similarity
+from ..ops.routed_attention import OP, RoutingFactors, routing_bias
+from . import routed_mask
+from .convention import TOLERANCE, arguments_of, described, random_twin, replaced_by_others
+from .report import Report, applying, revert_all
+from .routed_mask import RoutedMask
+
+CODEBASE = "dual_r_detr"
+LIMIT = 5.0
+SMALLEST_AREA = 1e-6
+ROUTER = (
+    *("router_phi", "router_rank", "router_U_sup", "router_V_sup", "router_U_del", "router_V_del"),
+    *("router_gamma_sup", "router_gamma_del", "selector_a", "selector_b"),
+)
+EXAMPLE_BATCH, EXAMPLE_QUERIES = 2, 5
+EXAMPLE_NORM = 5.0
+"""Of a query, so that some of the example's bias is clamped and some is not."""
+
+
+def apply(model: nn.Module, *, verbose: bool = True) -> Report:
+    """Fuse the router and the self-attention of every decoder layer of `model` that has both.
+
+    Parameters and buffers are untouched: checkpoints load before and after. A layer that is called without gating
+    (`gating_lambda` 0: the main branch, inference) runs its original code. A bool mask is a mask: theirs adds 1 to
+    the logits of what it should hide.
+
+    Args:
+        model: holds decoder layers with `query_router` and `self_attn`; a wrapped one (DDP) will do.
+        verbose: print the report.
+
+    Returns:
+        What was replaced, what was left and why; it reverts, also as a context manager.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{CODEBASE}.apply: model: expected a torch.nn.Module, got {type(model).__name__}")
+    with applying(CODEBASE, verbose=verbose) as report:
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "query_router")}
+        for name, layer in layers.items():
+            name = name or type(layer).__name__
+            reason = _reason_to_leave(layer)
+            if reason is not None:
+                report.leave(name, reason)
+                continue
+            attention = layer.self_attn
+            routed, attend = MethodType(forward, layer), MethodType(routed_mask.forward, attention)
+            report.replace(layer, "forward", routed, name=f"{name}.query_router", op="factors, query_similarity")
+            report.replace(attention, "forward", attend, name=f"{name}.self_attn", op=OP)
+        if not layers:
+            report.leave(type(model).__name__, "no module in it has a `query_router`")
+    return report
+
+
+def revert() -> None:
+    """Put back everything that `apply` has replaced."""
+    revert_all(CODEBASE)
+
+
+def forward(
+    self: nn.Module,
+    query: torch.Tensor,
+    query_pos: torch.Tensor | None,
+    reference_points: torch.Tensor,
+    value: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    level_start_index: torch.Tensor,
+    self_attn_mask: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    gating_lambda: float = 0.0,
+    prev_class_logits: torch.Tensor | None = None,
+    reference_boxes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Their decoder layer with its own gating off and, where gating is asked for, factors in place of the mask.
+
+    Args:
+        query, query_pos: [B, N, C].
+        self_attn_mask: [N, N] or [B * H, N, N]; bool (True may not attend) or floating (added).
+        gating_lambda: lambda; 0 or None is plain attention.
+        prev_class_logits: [B, N, classes] of the previous layer, or None.
+        reference_boxes: [B, N, 4] as (cx, cy, w, h), or None.
+
+    Returns:
+        [B, N, C].
+    """
+    if gating_lambda and gating_lambda > 0.0:
+        with_position = self.with_pos_embed(query, query_pos)
+        features = query_features(with_position, prev_class_logits, reference_boxes)
+        self_attn_mask = RoutedMask(factors(self.query_router, with_position, features, gating_lambda), self_attn_mask)
+    return type(self).forward(
+        self, query, query_pos, reference_points, value, spatial_shapes, level_start_index, self_attn_mask,
+        key_padding_mask,
+    )  # fmt: skip
+
+
+def query_features(
+    query: torch.Tensor, prev_class_logits: torch.Tensor | None, reference_boxes: torch.Tensor | None
+) -> torch.Tensor:
+    """The gate's input x [B, N, 3], without gradient: similarity to the others, confidence, log of the box's area."""
+    with torch.no_grad():
+        similarity = query_similarity(query)
+        confidence = geometry = torch.zeros_like(similarity)
+        if prev_class_logits is not None:
+            confidence = prev_class_logits.softmax(dim=-1).amax(dim=-1)
+        if reference_boxes is not None and reference_boxes.shape[-1] >= 4:
+            width, height = reference_boxes[..., 2:4].unbind(-1)
+            geometry = (width * height).clamp(min=SMALLEST_AREA).log()
+        return torch.stack([similarity, confidence, geometry], dim=-1)
+
+
+def factors(router: nn.Module, query: torch.Tensor, features: torch.Tensor, strength: float) -> RoutingFactors:
+    """The factors of strength * clamp(p gamma_sup D_sup + (1 - p) gamma_del D_del, -5, 5), by their router's layers.
+
+    Args:
+        router: their QueryRouter.
+        query: [B, N, C], content and position summed.
+        features: [B, N, 3], the gate's input.
+        strength: lambda > 0.
+
+    Returns:
+        RoutingFactors of rank R, the gate's of rank 3: W_a^T W_b is a 3 x 3 matrix.
+    """
+    z = router.router_phi(query)
+    scale = strength / math.sqrt(router.router_rank)
+    sup_q, sup_k, del_q, del_k = (
+        layer(z) for layer in (router.router_U_sup, router.router_V_sup, router.router_U_del, router.router_V_del)
+    )
+    dtype = sup_q.dtype
+    sup_q = sup_q * (-scale * F.softplus(router.router_gamma_sup)).to(dtype)
+    del_q = del_q * (scale * F.softplus(router.router_gamma_del)).to(dtype)
+    features = features.to(router.selector_a.weight.dtype)
+    gate_q = features @ (router.selector_a.weight.mT @ router.selector_b.weight)
+    return RoutingFactors(sup_q, sup_k, del_q, del_k, gate_q.to(dtype), features.to(dtype), LIMIT * strength)
+
+
+def _reason_to_leave(layer: nn.Module) -> str | None:
+    attention = getattr(layer, "self_attn", None)
+    taken = replaced_by_others(layer, forward)
+    if taken is not None:
+        return taken
+    if arguments_of(type(layer).forward) != arguments_of(forward):
+        return f"its forward does not take ({', '.join(arguments_of(forward)[1:])})"
+    if type(attention) is not nn.MultiheadAttention:
+        return f"self_attn is no torch.nn.MultiheadAttention but {type(attention).__name__}"
+    taken = replaced_by_others(attention, routed_mask.forward)
+    if taken is not None:
+        return f"self_attn: {taken}"
+    if attention.dropout > 0:
+        return f"self_attn has dropout {attention.dropout:g}, the fused attention none: set it to 0 (their config does)"
+    plain = attention.batch_first and attention.in_proj_weight is not None and attention.bias_k is None
+    if not plain or attention.add_zero_attn:
+        return "self_attn is not batch-first with one input projection"
+    return _difference(layer.query_router)
+
+
+def _difference(router: nn.Module) -> str | None:
+    """What an example shows: why the factors are not the bias of `router`; None where they are."""
+    missing = [name for name in ROUTER if not hasattr(router, name)]
+    if missing:
+        return f"query_router is not the published one: it has no {', '.join(missing)}"
+    twin = random_twin(router)
+    if isinstance(twin, str):
+        return f"query_router {twin}"
+    generator = torch.Generator().manual_seed(0)
+    channels = twin.router_phi[0].in_features
+    query, features = (
+        torch.randn(EXAMPLE_BATCH, EXAMPLE_QUERIES, size, generator=generator, dtype=torch.float64)
+        for size in (channels, 3)
+    )
+    query *= EXAMPLE_NORM / math.sqrt(channels)
+    with torch.no_grad():
+        try:
+            theirs = twin(query, *features.unbind(-1)).unflatten(0, (EXAMPLE_BATCH, -1))  # [B, H, N, N]
+        except Exception as error:  # whatever somebody's module raises is the reason that is reported
+            return f"query_router does not run on a small CPU example: {described(error)}"
+        ours = routing_bias(factors(twin, query, features, 1.0)).unsqueeze(1)
+    if not torch.allclose(ours.expand_as(theirs), theirs, rtol=TOLERANCE, atol=TOLERANCE):
+        return "query_router computes another bias than the published one"
+    return None
