@@ -1,0 +1,175 @@
+"""What an apply() replaced is told, and reverted exactly, whatever happened in between."""
+
+import types
+
+import pytest
+import torch
+
+from route_kernels.integrations.report import Report, applying, is_replaced, revert_all
+
+
+class Attention(torch.nn.Module):
+    def forward(self):
+        return "original"
+
+
+def replacement():
+    return "ours"
+
+
+@pytest.fixture
+def module():
+    return types.SimpleNamespace(sample=lambda: "original", other=lambda: "other")
+
+
+def apply(*names_of, codebase="somebody's", verbose=False):
+    with applying(codebase, verbose=verbose) as report:
+        for owner, attribute in names_of:
+            report.replace(owner, attribute, replacement, name=attribute, op="ms_deform_attn")
+    return report
+
+
+def test_replaced_and_reverted(module):
+    original = module.sample
+    report = apply((module, "sample"))
+    assert module.sample is replacement and is_replaced(module, "sample")
+    assert [(entry.name, entry.op) for entry in report.replaced] == [("sample", "ms_deform_attn")]
+    report.revert()
+    assert module.sample is original and not is_replaced(module, "sample")
+    module.sample = "later"
+    report.revert()  # a second time does nothing
+    assert module.sample == "later"
+
+
+def test_end_of_the_block_reverts_after_an_error_too(module):
+    original = module.sample
+    with pytest.raises(KeyError), apply((module, "sample")):
+        assert module.sample is replacement
+        raise KeyError
+    assert module.sample is original
+
+
+def test_an_instance_gets_an_attribute_and_loses_it_again():
+    one, other = Attention(), Attention()
+    with apply((one, "forward")):
+        assert one() == "ours" and other() == "original" and "forward" in vars(one)
+    assert one() == "original" and "forward" not in vars(one)
+
+
+def test_an_instance_keeps_an_attribute_of_its_own():
+    held = Attention()
+    held.core = original = lambda: "held since __init__"
+    with apply((held, "core")):
+        assert held.core is replacement
+    assert held.core is original and vars(held)["core"] is original
+
+
+def test_a_class_changes_for_instances_made_before_and_after():
+    class Mine(Attention):
+        pass
+
+    before, original = Mine(), Attention.forward
+    with apply((Mine, "forward")):
+        assert vars(Mine)["forward"] is replacement and Attention.forward is original
+    assert "forward" not in vars(Mine) and before() == Mine()() == "original"
+
+
+def test_an_item_of_a_dictionary():
+    modules = {"there": "original"}
+    with apply((modules, "there"), (modules, "new")):
+        assert modules == {"there": replacement, "new": replacement}
+    assert modules == {"there": "original"}
+
+
+def test_applied_twice_the_second_says_so_and_leaves_it_to_the_first(module):
+    original = module.sample
+    first, second = apply((module, "sample")), apply((module, "sample"), (module, "other"))
+    assert [entry.name for entry in second.replaced] == ["other"]
+    assert [(entry.name, entry.reason) for entry in second.left] == [
+        ("sample", "already replaced by an earlier apply()")
+    ]
+    second.revert()
+    assert module.sample is replacement and module.other() == "other"
+    first.revert()
+    assert module.sample is original
+
+
+def test_an_instance_of_a_replaced_class_is_replaced_already():
+    class Mine(Attention):
+        pass
+
+    instance = Mine()
+    with apply((Mine, "forward")):
+        assert apply((instance, "forward")).left[0].reason == "already replaced by an earlier apply()"
+        assert "forward" not in vars(instance)
+
+
+@pytest.mark.parametrize("first_reverted", [0, 1])
+def test_nested_reports_of_different_names_revert_in_any_order(module, first_reverted):
+    originals = dict(vars(module))
+    reports = [apply((module, "sample")), apply((module, "other"))]
+    reports.pop(first_reverted).revert()
+    reports.pop().revert()
+    assert vars(module) == originals
+
+
+def test_the_same_name_may_be_replaced_again_after_a_revert(module):
+    for _ in range(2):
+        with apply((module, "sample")) as report:
+            assert report.replaced and not report.left
+
+
+def test_an_error_while_applying_puts_everything_back(module):
+    originals = dict(vars(module))
+    with pytest.raises(AttributeError), applying("somebody's", verbose=True) as report:
+        report.replace(module, "sample", replacement, name="sample", op="ms_deform_attn")
+        report.replace(module, "other", replacement, name="other", op="ms_deform_attn")
+        raise AttributeError
+    assert vars(module) == originals
+    assert not is_replaced(module, "sample")
+
+
+def test_someone_elses_replacement_since_is_not_overwritten(module):
+    originals = dict(vars(module))
+    report = apply((module, "other"), (module, "sample"))
+    module.sample = theirs = lambda: "theirs"
+    with pytest.raises(RuntimeError, match="sample of SimpleNamespace has been replaced by other code"):
+        report.revert()
+    assert module.sample is theirs and module.other is replacement, "nothing changes where not everything can"
+    module.sample = replacement
+    report.revert()
+    assert vars(module) == originals
+
+
+def test_someone_elses_removal_since_is_noticed_too(module):
+    report = apply((module, "sample"))
+    del module.sample
+    with pytest.raises(RuntimeError, match="undo that first"):
+        report.revert()
+    module.sample = replacement
+    report.revert()
+
+
+def test_revert_all_is_of_one_codebase(module):
+    originals = dict(vars(module))
+    mine, theirs = apply((module, "sample")), apply((module, "other"), codebase="another")
+    revert_all("somebody's")
+    assert module.sample is originals["sample"] and module.other is replacement
+    revert_all("another")
+    assert vars(module) == originals
+    mine.revert(), theirs.revert()  # nothing is left to do
+
+
+def test_report_is_printed_when_asked(module, capsys):
+    with applying("somebody's", verbose=True) as report:
+        report.replace(module, "sample", replacement, name="sample", op="ms_deform_attn")
+        report.leave("decoder.layers.0", "method is discrete")
+    report.revert()
+    assert capsys.readouterr().out.splitlines() == [
+        "route-kernels: somebody's: 1 replaced, 1 left",
+        "  sample            -> ms_deform_attn",
+        "  decoder.layers.0  left: method is discrete",
+    ]
+    apply((module, "sample"), verbose=False).revert()
+    assert capsys.readouterr().out == ""
+    assert str(Report("nothing")) == "route-kernels: nothing: 0 replaced, 0 left"
