@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -119,6 +119,7 @@ class _Routed:
 def _routed_class(original: type[nn.Module], kind: type[SelfAttentionKind]) -> type[nn.Module]:
     """`original` whose forward is the routed one inside `rk.routing`. Instances can be copied and pickled."""
 
+    @wraps(original.forward)
     def forward(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             _expect_known_recomputation(self)
