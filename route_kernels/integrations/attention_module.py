@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from types import MethodType, ModuleType
 
@@ -62,18 +63,18 @@ def import_foreign(codebase: str, module: str, install: str) -> ModuleType:
 
 
 def replace_forward(
-    report: Report, attention: type[nn.Module], fused: Callable[[Callable], Callable], model: nn.Module | None
+    report: Report, attention: type[nn.Module], fused: Callable[..., torch.Tensor], model: nn.Module | None
 ) -> None:
-    """The forward of class `attention` by `fused(original)`; with a model, of its modules of that class alone.
+    """The forward of class `attention` by `fused`; with a model, of its modules of that class alone.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: it has none of that class.
     """
-    forward = attention.forward
+    original = attention.forward
     if model is None:
         name = f"{attention.__module__}.{attention.__qualname__}"
-        report.replace(attention, "forward", fused(forward), name=name, op=FUSED)
+        report.replace(attention, "forward", forward_or_original(fused, original), name=name, op=FUSED)
         return
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -82,15 +83,16 @@ def replace_forward(
     modules = {name: module for name, module in model.named_modules() if isinstance(module, attention)}
     if not modules:
         raise ValueError(
-            f"{report.codebase}.apply: model_or_family: expected a model with {attention.__qualname__} modules, "
+            f"{report.codebase}.apply: model_or_family: expected a model with {attention.__name__} modules, "
             f"got {type(model).__name__}, which has none"
         )
     for name, module in modules.items():
-        name = name or type(module).__qualname__
-        if type(module).forward is forward:
-            report.replace(module, "forward", MethodType(fused(forward), module), name=name, op=FUSED)
+        name = name or type(module).__name__
+        if type(module).forward is original:
+            forward = MethodType(forward_or_original(fused, original), module)
+            report.replace(module, "forward", forward, name=name, op=FUSED)
         else:
-            report.leave(name, f"{type(module).__qualname__} has a forward of its own")
+            report.leave(name, f"{type(module).__name__} has a forward of its own")
 
 
 def replace_function(report: Report, function: Callable, replacement: Callable) -> None:
@@ -98,3 +100,23 @@ def replace_function(report: Report, function: Callable, replacement: Callable) 
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and vars(module).get(function.__name__) is function:
             report.replace(module, function.__name__, replacement, name=f"{name}.{function.__name__}", op=PLAIN)
+
+
+def forward_or_original(fused: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable:
+    """A module's forward: `fused` where a kernel runs it."""
+
+    @wraps(original)
+    def forward(self: nn.Module, query: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+        return (fused if has_kernel(FUSED, query) else original)(self, query, *arguments, **keywords)
+
+    return forward
+
+
+def plain_or_original(plain: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable:
+    """A function of value and more: `plain` where a kernel runs it."""
+
+    @wraps(original)
+    def function(value: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+        return (plain if has_kernel(PLAIN, value) else original)(value, *arguments, **keywords)
+
+    return function

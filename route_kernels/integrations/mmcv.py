@@ -9,15 +9,14 @@ CPU and for bfloat16) or `MultiScaleDeformableAttnFunction.apply` (mmcv's own CU
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from types import ModuleType
 
 import torch
 from torch import nn
 
+from ..ops.levels import LevelStarts, SpatialShapes
 from ..ops.ms_deform_attn import ms_deform_attn
-from .attention_module import FUSED, PLAIN, has_kernel, import_foreign, replace_forward, replace_function, sample
+from .attention_module import PLAIN, import_foreign, plain_or_original, replace_forward, replace_function, sample
 from .report import Report, applying, revert_all
 
 CODEBASE = "mmcv"
@@ -56,79 +55,65 @@ def replace_attention(report: Report, bindings: ModuleType, model: nn.Module | N
     Raises:
         TypeError, ValueError: as `apply`.
     """
-    replace_forward(report, bindings.MultiScaleDeformableAttention, _fused_forward, model)
+    replace_forward(report, bindings.MultiScaleDeformableAttention, forward, model)
     if model is not None:
         return
-    function = bindings.MultiScaleDeformableAttnFunction
-    name = f"{function.__module__}.{function.__qualname__}.apply"
-    report.replace(function, "apply", staticmethod(_plain_apply(function.apply)), name=name, op=PLAIN)
-    original = bindings.multi_scale_deformable_attn_pytorch
-    replace_function(report, original, _plain_function(original))
+    compiled, eager = bindings.MultiScaleDeformableAttnFunction, bindings.multi_scale_deformable_attn_pytorch
+    name = f"{compiled.__module__}.{compiled.__qualname__}.apply"
+    report.replace(compiled, "apply", staticmethod(plain_or_original(call, compiled.apply)), name=name, op=PLAIN)
+    replace_function(report, eager, plain_or_original(multi_scale_deformable_attn_pytorch, eager))
 
 
-def _fused_forward(original: Callable) -> Callable:
-    """The module's forward; the deprecated argument `residual` stays the original's business."""
-
-    @wraps(original)
-    def forward(
-        self: nn.Module,
-        query: torch.Tensor,  # [N, B, C], or [B, N, C] with batch_first
-        key: torch.Tensor | None = None,
-        value: torch.Tensor | None = None,  # [S, B, C], or [B, S, C] with batch_first
-        identity: torch.Tensor | None = None,  # as query
-        query_pos: torch.Tensor | None = None,  # as query
-        key_padding_mask: torch.Tensor | None = None,  # [B, S] bool
-        reference_points: torch.Tensor | None = None,  # [B, N, L, 2 or 4]
-        spatial_shapes: torch.Tensor | None = None,  # [L, 2]
-        level_start_index: torch.Tensor | None = None,  # [L]
-        **kwargs: object,
-    ) -> torch.Tensor:
-        if "residual" in kwargs or not has_kernel(FUSED, query):
-            return original(
-                self, query, key, value, identity, query_pos, key_padding_mask, reference_points, spatial_shapes,
-                level_start_index, **kwargs,
-            )  # fmt: skip
-        memory = query if value is None else value
-        identity = query if identity is None else identity
-        if query_pos is not None:
-            query = query + query_pos
-        if not self.batch_first:
-            query, memory = query.transpose(0, 1), memory.transpose(0, 1)
-        output = sample(
-            self, query, reference_points, memory, spatial_shapes, key_padding_mask, heads=self.num_heads
-        )  # fmt: skip
-        if not self.batch_first:
-            output = output.transpose(0, 1)
-        return self.dropout(output) + identity
-
-    return forward
+def forward(
+    self: nn.Module,
+    query: torch.Tensor,  # [N, B, C], or [B, N, C] with batch_first
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,  # [S, B, C], or [B, S, C] with batch_first
+    identity: torch.Tensor | None = None,  # as query
+    query_pos: torch.Tensor | None = None,  # as query
+    key_padding_mask: torch.Tensor | None = None,  # [B, S] bool
+    reference_points: torch.Tensor | None = None,  # [B, N, L, 2 or 4]
+    spatial_shapes: torch.Tensor | None = None,  # [L, 2]
+    level_start_index: torch.Tensor | None = None,  # [L]
+    *,
+    residual: torch.Tensor | None = None,
+    **others: object,
+) -> torch.Tensor:
+    """`MultiScaleDeformableAttention.forward` by the fused op; `residual` is the identity's old name."""
+    memory = query if value is None else value
+    if residual is not None:
+        identity = residual
+    elif identity is None:
+        identity = query
+    if query_pos is not None:
+        query = query + query_pos
+    if not self.batch_first:
+        query, memory = query.transpose(0, 1), memory.transpose(0, 1)
+    output = sample(self, query, reference_points, memory, spatial_shapes, key_padding_mask, heads=self.num_heads)
+    if not self.batch_first:
+        output = output.transpose(0, 1)
+    return self.dropout(output) + identity
 
 
-def _plain_function(original: Callable) -> Callable:
-    @wraps(original)
-    def multi_scale_deformable_attn_pytorch(
-        value: torch.Tensor,  # [B, S, H, D]
-        value_spatial_shapes: torch.Tensor,  # [L, 2]
-        sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
-        attention_weights: torch.Tensor,  # [B, N, H, L, P]
-    ) -> torch.Tensor:
-        if not has_kernel(PLAIN, value):
-            return original(value, value_spatial_shapes, sampling_locations, attention_weights)
-        return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
-
-    return multi_scale_deformable_attn_pytorch
+def multi_scale_deformable_attn_pytorch(
+    value: torch.Tensor,  # [B, S, H, D]
+    value_spatial_shapes: SpatialShapes,
+    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
+    attention_weights: torch.Tensor,  # [B, N, H, L, P]
+) -> torch.Tensor:
+    """`ms_deform_attn` with the arguments of mmcv's function of this name."""
+    return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
 
 
-def _plain_apply(original: Callable) -> Callable:
-    def apply(
-        value: torch.Tensor,  # [B, S, H, D]
-        value_spatial_shapes: torch.Tensor,  # [L, 2]
-        value_level_start_index: torch.Tensor,  # [L]
-        sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
-        attention_weights: torch.Tensor,  # [B, N, H, L, P]
-        im2col_step: int,
-    ) -> torch.Tensor:
-        inputs = (value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
-        return ms_deform_attn(*inputs) if has_kernel(PLAIN, value) else original(*inputs, im2col_step)
-
-    return apply
+def call(
+    value: torch.Tensor,  # [B, S, H, D]
+    value_spatial_shapes: SpatialShapes,
+    value_level_start_index: LevelStarts,
+    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
+    attention_weights: torch.Tensor,  # [B, N, H, L, P]
+    im2col_step: int,
+) -> torch.Tensor:
+    """`ms_deform_attn` with the arguments of `MultiScaleDeformableAttnFunction.apply`; `im2col_step` says nothing."""
+    return ms_deform_attn(
+        value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
+    )  # fmt: skip

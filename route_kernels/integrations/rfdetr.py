@@ -4,19 +4,18 @@
     report = apply(model)    # the attention modules of this model alone
 
 `MSDeformAttn` gets the fused form, which takes the projected value as it is: the original first copies it to
-[B, H, D, S]. After `.export()` a module keeps its own forward; the core that this calls gets the plain form.
+[B, H, D, S]. Code that calls its core `ms_deform_attn_core_pytorch` gets the plain form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
-from .attention_module import FUSED, PLAIN, has_kernel, import_foreign, replace_forward, replace_function, sample
+from .attention_module import import_foreign, plain_or_original, replace_forward, replace_function, sample
 from .report import Report, applying, revert_all
 
 CODEBASE = "rfdetr"
@@ -40,10 +39,10 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
     """
     bindings = import_foreign(CODEBASE, "rfdetr.models.ops.modules.ms_deform_attn", "rfdetr")
     with applying(CODEBASE, verbose=verbose) as report:
-        replace_forward(report, bindings.MSDeformAttn, _fused_forward, model_or_family)
+        replace_forward(report, bindings.MSDeformAttn, forward, model_or_family)
         if model_or_family is None:
             core = bindings.ms_deform_attn_core_pytorch
-            replace_function(report, core, _plain_core(core))
+            replace_function(report, core, plain_or_original(ms_deform_attn_core_pytorch, core))
     return report
 
 
@@ -52,49 +51,32 @@ def revert() -> None:
     revert_all(CODEBASE)
 
 
-def _fused_forward(original: Callable) -> Callable:
-    @wraps(original)
-    def forward(
-        self: nn.Module,
-        query: torch.Tensor,  # [B, N, C]
-        reference_points: torch.Tensor,  # [B, N, L or 1, 2 or 4]
-        input_flatten: torch.Tensor,  # [B, S, C]
-        input_spatial_shapes: torch.Tensor,  # [L, 2]
-        input_level_start_index: torch.Tensor,  # [L]
-        input_padding_mask: torch.Tensor | None = None,  # [B, S] bool
-        input_spatial_shapes_hw: Sequence[tuple[int, int]] | None = None,
-    ) -> torch.Tensor:
-        if self._export or not has_kernel(FUSED, query):
-            return original(
-                self, query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index,
-                input_padding_mask, input_spatial_shapes_hw,
-            )  # fmt: skip
-        shapes = input_spatial_shapes if input_spatial_shapes_hw is None else input_spatial_shapes_hw
-        return sample(
-            self, query, reference_points, input_flatten, shapes, input_padding_mask, heads=self.n_heads
-        )  # fmt: skip
-
-    return forward
+def forward(
+    self: nn.Module,
+    query: torch.Tensor,  # [B, N, C]
+    reference_points: torch.Tensor,  # [B, N, L or 1, 2 or 4]
+    input_flatten: torch.Tensor,  # [B, S, C]
+    input_spatial_shapes: torch.Tensor,  # [L, 2]
+    input_level_start_index: torch.Tensor,  # [L]
+    input_padding_mask: torch.Tensor | None = None,  # [B, S] bool
+    input_spatial_shapes_hw: Sequence[tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """`MSDeformAttn.forward` by the fused op, on sizes as Python ints where there are some."""
+    shapes = input_spatial_shapes if input_spatial_shapes_hw is None else input_spatial_shapes_hw
+    return sample(self, query, reference_points, input_flatten, shapes, input_padding_mask, heads=self.n_heads)
 
 
-def _plain_core(original: Callable) -> Callable:
-    @wraps(original)
-    def ms_deform_attn_core_pytorch(
-        value: torch.Tensor,  # [B, H, D, S]
-        value_spatial_shapes: torch.Tensor,  # [L, 2]
-        sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2], or [B, N, H, L P, 2] after .export()
-        attention_weights: torch.Tensor,  # [B, N, H, L P]
-        value_spatial_shapes_hw: Sequence[tuple[int, int]] | None = None,
-    ) -> torch.Tensor:
-        if not has_kernel(PLAIN, value):
-            return original(
-                value, value_spatial_shapes, sampling_locations, attention_weights, value_spatial_shapes_hw
-            )  # fmt: skip
-        shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
-        by_level = (len(shapes), -1)
-        locations = sampling_locations if sampling_locations.dim() == 6 else sampling_locations.unflatten(3, by_level)
-        # copied once, here: the op would copy a view whose channels are not adjacent in both of its passes
-        value = value.permute(0, 3, 1, 2).contiguous()
-        return ms_deform_attn(value, shapes, None, locations, attention_weights.unflatten(-1, by_level))
-
-    return ms_deform_attn_core_pytorch
+def ms_deform_attn_core_pytorch(
+    value: torch.Tensor,  # [B, H, D, S]
+    value_spatial_shapes: torch.Tensor,  # [L, 2]
+    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2], or [B, N, H, L P, 2] after .export()
+    attention_weights: torch.Tensor,  # [B, N, H, L P]
+    value_spatial_shapes_hw: Sequence[tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """`ms_deform_attn` with the arguments of rfdetr's function of this name."""
+    shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
+    by_level = (len(shapes), -1)
+    locations = sampling_locations if sampling_locations.dim() == 6 else sampling_locations.unflatten(3, by_level)
+    # copied once, here: the op would copy a view whose channels are not adjacent in both of its passes
+    value = value.permute(0, 3, 1, 2).contiguous()
+    return ms_deform_attn(value, shapes, None, locations, attention_weights.unflatten(-1, by_level))

@@ -8,14 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
-from .attention_module import FUSED, PLAIN, has_kernel, import_foreign, replace_forward, replace_function, sample
+from .attention_module import import_foreign, plain_or_original, replace_forward, replace_function, sample
 from .report import Report, applying, revert_all
 
 CODEBASE = "ultralytics"
@@ -39,10 +38,10 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
     """
     bindings = import_foreign(CODEBASE, "ultralytics.nn.modules.transformer", "ultralytics")
     with applying(CODEBASE, verbose=verbose) as report:
-        replace_forward(report, bindings.MSDeformAttn, _fused_forward, model_or_family)
+        replace_forward(report, bindings.MSDeformAttn, forward, model_or_family)
         if model_or_family is None:
             original = bindings.multi_scale_deformable_attn_pytorch
-            replace_function(report, original, _plain_function(original))
+            replace_function(report, original, plain_or_original(multi_scale_deformable_attn_pytorch, original))
     return report
 
 
@@ -51,37 +50,27 @@ def revert() -> None:
     revert_all(CODEBASE)
 
 
-def _fused_forward(original: Callable) -> Callable:
-    @wraps(original)
-    def forward(
-        self: nn.Module,
-        query: torch.Tensor,  # [B, N, C]
-        refer_bbox: torch.Tensor,  # [B, N, L or 1, 2 or 4]
-        value: torch.Tensor,  # [B, S, C]
-        value_shapes: Sequence[Sequence[int]],
-        value_mask: torch.Tensor | None = None,  # [B, S] bool
-    ) -> torch.Tensor:
-        if not has_kernel(FUSED, query):
-            return original(self, query, refer_bbox, value, value_shapes, value_mask)
-        return sample(self, query, refer_bbox, value, value_shapes, value_mask, heads=self.n_heads)
-
-    return forward
+def forward(
+    self: nn.Module,
+    query: torch.Tensor,  # [B, N, C]
+    refer_bbox: torch.Tensor,  # [B, N, L or 1, 2 or 4]
+    value: torch.Tensor,  # [B, S, C]
+    value_shapes: Sequence[Sequence[int]],
+    value_mask: torch.Tensor | None = None,  # [B, S] bool
+) -> torch.Tensor:
+    """`MSDeformAttn.forward` by the fused op."""
+    return sample(self, query, refer_bbox, value, value_shapes, value_mask, heads=self.n_heads)
 
 
-def _plain_function(original: Callable) -> Callable:
-    @wraps(original)
-    def multi_scale_deformable_attn_pytorch(
-        value: torch.Tensor,  # [B, S, H, D]
-        value_spatial_shapes: Sequence[Sequence[int]],
-        sampling_locations: torch.Tensor,  # [B, N, H, L P, 2]; in older versions [B, N, H, L, P, 2]
-        attention_weights: torch.Tensor,  # [B, N, H, L P]; in older versions [B, N, H, L, P]
-    ) -> torch.Tensor:
-        if not has_kernel(PLAIN, value):
-            return original(value, value_spatial_shapes, sampling_locations, attention_weights)
-        if sampling_locations.dim() == 5:
-            by_level = (len(value_spatial_shapes), -1)
-            sampling_locations = sampling_locations.unflatten(3, by_level)
-            attention_weights = attention_weights.unflatten(3, by_level)
-        return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
-
-    return multi_scale_deformable_attn_pytorch
+def multi_scale_deformable_attn_pytorch(
+    value: torch.Tensor,  # [B, S, H, D]
+    value_spatial_shapes: Sequence[Sequence[int]],
+    sampling_locations: torch.Tensor,  # [B, N, H, L P, 2]; in older versions [B, N, H, L, P, 2]
+    attention_weights: torch.Tensor,  # [B, N, H, L P]; in older versions [B, N, H, L, P]
+) -> torch.Tensor:
+    """`ms_deform_attn` with the arguments of ultralytics' function of this name."""
+    if sampling_locations.dim() == 5:
+        by_level = (len(value_spatial_shapes), -1)
+        sampling_locations = sampling_locations.unflatten(3, by_level)
+        attention_weights = attention_weights.unflatten(3, by_level)
+    return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)

@@ -1,0 +1,209 @@
+"""mmcv on our ops: the module, and both functions it (and others) may call; on a stub, and on mmcv where installed."""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import foreign_mmcv
+import pytest
+import torch
+from foreign_packages import (
+    check_no_kernel_no_change,
+    check_one_model_alone,
+    check_refusals,
+    check_twice_and_back,
+)
+from integration_checks import check_integration
+
+from route_kernels.integrations import mmcv as integration
+from route_kernels.testing import perturb_sampling
+
+MODULE = "mmcv.ops.multi_scale_deform_attn"
+SHAPES = ((5, 7), (3, 4))
+POSITIONS = sum(height * width for height, width in SHAPES)
+
+
+@pytest.fixture(params=["stub", "installed"])
+def bindings(request, monkeypatch):
+    """The file that is patched: of a stub over a stubbed `_ext`, or of mmcv."""
+    if request.param == "stub":
+        return foreign_mmcv.stub_package(MODULE, foreign_mmcv.Ext(), monkeypatch)
+    pytest.importorskip("mmcv", reason="mmcv is not installed: pip install onedl-mmcv")
+    if find_spec("mmcv._ext") is None:
+        monkeypatch.setitem(sys.modules, "mmcv._ext", StubbedExt("mmcv._ext"))
+    installed = import_module(MODULE)
+    monkeypatch.setattr(installed, "ext_module", foreign_mmcv.Ext())
+    return installed
+
+
+class StubbedExt(ModuleType):
+    """`mmcv._ext` of an mmcv that was installed without its compiled ops: every name, all of them refusing."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def refuse(*args, **kwargs):
+            raise RuntimeError(f"{name} is not compiled")
+
+        return refuse
+
+
+def build(bindings, dtype=torch.float64, **options):
+    options = {"embed_dims": 16, "num_heads": 2, "num_levels": 2, "num_points": 3, "dropout": 0.2, **options}
+    module = bindings.MultiScaleDeformableAttention(**options).to(dtype)
+    perturb_sampling(module)
+    return module
+
+
+def inputs(queries=6, *, batch_first=False, reference=2, dtype=torch.float64, batch=2):
+    def sequence(length):
+        size = (batch, length, 16) if batch_first else (length, batch, 16)
+        return torch.randn(size, dtype=dtype).requires_grad_()
+
+    return {
+        "query": sequence(queries),
+        "value": sequence(POSITIONS),
+        "identity": sequence(queries),
+        "query_pos": sequence(queries),
+        "key_padding_mask": torch.arange(POSITIONS).expand(batch, -1) % 5 == 0,
+        "reference_points": torch.rand(batch, queries, 2, reference, dtype=dtype).requires_grad_(),
+        "spatial_shapes": torch.tensor(SHAPES),
+        "level_start_index": torch.tensor([0, SHAPES[0][0] * SHAPES[0][1]]),
+    }
+
+
+def apply():
+    return integration.apply(verbose=False)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("reference", [2, 4])
+def test_module(bindings, batch_first, reference):
+    module = build(bindings, batch_first=batch_first)
+    arguments = inputs(batch_first=batch_first, reference=reference)
+    check_integration(module, arguments, apply, {"ms_deform_attn_fused": 1})
+
+
+def test_module_attends_to_its_own_queries(bindings):
+    arguments = inputs(POSITIONS)
+    for optional in ("value", "identity", "query_pos", "key_padding_mask"):
+        del arguments[optional]
+    check_integration(build(bindings), arguments, apply, {"ms_deform_attn_fused": 1})
+
+
+def test_deprecated_residual_is_the_identity(bindings):
+    arguments = inputs()
+    arguments["residual"] = arguments.pop("identity")
+    check_integration(build(bindings), arguments, apply, {"ms_deform_attn_fused": 1})
+
+
+@pytest.mark.parametrize("compiled_for", ["cuda", "cpu"])
+def test_a_forward_of_ones_own_reaches_the_plain_op(monkeypatch, compiled_for):
+    stub = foreign_mmcv.stub_package(MODULE, foreign_mmcv.Ext(), monkeypatch)
+    stub.COMPILED_FOR = compiled_for
+
+    class Local(stub.MultiScaleDeformableAttention):
+        forward = stub.MultiScaleDeformableAttention.forward
+
+    module = Local(16, 2, 2, 3).double()
+    check_integration(module, inputs(), apply, {"ms_deform_attn": 1})
+    assert stub.compiled.calls == (2 if compiled_for == "cpu" else 0)  # before apply() and after revert()
+
+
+def test_functions(bindings):
+    shapes, starts = torch.tensor(SHAPES), torch.tensor([0, 35])
+    value = torch.randn(3, POSITIONS, 2, 8, dtype=torch.float64, requires_grad=True)
+    layers = {"sampling_offsets": torch.nn.Linear(5, 2), "attention_weights": torch.nn.Linear(5, 1)}
+    holder = torch.nn.ModuleDict(layers).double()
+    features = torch.randn(3, 4, 2, 2, 3, 5, dtype=torch.float64)
+
+    def sample(value):
+        locations = 0.5 + 0.3 * holder["sampling_offsets"](features)
+        weights = holder["attention_weights"](features).squeeze(-1)
+        called = bindings.MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+        plain = bindings.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+        return called, plain
+
+    check_integration(sample, (value,), apply, {"ms_deform_attn": 2}, module=holder)
+
+
+def test_im2col_step_is_ignored(bindings):
+    value, locations = torch.randn(3, POSITIONS, 2, 8), torch.rand(3, 4, 2, 2, 3, 2)
+    arguments = (value, torch.tensor(SHAPES), torch.tensor([0, 35]), locations, torch.rand(3, 4, 2, 2, 3), 2)
+    with pytest.raises(AssertionError, match="im2col_step"):
+        bindings.MultiScaleDeformableAttnFunction.apply(*arguments)
+    with apply():
+        found = bindings.MultiScaleDeformableAttnFunction.apply(*arguments)
+    expected = foreign_mmcv.multi_scale_deformable_attn_pytorch(value, *(arguments[i] for i in (1, 3, 4)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_half_precision_with_float32_reference_points(bindings):
+    """mmcv's own functions want one dtype."""
+    exact = build(bindings, dropout=0.0)
+    arguments = inputs(reference=4)
+    expected = exact(**arguments)
+    half = build(bindings, dropout=0.0)
+    half.load_state_dict(exact.state_dict())
+    half.bfloat16()
+    narrowed = {
+        name: x.bfloat16() if name in ("query", "value", "identity", "query_pos") else x
+        for name, x in arguments.items()
+    }
+    narrowed["reference_points"] = arguments["reference_points"].float()
+    if bindings.__file__ != foreign_mmcv.__file__:
+        with pytest.raises(RuntimeError, match="expected scalar type BFloat16 but found Float"):
+            half(**narrowed)
+    with apply():
+        found = half(**narrowed)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.05)
+
+
+def test_one_model_alone(bindings):
+    check_one_model_alone(
+        integration, lambda: torch.nn.ModuleList([build(bindings)]).append(build(bindings))[0], inputs()
+    )
+
+
+def test_a_forward_of_ones_own_is_left(bindings):
+    class Local(bindings.MultiScaleDeformableAttention):
+        def forward(self, query, **kwargs):
+            return super().forward(query, **kwargs)
+
+    local = Local(embed_dims=16, num_heads=2, num_levels=2, num_points=3)
+    with integration.apply(torch.nn.ModuleList([local, build(bindings)]), verbose=False) as report:
+        assert [entry.name for entry in report.replaced] == ["1"]
+        assert [(entry.name, entry.reason) for entry in report.left] == [("0", "Local has a forward of its own")]
+
+
+def test_a_model_of_a_package_that_is_replaced_already(bindings):
+    with apply(), integration.apply(build(bindings), verbose=False) as report:
+        assert not report.replaced
+        assert [entry.reason for entry in report.left] == ["already replaced by an earlier apply()"]
+
+
+def test_no_kernel_no_change(bindings, monkeypatch):
+    check_no_kernel_no_change(apply, build(bindings), inputs(), monkeypatch)
+
+
+def test_twice_and_back(bindings, capsys):
+    importer = ModuleType("imports_by_value")
+    importer.multi_scale_deformable_attn_pytorch = bindings.multi_scale_deformable_attn_pytorch
+    sys.modules[importer.__name__] = importer
+    owners = [
+        (bindings.MultiScaleDeformableAttention, "forward"),
+        (bindings.MultiScaleDeformableAttnFunction, "apply"),
+        (bindings, "multi_scale_deformable_attn_pytorch"),
+        (importer, "multi_scale_deformable_attn_pytorch"),
+    ]
+    try:
+        check_twice_and_back(integration, owners, capsys)
+    finally:
+        del sys.modules[importer.__name__]
+
+
+def test_refusals(bindings, monkeypatch):
+    check_refusals(integration, MODULE, monkeypatch)
