@@ -53,16 +53,22 @@ def _run_module(arguments: list[str]) -> int | None:
     if not arguments:
         return _refuse("-m: expected the name of a module")
     module = arguments[0]
-    try:
-        found = find_spec(module) is not None
-    except ModuleNotFoundError:  # of one of its parents
-        found = False
-    if not found:
-        return _refuse(f"-m: no module named {module}")
     _provide_extension()
+    if not _exists(module):
+        return _refuse(f"-m: no module named {module}")
     sys.argv[:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return None
+
+
+def _exists(module: str) -> bool:
+    """Whether it can be found; looking for it imports its parent packages."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+            raise  # a parent is there, and something that it imports is not
+        return False
 
 
 def _safe_path() -> bool:
