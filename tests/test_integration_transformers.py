@@ -1,0 +1,289 @@
+"""transformers on our ops: every family's outputs, gradients and calls, and what apply() reports and reverts."""
+
+import copy
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import torch
+from integration_checks import assert_agree, check_integration
+from transformers_models import EXAMPLES, attention_call, model_and_inputs
+
+from route_kernels.integrations import transformers as integration
+from route_kernels.integrations.transformers import FAMILIES, apply
+from route_kernels.testing import counted_calls, perturb_sampling, training_step
+
+every_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(missing, reason="this version of transformers does not have it"))
+        for name in FAMILIES
+        for missing in [find_spec(f"transformers.models.{name}") is None]
+    ],
+)
+one_of_each_core = pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "mask2former"])
+
+
+def quietly(model_or_family=None):
+    return apply(model_or_family, verbose=False)
+
+
+def modeling(family):
+    return import_module(FAMILIES[family].module)
+
+
+def attention_class(family):
+    return getattr(modeling(family), FAMILIES[family].attention)
+
+
+def attention_modules(model, family):
+    return [module for module in model.modules() if isinstance(module, attention_class(family))]
+
+
+def with_a_forward_of_their_own(model, family):
+    """The model, its attention modules of a subclass that someone wrote."""
+    attention = attention_class(family)
+    original = attention.forward
+
+    class Own(attention):
+        def forward(self, *args, **kwargs):
+            return original(self, *args, **kwargs)
+
+    for module in attention_modules(model, family):
+        module.__class__ = Own
+    return model
+
+
+@every_family
+def test_a_model_computes_the_same(family):
+    model, inputs = model_and_inputs(family)
+    calls = EXAMPLES[family].calls
+    report = check_integration(model, inputs, lambda: quietly(model), {"ms_deform_attn_fused": calls})
+    assert len(report.replaced) == calls and not report.left
+
+
+@every_family
+def test_the_plain_form_serves_code_with_a_forward_of_its_own(family):
+    model, inputs = model_and_inputs(family)
+    with_a_forward_of_their_own(model, family)
+    held = FAMILIES[family].core.held_as
+    reachable = held is not None and hasattr(attention_modules(model, family)[0], held)
+    target = model if reachable else family
+    check_integration(model, inputs, lambda: quietly(target), {"ms_deform_attn": EXAMPLES[family].calls})
+
+
+@one_of_each_core
+def test_a_family_is_switched_for_models_made_before_and_after(family):
+    before, inputs = model_and_inputs(family)
+    report = check_integration(
+        before, inputs, lambda: quietly(family), {"ms_deform_attn_fused": EXAMPLES[family].calls}
+    )
+    assert [entry.name for entry in report.replaced] == [
+        f"{family}: {FAMILIES[family].attention}",
+        f"{family}: {FAMILIES[family].core.name}",
+    ]
+    expected = training_step(before, inputs)
+    with quietly(family), counted_calls() as counts:
+        after, _ = model_and_inputs(family)
+        perturb_sampling(after)
+        assert_agree(training_step(after, inputs), expected)
+    assert dict(counts) == {"ms_deform_attn_fused": EXAMPLES[family].calls}
+
+
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        ("deformable_detr", {"two_stage": False, "with_box_refine": False}),
+        ("rt_detr_v2", {"decoder_offset_scale": 0.3}),
+        ("d_fine", {"decoder_offset_scale": 0.3}),
+        ("deimv2", {"decoder_n_points": 2}),
+    ],
+)
+def test_settings_that_change_the_locations(family, config):
+    """References without a size, another scale of the offsets, as many points on each level."""
+    model, inputs = model_and_inputs(family, **config)
+    check_integration(model, inputs, lambda: quietly(model), {"ms_deform_attn_fused": EXAMPLES[family].calls})
+
+
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        ("rt_detr_v2", {"decoder_method": "discrete"}),
+        ("d_fine", {"decoder_method": "discrete"}),
+        ("deimv2", {"decoder_method": "discrete"}),
+    ],
+)
+def test_the_discrete_method_stays_with_the_original(family, config):
+    model, inputs = model_and_inputs(family, **config)
+    perturb_sampling(model)
+    expected = training_step(model, inputs)
+    with counted_calls() as counts:
+        for target in (model, family):
+            with quietly(target) as report:
+                assert_agree(training_step(model, inputs), expected, tolerance=0)
+                assert "another operator" in str(report) or "other operators" in str(report)
+    assert not counts
+
+
+@every_family
+def test_attention_weights_come_where_they_are_asked_for(family):
+    model, inputs = model_and_inputs(family)
+    perturb_sampling(model)
+    inputs["output_attentions"] = True
+    expected = training_step(model, inputs)
+    assert any("attentions" in name for name in expected)
+    with quietly(model):
+        assert_agree(training_step(model, inputs), expected)
+
+
+@every_family
+def test_attention_weights_are_not_made_unasked(family):
+    module, arguments = attention_call(family)
+    with quietly(module):
+        weights = module(**arguments)[1]
+    assert (weights is not None) == FAMILIES[family].weights_read
+
+
+@one_of_each_core
+def test_a_hook_sees_the_attention_weights(family):
+    module, arguments = attention_call(family)
+    expected = module(**arguments)[1]
+    seen = []
+    module.register_forward_hook(lambda _, inputs, output: seen.append(output[1]))
+    with quietly(module):
+        module(**arguments)
+    torch.testing.assert_close(seen[0], expected)
+
+
+@one_of_each_core
+def test_positional_arguments_keep_their_places(family):
+    module, arguments = attention_call(family)
+    expected = module(**arguments)[0]
+    hidden_states, attention_mask = arguments.pop("hidden_states"), arguments.pop("attention_mask", None)
+    with quietly(module):
+        torch.testing.assert_close(module(hidden_states, attention_mask, **arguments)[0], expected)
+
+
+@one_of_each_core
+def test_backward_keeps_less(family):
+    module, arguments = attention_call(family)
+
+    def kept():
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = module(**arguments)[0]  # noqa: F841  the graph is alive while storages are counted
+        return sum(storages.values())
+
+    original = kept()
+    with quietly(module):
+        assert kept() < original
+
+
+@pytest.mark.parametrize("family", ["mask2former", "oneformer"])
+def test_an_op_that_fails_is_not_papered_over(family, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise RuntimeError("the op failed")
+
+    model, inputs = model_and_inputs(family)
+    monkeypatch.setattr(integration, "ms_deform_attn_fused", fail)
+    with quietly(model), pytest.raises(RuntimeError, match="the op failed"):
+        model(**inputs)
+
+
+@one_of_each_core
+def test_a_copy_of_a_replaced_model_is_its_own(family):
+    model, inputs = model_and_inputs(family)
+    with quietly(model):
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        with counted_calls() as counts:
+            found = training_step(copied, inputs)
+    assert dict(counts) == {"ms_deform_attn_fused": EXAMPLES[family].calls}
+    original, _ = model_and_inputs(family)
+    assert_agree(found, training_step(original, inputs))
+
+
+def test_every_family_at_once_and_back():
+    def names_of(families):
+        for family in families:
+            core = getattr(modeling(family.name), family.core.name)
+            yield attention_class(family.name).forward
+            yield core.forward if isinstance(core, type) else core
+
+    families = [family for family in FAMILIES.values() if find_spec(f"transformers.models.{family.name}")]
+    originals = list(names_of(families))
+    report = quietly()
+    assert len(report.replaced) == 2 * len(families)
+    assert not set(originals) & set(names_of(families))
+    again = quietly("rt_detr")
+    assert not again.replaced and {entry.reason for entry in again.left} == {"already replaced by an earlier apply()"}
+    integration.revert()
+    assert list(names_of(families)) == originals
+
+
+def test_a_model_of_a_replaced_family_is_left_as_it_is():
+    model, _ = model_and_inputs("rt_detr")
+    with quietly("rt_detr"), quietly(model) as report:
+        assert not report.replaced and len(report.left) == 2
+    with quietly(model), quietly(model) as report:
+        assert {entry.reason for entry in report.left} == {"already replaced by an earlier apply()"}
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_cannot_be_reached_is_said():
+    model, _ = model_and_inputs("mask2former")
+    with quietly(with_a_forward_of_their_own(model, "mask2former")) as report:
+        assert not report.replaced
+        assert {entry.reason for entry in report.left} == {
+            "Own has a forward of its own; apply('mask2former') may reach what it calls"
+        }
+    model, _ = model_and_inputs("rt_detr")
+    modules = attention_modules(model, "rt_detr")
+    modules[0].forward = modules[0].forward
+    with quietly(model) as report:
+        assert [entry.reason for entry in report.left] == [
+            "other code has replaced its forward: apply() first, that code afterwards"
+        ]
+        assert len(report.replaced) == 1
+
+
+def test_the_report_is_printed(capsys):
+    model, _ = model_and_inputs("rt_detr")
+    with apply(model):
+        assert capsys.readouterr().out.splitlines() == [
+            "route-kernels: transformers: 2 replaced, 0 left",
+            "  model.decoder.layers.0.encoder_attn  -> ms_deform_attn_fused",
+            "  model.decoder.layers.1.encoder_attn  -> ms_deform_attn_fused",
+        ]
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ("detr", ValueError, "expected one of deformable_detr, .*, oneformer; got 'detr'"),
+        (7, TypeError, "expected a model, None or one of deformable_detr, .*, oneformer; got int"),
+        (torch.nn.Linear(1, 1), ValueError, "one of deformable_detr, .*, oneformer; got Linear, which has none"),
+    ],
+)
+def test_what_is_neither_model_nor_family(wrong, error, message):
+    with pytest.raises(error, match=rf"transformers\.apply: model_or_family: .*{message}"):
+        apply(wrong)
+
+
+def test_an_unknown_version_is_left(monkeypatch):
+    monkeypatch.delattr(attention_class("rt_detr"), "forward")
+    with quietly("rt_detr") as report:
+        assert "RTDetrMultiscaleDeformableAttention.forward of this version" in report.left[0].reason
+    monkeypatch.delattr(modeling("lw_detr"), "MultiScaleDeformableAttention")
+    with quietly("lw_detr") as report:
+        assert report.left[0].reason.endswith("has no MultiScaleDeformableAttention")
