@@ -80,7 +80,7 @@ class MultiScaleDeformableAttnFunction(Function):
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
         compiled_backward = compiled.ms_deform_attn_backward  # noqa: F821
-        if compiled.returns_gradients:  # noqa: F821
+        if getattr(compiled, "returns_gradients", True):  # noqa: F821
             grads = compiled_backward(*inputs, grad, ctx.im2col_step)
         else:
             grads = [torch.zeros_like(inputs[i]) for i in (0, 3, 4)]

@@ -12,7 +12,6 @@ from integration_checks import assert_agree
 from route_kernels import backends
 from route_kernels.testing import counted_calls, training_step
 
-
 _torchvision = torch.library.Library("torchvision", "FRAGMENT")
 
 

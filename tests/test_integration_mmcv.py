@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import foreign_mmcv
@@ -76,6 +77,52 @@ def inputs(queries=6, *, batch_first=False, reference=2, dtype=torch.float64, ba
 
 def apply():
     return integration.apply(verbose=False)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bindings", ["installed"], indirect=True)
+def test_losses_of_dino_of_mmdet(bindings, double):
+    """Two images, one of them padded; denoising queries; two layers each."""
+    mmdet = pytest.importorskip("mmdet", reason="mmdet is not installed: pip install onedl-mmdetection")
+    pytest.importorskip("mmdet.models")
+    from mmdet.registry import MODELS
+    from mmdet.structures import DetDataSample
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+    from mmengine.structures import InstanceData
+
+    init_default_scope("mmdet")
+    configs = Path(mmdet.__file__).parent / ".mim" / "configs"
+    config = Config.fromfile(configs / "dino" / "dino-4scale_r50_8xb2-12e_coco.py")
+    layers = {"num_layers": 2, "layer_cfg": {"ffn_cfg": {"feedforward_channels": 32}}}
+    changes = {
+        "backbone": {"depth": 18, "init_cfg": None, "frozen_stages": -1},
+        "neck": {"in_channels": [128, 256, 512]},
+        "encoder": layers,
+        "decoder": layers,
+        "bbox_head": {"num_classes": 5},
+        "num_queries": 10,
+    }
+    config.merge_from_dict({"model": changes})
+    model = MODELS.build(config.model).double()
+    samples = []
+    for height in (64, 48):
+        metainfo = {"img_shape": (height, 64), "batch_input_shape": (64, 64)}
+        boxes = torch.tensor([[4.0, 5.0, 30.0, 40.0], [20.0, 10.0, 60.0, 45.0]])
+        sample = DetDataSample(metainfo=metainfo)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([1, 3]))
+        samples.append(sample)
+
+    def losses(images):
+        return model.loss(images, samples)
+
+    check_integration(losses, (torch.randn(2, 3, 64, 64),), apply, {"ms_deform_attn_fused": 4}, module=model)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

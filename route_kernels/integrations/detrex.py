@@ -1,20 +1,28 @@
-"""detrex: deformable attention on our ops.
+"""detrex: deformable attention on our ops, and detrex without compiling it.
 
     report = apply()         # every model of this process
     report = apply(model)    # the attention modules of this model alone
 
-detrex has a file of the same kind as mmcv's, over a compiled `detrex._C` of its own.
+detrex has a file of the same kind as mmcv's, over an extension `detrex._C` of its own. Where that is not compiled,
+detrex has a class that only raises in the place of its attention module; so `apply()` before the first import of
+detrex provides `detrex._C` with the two functions of deformable attention.
 """
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+
 from torch import nn
 
-from .attention_module import import_foreign
+from .attention_module import PLAIN, import_foreign
+from .importable import MultiScaleDeformableAttention
 from .mmcv import replace_attention
 from .report import Report, applying, revert_all
 
 CODEBASE = "detrex"
+EXTENSION = "detrex._C"
 
 
 def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> Report:
@@ -29,12 +37,20 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
         What was replaced, what was left and why; it reverts, also as a context manager.
 
     Raises:
-        ImportError: detrex, or its compiled `detrex._C`, is not installed.
+        ImportError: detrex is not installed, or was imported before without its extension.
         TypeError: not a model.
         ValueError: a model without such a module.
     """
-    bindings = import_foreign(CODEBASE, "detrex.layers.multi_scale_deform_attn", "detrex with its compiled ops")
     with applying(CODEBASE, verbose=verbose) as report:
+        if CODEBASE not in sys.modules and not _is_compiled():
+            name = f"import {EXTENSION}"
+            report.replace(sys.modules, EXTENSION, MultiScaleDeformableAttention, name=name, op=PLAIN)
+        bindings = import_foreign(CODEBASE, "detrex.layers.multi_scale_deform_attn", "detrex")
+        if not issubclass(bindings.MultiScaleDeformableAttention, nn.Module):
+            raise ImportError(
+                f"{CODEBASE}.apply: detrex has been imported without its extension {EXTENSION}, so it has no attention "
+                "module; call apply() before the first import of detrex"
+            )
         replace_attention(report, bindings, model_or_family)
     return report
 
@@ -42,3 +58,9 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
 def revert() -> None:
     """Put back everything that `apply` has replaced."""
     revert_all(CODEBASE)
+
+
+def _is_compiled() -> bool:
+    """Whether the extension lies in detrex's folder; finding it must not import detrex."""
+    package = find_spec(CODEBASE)
+    return package is None or PathFinder.find_spec(EXTENSION, package.submodule_search_locations) is not None
