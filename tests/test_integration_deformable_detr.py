@@ -241,6 +241,32 @@ def test_a_fused_model_in_bfloat16_keeps_its_dtype():
     assert counts == {"ms_deform_attn_fused": 2}
 
 
+def saved_elements(model, inputs):
+    """Of the tensors that autograd keeps for backward, inputs and parameters apart."""
+    kept = {}
+    given = {x.data_ptr() for x in (*model.parameters(), *inputs.values())}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in given:
+            kept[tensor.data_ptr()] = tensor  # held, so that no other tensor gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs)
+    return sum(tensor.numel() for tensor in kept.values())
+
+
+def test_the_fused_form_keeps_what_the_linear_layers_gave():
+    deformable_detr.apply(verbose=False)
+    model, inputs = perturbed_model(), model_inputs()
+    plain = saved_elements(model, inputs)
+    deformable_detr.apply(model, verbose=False)
+    samples = 2 * 5 * HEADS * 2 * 3
+    value, offsets, logits, sampled = 2 * POSITIONS * CHANNELS, 2 * samples, samples, 2 * 5 * CHANNELS
+    first_result = sampled  # the second module's query
+    assert saved_elements(model, inputs) == 2 * (value + offsets + logits + sampled) + first_result < plain
+
+
 def test_copies_and_pickles_of_a_fused_model():
     model = perturbed_model()
     deformable_detr.apply(model, verbose=False)
