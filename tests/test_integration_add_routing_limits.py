@@ -79,6 +79,30 @@ def test_compiles_without_graph_breaks(inside):
     assert len(graphs) == 3, "one for plain attention, one for each strength"
 
 
+def test_without_a_limit_a_new_strength_compiles_nothing_more():
+    built = model()
+    with_random_routers(built, limit=None)
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(built, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    for strength in (0.1, 0.2, 0.3, 0.4, 0.5):
+        settings = {"strength": strength}
+        torch.testing.assert_close(routed(compiled, settings, **inputs()), routed(built, settings, **inputs()))
+    assert len(graphs) == 2, "the first for a number, the second for any"
+
+
+@pytest.mark.parametrize("strength", [0, 0.5])
+def test_export_falls_through_to_plain_pytorch(strength):
+    built = model().eval()
+    with_random_routers(built)
+    call = {name: x.detach() for name, x in inputs().items()}
+    with rk.routing(strength):
+        exported = torch.export.export(built, (), call)
+    functions = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert functions and not any("route_kernels" in name for name in functions)
+    torch.testing.assert_close(exported.module()(**call), routed(built, {"strength": strength}, **call))
+
+
 @pytest.mark.parametrize("around_backward", [0, 0.7, 0.1])
 def test_checkpoints_recompute_what_was_computed(around_backward):
     built = model()
@@ -107,7 +131,8 @@ def test_checkpoints_that_cannot_know_are_an_error(use_reentrant):
         loss.backward()
 
 
-def test_distributed_training_reduces_both_branches(tmp_path):
+@pytest.mark.parametrize("strength, find_unused", [(0.5, False), (0, True)])
+def test_distributed_training_reduces_both_branches(tmp_path, strength, find_unused):
     built = model(torch.float32)
 
     class Branches(nn.Module):
@@ -120,14 +145,14 @@ def test_distributed_training_reduces_both_branches(tmp_path):
 
     branches = Branches()
     with_random_routers(built)
-    expected = training_step(branches, {"strength": 0.5, **inputs(torch.float32)})
+    expected = training_step(branches, {"strength": strength, **inputs(torch.float32)})
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        replica = nn.parallel.DistributedDataParallel(branches)
+        replica = nn.parallel.DistributedDataParallel(branches, find_unused_parameters=find_unused)
         for _ in range(2):  # the second forward raises where a parameter went unused
             branches.zero_grad()
             torch.manual_seed(0)
-            outputs = replica(0.5, **inputs(torch.float32))
+            outputs = replica(strength, **inputs(torch.float32))
             generator = torch.Generator().manual_seed(0)
             weightings = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
             torch.autograd.backward(outputs, weightings)
@@ -135,6 +160,18 @@ def test_distributed_training_reduces_both_branches(tmp_path):
         torch.distributed.destroy_process_group()
     found = {f"grad {name}": parameter.grad for name, parameter in branches.named_parameters()}
     assert_agree(found, {name: expected[name] for name in found}, tolerance=1e-5)
+
+
+def test_a_query_without_keys_gets_nothing():
+    built = model()
+    with_random_routers(built)
+    mask = torch.zeros(QUERIES, QUERIES, dtype=torch.bool)
+    mask[3] = True
+    x = normal(QUERIES, BATCH, CHANNELS)
+    attention = built.decoder.layers[0].self_attn
+    with rk.routing():
+        attended = attention(x, x, x, attn_mask=mask)[0]
+    torch.testing.assert_close(attended[3], attention.out_proj.bias.expand(BATCH, -1))
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

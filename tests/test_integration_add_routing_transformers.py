@@ -106,6 +106,7 @@ DETR_LIKE = {
     "detr": ("DetrSelfAttention", "DetrConfig", 16, 2),
     "conditional_detr": ("ConditionalDetrDecoderSelfAttention", "ConditionalDetrConfig", 16, 2),
     "conditional_detr encoder": ("ConditionalDetrSelfAttention", "ConditionalDetrConfig", 16, 2),
+    "maskformer": ("MaskFormerDetrSelfAttention", "MaskFormerConfig", 16, 2),
     "deformable_detr without bias": ("DeformableDetrSelfAttention", "DeformableDetrConfig", 16, 2, 0.0, False),
 }
 MASKS = {
@@ -143,6 +144,14 @@ def test_a_bool_mask_says_where_a_query_may_attend():
     x = normal(2, 7, 16)
     assert torch.equal(attention(x, allowed)[0], attention(x, additive)[0])
     torch.testing.assert_close(routed(attention, {}, x, allowed)[0], routed(attention, {}, x, additive)[0])
+
+
+def test_rotary_positions_are_not_added():
+    built = attention_module(*DETR_LIKE["detr"])
+    add_routing(built, "self_attn", verbose=False)
+    x = normal(2, 7, 16)
+    with rk.routing(), pytest.raises(TypeError, match=r"position_embeddings: expected a tensor .* got tuple"):
+        built["self_attn"](x, position_embeddings=(x.sin(), x.cos()))
 
 
 @pytest.mark.parametrize("family", ["lw_detr", "rf_detr"])

@@ -151,6 +151,11 @@ class ProjectedSelfAttention(SelfAttentionKind):
         **kwargs: Any,
     ) -> SelfAttentionCall:
         _expect_no_attentions(module, kwargs)
+        if position_embeddings is not None and not isinstance(position_embeddings, Tensor):
+            raise TypeError(
+                "position_embeddings: expected a tensor to add to hidden_states or None, "
+                f"got {type(position_embeddings).__name__}"
+            )
         positioned = hidden_states if position_embeddings is None else hidden_states + position_embeddings
         heads = (
             _heads(projected, module.head_dim)
@@ -271,9 +276,7 @@ class QueriesKeysValues(SelfAttentionKind):
             output = module.out_proj(attended)
             return (output, None) if output_attentions else (output,)
 
-        return SelfAttentionCall(
-            values, queries, *heads, attention_mask, module.attention_head_size**-0.5, finish
-        )  # fmt: skip
+        return SelfAttentionCall(values, queries, *heads, attention_mask, module.attention_head_size**-0.5, finish)
 
 
 KINDS = (
