@@ -1,4 +1,4 @@
-"""route-kernels info | bench."""
+"""route-kernels info | bench | doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import route_kernels as rk
 from . import native
 from .backends import BACKENDS, OPS
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKOUT = Path(__file__).parents[1]
 
 
@@ -54,19 +55,47 @@ def bench(options: Sequence[str]) -> int:
     return subprocess.call([sys.executable, "-m", "benchmarks.run", *options], cwd=CHECKOUT)
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Examine a user's model; the exit code is 0 where both ways agree, 1 where they differ, 2 where none can tell."""
+    from .doctor import UNANSWERED, UsageError, diagnose
+
+    try:
+        return diagnose(arguments.target, dtype=arguments.dtype, repeat=arguments.repeat, seed=arguments.seed)
+    except UsageError as error:
+        print(f"route-kernels doctor: {error}", file=sys.stderr)
+        return UNANSWERED
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="route-kernels", description="Fused training kernels for DETR detectors.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | doctor")
     commands.add_parser("info", help="what is installed, and which backend runs each op")
     commands.add_parser(
         "bench", help="verify, then time; options as benchmarks/run.py, for one --quick", add_help=False
     )
+    examine = commands.add_parser(
+        "doctor",
+        help="run a training step of your model both ways: agreement, time, memory",
+        description="Builds your model, applies the integrations that fit, and runs a training step with its own code "
+        "and with ours. Exit code: 0 both agree, 1 they differ, 2 no answer (usage error, or nothing applied).",
+    )
+    examine.add_argument(
+        "target",
+        metavar="TARGET",
+        help="your.module:function or file.py:function; the function returns a model, or (model, inputs) with inputs "
+        "a tuple or dict of arguments or a function that returns one. A transformers model needs no inputs",
+    )
+    examine.add_argument("--dtype", choices=DTYPES, help="of weights and inputs for time and memory [the model's]")
+    examine.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps each way [%(default)s]")
+    examine.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     args, options = parser.parse_known_args(argv)
     if args.command == "bench":
         return bench(options)
     if options:
         parser.error(f"unknown options: {' '.join(options)}")
+    if args.command == "doctor":
+        return doctor(args)
     print("\n".join(info()))
     return 0
 

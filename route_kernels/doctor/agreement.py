@@ -1,0 +1,158 @@
+"""Outputs and gradients of one training step with the model's own code and with ours."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..testing import counted_calls, perturb_sampling, relative_errors, training_step
+from ..testing.training_step import Step
+from .fitting import Apply, applied
+from .inputs import moved
+from .target import Inputs, users_code
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Largest relative error of steps that agree, in the dtype in which they are compared.
+
+float64 leaves room for models with float32 parts inside; a location that is half a pixel off shows at 1e-3 and more.
+"""
+
+AGREE, DIFFER, UNANSWERED = 0, 1, 2
+"""Exit codes; unanswered are also a usage error, and a model in which nothing of ours ran."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Relative errors by result, beside those between two steps of the original.
+
+    Attributes:
+        dtype: in which the steps ran.
+        perturbed: how many parameters of sampling layers got noise, so that a wrong op shows.
+        outputs, gradients: the error of each, the largest first.
+        noise: the largest error between two steps of the original model.
+        calls, calls_before: of our ops, in our step and in the original's.
+        failure: what our step raised, if it did.
+    """
+
+    dtype: torch.dtype
+    perturbed: int
+    outputs: dict[str, float]
+    gradients: dict[str, float]
+    noise: float
+    calls: Counter[str]
+    calls_before: Counter[str]
+    failure: str | None
+
+    @property
+    def allowed(self) -> float:
+        return TOLERANCES[self.dtype]
+
+    @property
+    def code(self) -> int:
+        """AGREE, DIFFER, or UNANSWERED where the original does not agree with itself."""
+        if not self.noise <= self.allowed:
+            return UNANSWERED
+        errors = (*self.outputs.values(), *self.gradients.values())
+        return AGREE if self.failure is None and all(error <= self.allowed for error in errors) else DIFFER
+
+
+def compare(model: nn.Module, inputs: Inputs, appliers: list[Apply], seed: int) -> Agreement:
+    """Both steps in float64, or in float32 where the model has parts that cannot run in float64.
+
+    Raises:
+        UsageError: the step of the model as it is raised.
+    """
+    with users_code("a training step of the model as it is"):
+        dtype = torch.float64 if _runs_in(torch.float64, model, inputs, seed) else torch.float32
+    failure, ours = None, {}
+    with borrowed(model, dtype):
+        perturbed = perturb_sampling(model, seed=seed)
+        with users_code("a training step of the model as it is"):
+            with counted_calls() as calls_before:
+                original = _step(model, inputs, dtype, seed)
+            again = _step(model, inputs, dtype, seed)
+        with applied(appliers), counted_calls() as calls:
+            try:
+                ours = _step(model, inputs, dtype, seed)
+            except Exception as error:
+                traceback.print_exc()
+                failure = f"{type(error).__name__}: {error}"
+    errors = relative_errors(ours, original)
+    worst_first = sorted(errors, key=lambda name: errors[name], reverse=True)
+    return Agreement(
+        dtype=dtype,
+        perturbed=perturbed,
+        outputs={name.removeprefix("output "): errors[name] for name in worst_first if name.startswith("output ")},
+        gradients={name.removeprefix("grad "): errors[name] for name in worst_first if name.startswith("grad ")},
+        noise=max(relative_errors(again, original).values()),
+        calls=calls,
+        calls_before=calls_before,
+        failure=failure,
+    )
+
+
+def _runs_in(dtype: torch.dtype, model: nn.Module, inputs: Inputs, seed: int) -> bool:
+    with borrowed(model, dtype):
+        try:
+            _step(model, inputs, dtype, seed)
+        except (RuntimeError, TypeError):  # the model's own code mixes dtypes: what is said is in the float32 step
+            return False
+    return True
+
+
+def _step(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Step:
+    seed_everything(seed)
+    device = next(model.parameters()).device
+    with _buffers_kept(model):
+        return training_step(model, moved(inputs, device, dtype), seed=seed)
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and PyTorch's generators: denoising queries and dropout come out the same."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def borrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Copies of the weights in `dtype` inside the block; afterwards the model's own are back."""
+    own = [(parameter, parameter.data) for parameter in model.parameters()]
+    with _buffers_kept(model):
+        for parameter, data in own:
+            parameter.data = data.to(dtype if data.is_floating_point() else data.dtype, copy=True)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.to(dtype)
+        try:
+            yield
+        finally:
+            for parameter, data in own:
+                parameter.data = data
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What a step writes into buffers (running statistics) is taken back."""
+    own = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, values in own:
+            buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(values)

@@ -1,0 +1,83 @@
+"""Which integrations fit a model, applied to it inside a block."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from types import ModuleType
+
+from torch import nn
+
+from .. import integrations
+from ..integrations.report import Report
+
+Apply = Callable[[], Report]
+
+
+def _has_class_of(package: str) -> Callable[[nn.Module], bool]:
+    return lambda model: any(type(module).__module__.split(".")[0] == package for module in model.modules())
+
+
+def _has_published_module(model: nn.Module) -> bool:
+    compiled = "MultiScaleDeformableAttention" in sys.modules
+    return compiled or any(type(module).__name__ == "MSDeformAttn" for module in model.modules())
+
+
+_FITS: dict[str, Callable[[nn.Module], bool]] = {
+    **{name: _has_class_of(name) for name in ("transformers", "rfdetr", "mmcv", "ultralytics", "detrex")},
+    "deformable_detr": _has_published_module,
+    "bricks": lambda model: "models.bricks.ms_deform_attn" in sys.modules,
+    "dual_r_detr": lambda model: any(hasattr(module, "query_router") for module in model.modules()),
+}
+_OF_MODELS_ONLY = ("dual_r_detr",)
+
+
+def _integration(codebase: str) -> ModuleType:
+    name = f"{integrations.__name__}.{codebase}"
+    imported_before = name in sys.modules
+    module = import_module(name)
+    if not imported_before:
+        module.revert()  # some apply themselves when they are imported
+    return module
+
+
+def what_fits(model: nn.Module) -> tuple[list[Apply], list[str]]:
+    """For each integration that replaces something: how to apply it. And why others that looked right do not.
+
+    An integration is given the model; where it finds nothing to replace in it, its whole package.
+    """
+    appliers, reasons = [], []
+    taken: set[str] = set()
+    for codebase in (name for name, fits in _FITS.items() if fits(model)):
+        if codebase == "deformable_detr" and taken & {"rfdetr", "ultralytics"}:
+            continue  # their modules have its name
+        for arguments in ((model,), ()):
+            if not arguments and codebase in _OF_MODELS_ONLY:
+                continue
+            try:
+                apply = _applier(codebase, arguments)
+                with apply() as report:
+                    replaced = bool(report.replaced)
+            except (ImportError, ValueError) as error:
+                reasons.append(f"{codebase}: {error}")
+                continue
+            if replaced:
+                appliers.append(apply)
+                taken.add(codebase)
+                break
+            reasons += [f"{codebase}: {entry.name}: {entry.reason}" for entry in report.left]
+    return appliers, list(dict.fromkeys(reasons))
+
+
+def _applier(codebase: str, arguments: tuple) -> Apply:
+    integration = _integration(codebase)
+    return lambda: integration.apply(*arguments, verbose=False)
+
+
+@contextmanager
+def applied(appliers: list[Apply]) -> Iterator[list[Report]]:
+    """Everything that fits, applied inside the block."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(apply()) for apply in appliers]
