@@ -357,3 +357,12 @@ def test_importing_the_module_again_after_a_revert_needs_apply():
         warnings.simplefilter("error")
         from MultiScaleDeformableAttention import ms_deform_attn_forward as found
     assert found is ms_deform_attn_forward
+
+
+def test_revert_does_not_undo_what_somebody_else_did_since(monkeypatch):
+    report = deformable_detr.apply(verbose=False)
+    ours = sys.modules[EXTENSION]
+    monkeypatch.setitem(sys.modules, EXTENSION, compiled_extension())
+    with pytest.raises(RuntimeError, match=f"{EXTENSION} of dict has been replaced by other code since apply"):
+        report.revert()
+    sys.modules[EXTENSION] = ours
