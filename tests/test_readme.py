@@ -5,41 +5,30 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from markdown_pages import ROOT, blocks, commands, dead_links
 
 from benchmarks import report
 from route_detr.cli import parser as route_detr_parser
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-
-
-def blocks(language, page=README):
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    return [text for kind, text in fenced if kind == language]
-
-
-def commands(page=README):
-    lines = (line for block in blocks("bash", page) for line in block.splitlines())
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def make_targets():
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
+@pytest.mark.parametrize("code", blocks("python", README), ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_python_block_runs_as_it_stands(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_there_is_code_to_run():
-    assert len(blocks("python")) >= 3
-    assert ["make", "demo"] in commands() and ["make", "test"] in commands()
+    assert len(blocks("python", README)) >= 3
+    assert ["make", "demo"] in commands(README) and ["make", "test"] in commands(README)
 
 
 @pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
@@ -49,19 +38,18 @@ def test_make_targets_exist(page):
     assert named <= make_targets()
 
 
-@pytest.mark.parametrize("words", [words for words in commands() if words[0] == "route-detr"], ids=shlex.join)
+@pytest.mark.parametrize("words", [words for words in commands(README) if words[0] == "route-detr"], ids=shlex.join)
 def test_route_detr_command_is_understood(words):
     assert route_detr_parser().parse_args(words[1:]).command == words[1]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_to_files_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
-    assert [t for t in targets if not t.startswith("https://") and not (ROOT / t).exists()] == []
+    assert dead_links(ROOT / page) == []
 
 
 def test_named_paths_exist():
-    (tree,) = blocks("")
+    (tree,) = blocks("", README)
     paths = [line.split()[0] for line in tree.splitlines() if line[:1].strip()]
     assert len(paths) >= 6
     assert [path for path in paths if not (ROOT / path.replace("<op>", "routed_attention")).exists()] == []

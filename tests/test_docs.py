@@ -1,0 +1,68 @@
+"""The pages of docs/ keep their word: code runs where its packages are installed, links lead somewhere."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from markdown_pages import ROOT, blocks, commands, dead_links, imports, missing_packages, names_of_the_reader
+
+from route_kernels.integrations import CODEBASES
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+RUN = "import sys\nfor name, code in eval(sys.stdin.read()):\n    exec(compile(code, name, 'exec'), {'__name__': name})"
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def as_far_as_it_can_run(code):
+    """The block; or, where it uses what only the reader has, its imports."""
+    return "\n".join(map(ast.unparse, imports(code))) if names_of_the_reader(code) else code
+
+
+@each_page
+def test_python_blocks_run(page):
+    """One process a page, a fresh namespace a block."""
+    code = blocks("python", page.read_text())
+    assert code, "a page shows the one line"
+    missing = {package for block in code for package in missing_packages(block)}
+    there = [
+        (f"{page.name}, block {number}", as_far_as_it_can_run(block))
+        for number, block in enumerate(code, 1)
+        if not missing_packages(block)
+    ]
+    if not there:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    done = subprocess.run([sys.executable, "-c", RUN], input=repr(there), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    assert dead_links(page) == []
+
+
+@each_page
+def test_commands_of_ours_exist(page):
+    for words in commands(page.read_text()):
+        if words[:2] == ["python", "-m"] and words[2].startswith("route_kernels."):
+            done = subprocess.run([sys.executable, "-c", f"import {words[2]}"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        if words[0] == "route-kernels":
+            assert words[1] in ("info", "bench", "doctor")
+
+
+@pytest.mark.parametrize("codebase", [*CODEBASES, "add_routing"])
+def test_every_codebase_has_a_page(codebase):
+    named = [page.name for page in PAGES if page.stem == codebase or f"integrations.{codebase}" in page.read_text()]
+    assert named, f"no page in docs/ tells of {codebase}"
+
+
+def test_a_block_is_known_by_what_it_needs():
+    assert missing_packages("import torch, not_there.at_all\nfrom nor_this import that") == ["nor_this", "not_there"]
+    assert missing_packages("import MultiScaleDeformableAttention") == []
+    assert missing_packages("rk.integrations.bricks.apply(model)") == []
+    assert names_of_the_reader("import torch\nx = torch.ones(2)\nprint(x, model)") == ["model"]
+    assert names_of_the_reader("def f(y):\n    z = y\n    return z + w\n[i for i in range(3)]") == ["w"]
+    assert as_far_as_it_can_run("import torch\nwith torch.no_grad():\n    import math\n    model(2)") == (
+        "import torch\nimport math"
+    )
