@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from integration_checks import assert_agree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from route_kernels import backends
 from route_kernels.testing import counted_calls, training_step
@@ -42,7 +43,9 @@ def check_one_model_alone(integration, build, inputs):
             with counted_calls() as counts:
                 assert_agree(training_step(candidate, inputs), original)
             assert counts == ({"ms_deform_attn_fused": len(report.replaced)} if calls else {})
-        unpickled = pickle.loads(pickle.dumps(model))
+        pickled = pickle.dumps(model)
+        assert b"route_kernels" not in pickled
+        unpickled = pickle.loads(pickled)
     with counted_calls() as counts:
         for candidate in (model, unpickled):
             assert_agree(training_step(candidate, inputs), original, tolerance=0)
@@ -57,6 +60,37 @@ def check_no_kernel_no_change(apply, model, inputs, monkeypatch):
             patched.setattr(backends, name, answer)
             assert_agree(training_step(model, inputs), original, tolerance=0)
         assert not counts
+
+
+class Copies(TorchDispatchMode):
+    """Records the shapes of copies to another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def check_low_precision(apply, model, inputs, reference):
+    """bfloat16 and float16 with float32 reference points: near the float64 result, and nothing is copied to float32."""
+    expected = model(**inputs).detach()
+    for dtype in (torch.bfloat16, torch.float16):
+        narrowed = {
+            name: x.detach().to(torch.float32 if name == reference else dtype).requires_grad_()
+            if isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x
+            for name, x in inputs.items()
+        }
+        low = copy.deepcopy(model).to(dtype)
+        with apply(), Copies() as copies:
+            found = low(**narrowed)
+            found.sum().backward()
+        assert found.dtype == dtype and not copies.shapes
+        torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.05)
 
 
 def check_twice_and_back(integration, owners, capsys):

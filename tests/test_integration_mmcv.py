@@ -1,6 +1,7 @@
 """mmcv on our ops: the module, and both functions it (and others) may call; on a stub, and on mmcv where installed."""
 
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ import foreign_mmcv
 import pytest
 import torch
 from foreign_packages import (
+    check_low_precision,
     check_no_kernel_no_change,
     check_one_model_alone,
     check_refusals,
@@ -187,26 +189,22 @@ def test_im2col_step_is_ignored(bindings):
     torch.testing.assert_close(found, expected)
 
 
-def test_half_precision_with_float32_reference_points(bindings):
-    """mmcv's own functions want one dtype."""
-    exact = build(bindings, dropout=0.0)
-    arguments = inputs(reference=4)
-    expected = exact(**arguments)
-    half = build(bindings, dropout=0.0)
-    half.load_state_dict(exact.state_dict())
-    half.bfloat16()
-    narrowed = {
-        name: x.bfloat16() if name in ("query", "value", "identity", "query_pos") else x
-        for name, x in arguments.items()
-    }
-    narrowed["reference_points"] = arguments["reference_points"].float()
+def test_low_precision(bindings):
+    """Where mmcv's own functions want one dtype."""
+    module, arguments = build(bindings, dropout=0.0), inputs(reference=4)
+    check_low_precision(apply, module, arguments, "reference_points")
     if bindings.__file__ != foreign_mmcv.__file__:
         with pytest.raises(RuntimeError, match="expected scalar type BFloat16 but found Float"):
-            half(**narrowed)
-    with apply():
-        found = half(**narrowed)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.05)
+            check_low_precision(nullcontext, module, arguments, "reference_points")
+
+
+def test_compiles(bindings):
+    """With a graph break, where it reads the sizes from their tensor."""
+    module, arguments = build(bindings, dropout=0.0), inputs()
+    with integration.apply(module, verbose=False):
+        expected = module(**arguments)
+        found = torch.compile(module, backend="aot_eager")(**arguments)
+    torch.testing.assert_close(found, expected)
 
 
 def test_one_model_alone(bindings):

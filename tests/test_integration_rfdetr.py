@@ -3,6 +3,7 @@
 import pytest
 import torch
 from foreign_packages import (
+    check_low_precision,
     check_no_kernel_no_change,
     check_one_model_alone,
     check_refusals,
@@ -114,6 +115,10 @@ def test_compiles_without_a_graph_break():
         expected = module(**arguments)
         found = torch.compile(module, fullgraph=True, backend="aot_eager")(**arguments)
     torch.testing.assert_close(found, expected)
+
+
+def test_low_precision():
+    check_low_precision(apply, attention(), inputs(), "reference_points")
 
 
 def test_one_model_alone():
