@@ -175,6 +175,12 @@ def test_routers_are_parameters_and_revert_takes_them_out():
     assert_agree(training_step(partial(routed, built), inputs(), module=built), before, tolerance=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_routers_are_in_the_mode_of_their_attention(training):
+    added = add_routing(model().train(training), verbose=False)
+    assert all(router.training == training for router in added.routers.values())
+
+
 def test_the_report_is_printed(capsys):
     add_routing(model(), "layers.1.self_attn")
     assert (

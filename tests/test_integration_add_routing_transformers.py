@@ -121,6 +121,7 @@ MASKS = {
 def test_a_module_has_its_bias(case, mask):
     built = attention_module(*case)
     attention = built["self_attn"]
+    attention.scaling *= 1.5
     position_name = next(name for name in inspect.signature(attention.forward).parameters if "position" in name)
     inputs = {
         "hidden_states": normal(2, 7, 16).requires_grad_(),
