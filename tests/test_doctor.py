@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from importlib import import_module
 
 import pytest
 import torch
@@ -60,6 +61,47 @@ TINY = """
         return NeverTheSame(), (torch.randn(1, 3, 48, 64),)
 """
 
+PLAIN = """
+    import torch
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    LEVELS = [(5, 7), (3, 4)]
+
+    class OwnAttention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sampling_offsets = torch.nn.Linear(16, 2 * 2 * 2 * 3)
+            self.attn = MultiScaleDeformableAttention()
+
+        def forward(self, query, memory):
+            places = 0.5 + 0.1 * self.sampling_offsets(query).view(2, -1, 2, 2, 3, 2)
+            weights = torch.full(places.shape[:-1], 1 / 6, dtype=query.dtype)
+            value = memory.view(2, -1, 2, 8)
+            shapes, starts = torch.tensor(LEVELS), torch.tensor([0, 35])
+            return self.attn(value, shapes, LEVELS, starts, places, weights, 64)
+
+    def build():
+        return OwnAttention(), (torch.randn(2, 6, 16), torch.randn(2, 47, 16))
+"""
+
+RESEARCH = """
+    import torch
+    from research_modules import MSDeformAttn
+
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = MSDeformAttn(d_model=16, n_levels=2, n_heads=2, n_points=3)
+
+        def forward(self, query, memory):
+            shapes, starts = torch.tensor([[5, 7], [3, 4]]), torch.tensor([0, 35])
+            references = query[:, :, None, :2].sigmoid().expand(-1, -1, 2, -1)
+            return self.attention(query, references, memory, shapes, starts)
+
+    def build():
+        return Detector(), {"query": torch.randn(2, 6, 16), "memory": torch.randn(2, 47, 16)}
+"""
+
 OTHER = """
     import torch
 
@@ -90,14 +132,16 @@ OTHER = """
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A user's folder with two modules, which is left behind without a trace."""
+    """A user's folder with their modules, which is left behind without a trace."""
     (tmp_path / "tiny_model.py").write_text(textwrap.dedent(TINY))
+    (tmp_path / "plain_model.py").write_text(textwrap.dedent(PLAIN))
+    (tmp_path / "research_model.py").write_text(textwrap.dedent(RESEARCH))
     (tmp_path / "other_model.py").write_text(textwrap.dedent(OTHER))
     (tmp_path / "broken_model.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
-    for name in ("tiny_model", "other_model", "broken_model"):
+    for name in [path.stem for path in tmp_path.glob("*_model.py")]:
         sys.modules.pop(name, None)
 
 
@@ -179,6 +223,38 @@ def test_nothing_ran_where_the_replacements_call_the_original(capsys, monkeypatc
     said = capsys.readouterr().out
     assert "nothing of ours ran: the replacements called the original code" in said
     assert "cuda: this version has no cuda kernel" in said
+
+
+def test_a_part_of_another_codebase_in_a_model_of_ones_own(capsys):
+    """No module of the model is known, so the whole package is switched: what the model calls is."""
+    needs_transformers()
+    assert doctor("plain_model:build") == AGREE
+    assert "in a forward pass: ms_deform_attn 1" in capsys.readouterr().out
+    with align_corners_mistaken():
+        assert doctor("plain_model:build") == DIFFER
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["their extension", "ours by import"])
+def test_research_code(compiled, capsys, monkeypatch):
+    from research_modules import EXTENSION, compiled_extension
+
+    monkeypatch.delitem(sys.modules, EXTENSION, raising=False)
+    monkeypatch.delitem(sys.modules, "route_kernels.integrations.deformable_detr", raising=False)
+    if compiled:
+        monkeypatch.setitem(sys.modules, EXTENSION, compiled_extension())
+    else:
+        deformable_detr = import_module("route_kernels.integrations.deformable_detr")
+    try:
+        assert doctor("research_model:build") == AGREE
+        said = capsys.readouterr().out
+        assert "in a forward pass: ms_deform_attn_fused 1" in said
+        assert ("in the model's own code, which is not only its own: ms_deform_attn 1" in said) != compiled
+        if compiled:
+            with align_corners_mistaken():
+                assert doctor("research_model:build") == DIFFER
+    finally:
+        if not compiled:
+            deformable_detr.revert()
 
 
 def test_comparison_leaves_the_model_as_it_was():

@@ -114,10 +114,13 @@ def tell_agreement(agreement: Agreement) -> None:
             say(f"    {error:8.1e}  {name}" + ("   (missing, or of another shape)" if error == float("inf") else ""))
     say(f"  the model's own code, run twice: {agreement.noise:.1e}")
     say(f"  verdict: {VERDICTS[agreement.code]} ({agreement.allowed:.1e} is allowed)")
-    calls = ", ".join(f"{op} {count}" for op, count in sorted(agreement.calls.items()))
+    calls, calls_before = (
+        ", ".join(f"{op} {count}" for op, count in sorted(counts.items()))
+        for counts in (agreement.calls, agreement.calls_before)
+    )
     say(f"calls      in a forward pass: {calls}")
-    if agreement.calls_before:
-        say(f"           in the model's own code, which is not only its own: {dict(agreement.calls_before)}")
+    if calls_before:
+        say(f"           in the model's own code, which is not only its own: {calls_before}")
 
 
 def tell_cost(model: nn.Module, inputs: Inputs, appliers: list[Apply], repeat: int, seed: int) -> None:
