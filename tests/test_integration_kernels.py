@@ -44,7 +44,7 @@ def arguments():
 
 def kernelized(model, repository, mode=TRAINING):
     with kernels.use_kernel_mapping({LAYER: {"cpu": repository}}, inherit_mapping=False):
-        return kernels.kernelize(model, mode=mode, device="cpu", use_fallback=kernels.KernelizeFallback.NONE)
+        return kernels.kernelize(model, mode=mode, device="cpu", use_fallback=kernels.KernelizeFallback.NO_LAYER)
 
 
 def test_a_decorated_layer_runs_our_op(repository):
@@ -67,7 +67,7 @@ def test_a_kernelized_layer_compiles_whole(repository):
 
 
 def test_a_whole_model_is_kernelized(repository, monkeypatch):
-    """transformers' own class, decorated here: with an older kernels than it wants its decorator does nothing."""
+    """transformers' own class, decorated here, too: with an older kernels than it wants its decorator does nothing."""
     layer = modeling_rt_detr.MultiScaleDeformableAttention
     monkeypatch.setattr(layer, "kernel_layer_name", LAYER, raising=False)
     monkeypatch.setattr(layer, "kernel_condition", staticmethod(lambda module: True), raising=False)

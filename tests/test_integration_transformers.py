@@ -10,20 +10,12 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 from integration_checks import assert_agree, check_integration
-from transformers_models import EXAMPLES, attention_call, model_and_inputs
+from transformers_models import EXAMPLES, attention_call, every_family, model_and_inputs
 
 from route_kernels.integrations import transformers as integration
 from route_kernels.integrations.transformers import FAMILIES, apply
 from route_kernels.testing import counted_calls, perturb_sampling, training_step
 
-every_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(missing, reason="this version of transformers does not have it"))
-        for name in FAMILIES
-        for missing in [find_spec(f"transformers.models.{name}") is None]
-    ],
-)
 one_of_each_core = pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "mask2former"])
 
 
@@ -108,23 +100,24 @@ def test_settings_that_change_the_locations(family, config):
     check_integration(model, inputs, lambda: quietly(model), {"ms_deform_attn_fused": EXAMPLES[family].calls})
 
 
-@pytest.mark.parametrize(
-    "family, config",
-    [
-        ("rt_detr_v2", {"decoder_method": "discrete"}),
-        ("d_fine", {"decoder_method": "discrete"}),
-        ("deimv2", {"decoder_method": "discrete"}),
-    ],
-)
-def test_the_discrete_method_stays_with_the_original(family, config):
-    model, inputs = model_and_inputs(family, **config)
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "deformable_detr"])
+def test_a_loss_with_denoising_queries(family):
+    model, inputs = model_and_inputs(family)
+    boxes = torch.tensor([[0.5, 0.4, 0.3, 0.5], [0.2, 0.6, 0.2, 0.3]], dtype=torch.float64)
+    inputs["labels"] = [{"class_labels": torch.tensor([0, 1]), "boxes": boxes.clone()} for _ in range(2)]
+    check_integration(model, inputs, lambda: quietly(model), {"ms_deform_attn_fused": EXAMPLES[family].calls})
+
+
+@pytest.mark.parametrize("family", ["rt_detr_v2", "d_fine", "deimv2"])
+def test_the_discrete_method_stays_with_the_original(family):
+    model, inputs = model_and_inputs(family, decoder_method="discrete")
     perturb_sampling(model)
     expected = training_step(model, inputs)
     with counted_calls() as counts:
         for target in (model, family):
             with quietly(target) as report:
                 assert_agree(training_step(model, inputs), expected, tolerance=0)
-                assert "another operator" in str(report) or "other operators" in str(report)
+                assert "method='default'" in report.left[0].reason
     assert not counts
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers_models import EXAMPLES, attention_call, model_and_inputs
+from transformers_models import EXAMPLES, attention_call, every_family, model_and_inputs
 
 import route_kernels as rk
 from route_kernels.integrations.transformers import apply
@@ -89,16 +89,21 @@ def test_autocast(family):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-2 * expected.abs().max().item())
 
 
-def test_a_whole_model_trains_under_autocast():
-    model, inputs = model_and_inputs("rt_detr")
-    model.float()
+@pytest.mark.parametrize("automatic", [False, True], ids=["cast", "autocast"])
+@every_family
+def test_a_whole_model_trains_in_bfloat16(family, automatic):
+    model, inputs = model_and_inputs(family)
     perturb_sampling(model)
-    inputs = {"pixel_values": inputs["pixel_values"].float()}
-    with quietly(model), torch.autocast("cpu", torch.bfloat16), counted_calls() as counts:
+    dtype = torch.float32 if automatic else torch.bfloat16
+    model.to(dtype)
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=automatic)
+    with quietly(model), autocast, counted_calls() as counts:
         step = training_step(model, inputs)
-    assert dict(counts) == {"ms_deform_attn_fused": EXAMPLES["rt_detr"].calls}
-    assert all(result.isfinite().all() for result in step.values() if result is not None)
-    assert step["grad model.decoder.layers.0.encoder_attn.sampling_offsets.weight"].any()
+    assert dict(counts) == {"ms_deform_attn_fused": EXAMPLES[family].calls}
+    grads = {name: grad for name, grad in step.items() if name.startswith("grad") and grad is not None}
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert all(grads[name].any() for name in grads if "sampling_offsets.weight" in name)
 
 
 class Attention(nn.Module):

@@ -2,12 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import pytest
 import torch
 import transformers
 
 from route_kernels.integrations.transformers import FAMILIES
 from route_kernels.testing import perturb_sampling
+
+every_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(missing, reason="this version of transformers does not have it"))
+        for name in FAMILIES
+        for missing in [find_spec(f"transformers.models.{name}") is None]
+    ],
+)
 
 
 @dataclass(frozen=True)
@@ -127,22 +138,23 @@ def _bert() -> transformers.PreTrainedConfig:
     )
 
 
+_ENCODER_DECODER = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "num_queries": 5,
+    "encoder_n_points": 2,
+    "decoder_n_points": 3,
+}
+
+
 def _deformable_detr(**config):
-    config = transformers.DeformableDetrConfig(
-        backbone_config=_resnet(),
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        num_queries=5,
-        num_feature_levels=4,
-        encoder_n_points=2,
-        decoder_n_points=3,
-        **{"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 5, **config},
-    )
+    two_stage = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 5}
+    config = transformers.DeformableDetrConfig(backbone_config=_resnet(), **{**_ENCODER_DECODER, **two_stage, **config})
     return transformers.DeformableDetrForObjectDetection(config)
 
 
@@ -216,18 +228,8 @@ def _grounding(name: str):
         config = getattr(transformers, f"{name}Config")(
             backbone_config=_swin("stage2", "stage3", "stage4"),
             text_config=_bert(),
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=16,
-            decoder_ffn_dim=16,
-            num_queries=5,
             max_text_len=16,
-            encoder_n_points=2,
-            decoder_n_points=3,
-            **config,
+            **{**_ENCODER_DECODER, **config},
         )
         return getattr(transformers, f"{name}ForObjectDetection")(config)
 
@@ -318,19 +320,23 @@ def _rf_detr(**config):
     return transformers.RfDetrForObjectDetection(config)
 
 
+_UNIVERSAL = {
+    "hidden_dim": 32,
+    "encoder_feedforward_dim": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_attention_heads": 2,
+    "dim_feedforward": 16,
+    "num_queries": 5,
+}
+
+
 def _mask2former(**config):
     config = transformers.Mask2FormerConfig(
         backbone_config=_swin("stage1", "stage2", "stage3", "stage4"),
         feature_size=32,
         mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        num_attention_heads=2,
-        dim_feedforward=16,
-        num_queries=5,
-        **config,
+        **{**_UNIVERSAL, **config},
     )
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
@@ -338,20 +344,13 @@ def _mask2former(**config):
 def _oneformer(**config):
     config = transformers.OneFormerConfig(
         backbone_config=_swin("stage1", "stage2", "stage3", "stage4"),
-        num_queries=5,
         text_encoder_width=32,
         text_encoder_num_layers=1,
         text_encoder_vocab_size=99,
         conv_dim=32,
         mask_dim=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=16,
-        encoder_layers=2,
-        decoder_layers=2,
         query_dec_layers=1,
-        num_attention_heads=2,
-        dim_feedforward=16,
-        **config,
+        **{**_UNIVERSAL, **config},
     )
     return transformers.OneFormerForUniversalSegmentation(config)
 

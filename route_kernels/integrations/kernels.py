@@ -4,7 +4,7 @@
     from route_kernels.integrations.kernels import LAYER, LayerRepository
 
     with use_kernel_mapping({LAYER: {"cpu": LayerRepository()}}):
-        model = kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
+        kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
 
 Where a folder is wanted instead of an object, `write_layer_repository` makes one for `LocalLayerRepository`.
 """

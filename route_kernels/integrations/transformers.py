@@ -216,7 +216,7 @@ def _replace_family(family: Family, report: Report) -> None:
     plain = family.core.plain(getattr(owner, attribute))
     report.replace(owner, attribute, plain, name=f"{family.name}: {family.core.name}", op=PLAIN)
     if family.method is not None:
-        report.leave(f"{family.name}: method {DEFAULT_METHOD!r} excepted", "other operators, which the originals run")
+        report.leave(f"{family.name}: any other method", f"method={DEFAULT_METHOD!r} alone is the operator of ours")
 
 
 def _replace_in_model(model: nn.Module, report: Report) -> None:
@@ -254,7 +254,7 @@ def _replace_module(family: Family, name: str, module: nn.Module, report: Report
     attention = getattr(import_module(family.module), family.attention)
     method = DEFAULT_METHOD if family.method is None else getattr(module, family.method)
     if method != DEFAULT_METHOD:
-        report.leave(name, f"method={method!r} is another operator, which the original runs")
+        report.leave(name, f"method={method!r} is another operator; method={DEFAULT_METHOD!r} is ours")
     elif type(module).forward is not attention.forward:
         _replace_held_core(family, name, module, report)
     elif "forward" in vars(module) and not is_replaced(module, "forward"):
