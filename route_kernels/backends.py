@@ -1,7 +1,8 @@
 """Which backend runs an op, and why another cannot.
 
-`reference` is plain PyTorch, differentiated by PyTorch. `cpu` is the native C++ library. `cuda` and `triton` are
-names of the contract that this version has no kernels for. An explicit request runs or raises: it never falls back.
+`reference` is plain PyTorch, differentiated by PyTorch. `cpu` is the native C++ library. `triton` compiles its kernels
+on the GPU that runs them. `cuda` is a name of the contract that this version has no kernels for. An explicit request
+runs or raises: it never falls back.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from . import native
 from .ops.contract import FLOATING
+from .triton import availability
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("routed_attention", "query_similarity", "ms_deform_attn", "ms_deform_attn_fused")
@@ -80,6 +82,8 @@ def can_run(op: str, name: str, *tensors: torch.Tensor) -> tuple[bool, str]:
     _validated(name)
     if name == "reference":
         return True, "plain PyTorch"
+    if name == "triton":
+        return availability.can_run(op, *tensors)
     if name != "cpu":
         return False, f"this version has no {name} kernel for {op}"
     if native.load_error is not None:

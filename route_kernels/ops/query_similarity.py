@@ -63,7 +63,13 @@ def _cpu_forward(x: torch.Tensor) -> torch.Tensor:
     return output
 
 
-_FORWARD = {"cpu": _cpu_forward}
+def _triton_forward(x: torch.Tensor) -> torch.Tensor:
+    from ..triton.query_similarity import forward
+
+    return forward(x)
+
+
+_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
 
 
 def _fake(x: torch.Tensor, mode: str, backend: str | None) -> torch.Tensor:

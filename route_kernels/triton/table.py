@@ -1,0 +1,55 @@
+"""Block sizes, warps and pipeline stages of every kernel, by architecture, dtype and size: the one place to tune.
+
+The first entry that fits is taken, so each kernel's entries end with one that fits everything. `route-kernels tune`
+measures the entries of all architectures on the GPU at hand, and what it writes goes before this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942")
+"""sm86 is every Ampere and Ada with 100 KiB of shared memory (8.6, 8.9), gfx942 every AMD GPU."""
+
+INTERPRETER = "interpreter"
+
+FULL = (torch.float32,)
+HALF = (torch.float16, torch.bfloat16)
+DOUBLE = (torch.float64,)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`settings` for launches that fit: any of `architectures`, any of `dtypes`, each named size at most its bound."""
+
+    settings: Mapping[str, int]
+    architectures: tuple[str, ...] | None = None  # None is every one
+    dtypes: tuple[torch.dtype, ...] | None = None
+    at_most: Mapping[str, int] = field(default_factory=dict)
+
+    def fits(self, architecture: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> bool:
+        return (
+            (self.architectures is None or architecture in self.architectures)
+            and (self.dtypes is None or dtype in self.dtypes)
+            and all(sizes[name] <= bound for name, bound in self.at_most.items())
+        )
+
+
+def _settings(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
+    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
+
+
+TABLE: dict[str, tuple[Entry, ...]] = {
+    "query_similarity_relu": (
+        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, BLOCK_C=16), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=32, BLOCK_C=32), dtypes=FULL),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=64, BLOCK_C=64)),
+    ),
+    "routed_attention_forward": (
+        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=32, HEADS_PER_PROGRAM=4)),
+    ),
+}
