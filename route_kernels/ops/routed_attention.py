@@ -247,8 +247,20 @@ def _cpu_backward(grad_output, output, lse, query, key, value, factors, limit, m
     return grads
 
 
-_FORWARD = {"cpu": _cpu_forward}
-_BACKWARD = {"cpu": _cpu_backward}
+def _triton_forward(*args):
+    from ..triton.routed_attention import forward
+
+    return forward(*args)
+
+
+def _triton_backward(*args):
+    from ..triton.routed_attention import backward
+
+    return backward(*args)
+
+
+_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
+_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):

@@ -14,6 +14,7 @@ OLDEST_CAPABILITY = (8, 0)
 
 DTYPES = {
     "query_similarity": FLOATING[:3],
+    "routed_attention": FLOATING[:3],
 }
 """What each op's kernels take. An op that is not here has none."""
 

@@ -52,4 +52,12 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
         Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=32, HEADS_PER_PROGRAM=4)),
     ),
+    "routed_attention_backward_queries": (
+        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=32, HEADS_PER_PROGRAM=4)),
+    ),
+    "routed_attention_backward_keys": (
+        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 2, BLOCK_N=32, BLOCK_M=64, HEADS_PER_PROGRAM=2)),
+    ),
 }

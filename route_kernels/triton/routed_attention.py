@@ -1,0 +1,197 @@
+"""Routed attention in Triton: launches of the forward kernel and of the two passes of backward.
+
+Called by `route_kernels.ops.routed_attention` with masks as views of [B, H, N, M] and [B, N, 2, 2], checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+
+from . import launch
+from .routed_attention_backward import attention_backward_keys, attention_backward_queries, sum_groups
+from .routed_attention_forward import attention_forward
+from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, NO_MASK
+from .table import HALF
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .variants import Variant
+
+LOG2_E = 1.4426950408889634
+SUM_BLOCK = 1024
+
+
+def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
+    """O [B, H, N, D] and lse [B, H, N] float32, +inf where a query attends nothing."""
+    output = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    _, heads, queries, _ = query.shape
+    if heads == 0:
+        return output, lse
+    settings = _settings("routed_attention_forward", query, key, factors)
+    grid = _grid(query, queries, settings, "BLOCK_N")
+    inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
+    launch.launch(
+        attention_forward, grid, *inputs.tensors, output, lse,
+        heads, queries, key.shape[2], scale * LOG2_E, _limit_log2(limit), *inputs.strides,
+        **constants, **settings,
+    )  # fmt: skip
+    return output, lse
+
+
+def backward(grad_output, output, lse, query, key, value, factors, limit, attn_mask, key_ranges, scale):
+    """Gradients of query, key, value and, where there are factors, of the six: the same bits every time.
+
+    The pass over queries comes first: it writes T = dO . O, which the pass over keys reads.
+    """
+    grads = [x.new_empty(x.shape) for x in (query, key, value, *factors) if x is not None]
+    if 0 in query.shape[:2]:  # no head: no program writes the factors' gradients
+        return [grad.zero_() for grad in grads]
+    output_dot = torch.empty_like(lse)
+    inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
+    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2], scale, _limit_log2(limit))
+    strides = (*grad_output.stride()[:3], *inputs.strides)
+    output, lse = output.contiguous(), lse.contiguous()
+
+    settings = _settings("routed_attention_backward_queries", query, key, factors)
+    to_factors = _FactorGradients(grads[3::2], query.shape[1], settings)
+    launch.launch(
+        attention_backward_queries, _grid(query, query.shape[2], settings, "BLOCK_N"),
+        grad_output, output, lse, *inputs.tensors, grads[0], *to_factors.parts, output_dot, *sizes, *strides,
+        **constants, **settings,
+    )  # fmt: skip
+    to_factors.sum()
+
+    settings = _settings("routed_attention_backward_keys", query, key, factors)
+    to_factors = _FactorGradients(grads[4::2], query.shape[1], settings)
+    launch.launch(
+        attention_backward_keys, _grid(query, key.shape[2], settings, "BLOCK_M"),
+        grad_output, output_dot, lse, *inputs.tensors, grads[1], grads[2], *to_factors.parts, *sizes, *strides,
+        **constants, **settings,
+    )  # fmt: skip
+    to_factors.sum()
+    return grads
+
+
+class _FactorGradients:
+    """Where a pass writes the gradients of its three factors: in place, or [groups, ...] for `sum_groups` to add."""
+
+    def __init__(self, grads: list[torch.Tensor], heads: int, settings: dict[str, int]):
+        self.grads, self.groups = grads, triton.cdiv(heads, settings["HEADS_PER_PROGRAM"])
+        self.parts: list[torch.Tensor | None] = list(grads) or [None] * 3
+        if grads and self.groups > 1:
+            self.parts = [grad.new_empty((self.groups, *grad.shape), dtype=torch.float32) for grad in grads]
+
+    def sum(self) -> None:
+        if self.parts[0] is None or self.groups == 1:
+            return
+        sizes = [grad.numel() for grad in self.grads]
+        grid = (triton.cdiv(max(sizes), SUM_BLOCK), 3)
+        launch.launch(sum_groups, grid, *self.parts, *self.grads, self.groups, *sizes, BLOCK=SUM_BLOCK, num_warps=4)
+
+
+def _grid(query, rows: int, settings, block: str) -> tuple[int]:
+    """Programs: blocks of rows, groups of heads, images; neighbours share an image's keys."""
+    groups = triton.cdiv(query.shape[1], settings["HEADS_PER_PROGRAM"])
+    return (triton.cdiv(rows, settings[block]) * groups * query.shape[0],)
+
+
+def _settings(kernel_name: str, query, key, factors) -> dict[str, int]:
+    """The table's, with the heads spread evenly over the programs: 5 heads in groups of at most 4 are 3 and 2."""
+    heads, queries, channels = query.shape[1:]
+    widest = 0 if factors[0] is None else max(factor.shape[-1] for factor in factors)
+    settings = launch.config(
+        kernel_name, query.device, query.dtype, H=heads, N=queries, M=key.shape[2], D=channels, R=widest
+    )
+    groups = triton.cdiv(heads, settings["HEADS_PER_PROGRAM"])
+    return {**settings, "HEADS_PER_PROGRAM": triton.cdiv(heads, groups)}
+
+
+class _Inputs(NamedTuple):
+    tensors: tuple
+    strides: tuple[int, ...]
+
+
+def _inputs(query, key, value, factors, attn_mask, key_ranges) -> tuple[_Inputs, dict[str, object]]:
+    """What every kernel reads, and its constants."""
+    mask_kind = NO_MASK
+    if attn_mask is not None:
+        mask_kind = BOOL_MASK if attn_mask.dtype == torch.bool else FLOAT_MASK
+        attn_mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK else attn_mask
+    tensors = (query, key, value, *factors, attn_mask, key_ranges)
+    wanted = (3, 3, 3, *(2,) * 6, 4, 2)
+    strides = tuple(
+        stride
+        for tensor, count in zip(tensors, wanted, strict=True)
+        for stride in ((0,) * count if tensor is None else tensor.stride()[:count])
+    )
+    routed, heads, channels = factors[0] is not None, query.shape[1], query.shape[3]
+    ranks = tuple(factor.shape[-1] if routed else 0 for factor in factors[::2])
+    precision, factor_precision = _precisions(query.dtype, factors[0].dtype if routed else query.dtype)
+    return _Inputs(tensors, strides), dict(
+        ROUTED=routed, MASK=mask_kind,
+        MASK_OF_HEAD=attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, RANGES=key_ranges is not None,
+        D=channels, SUP_RANK=ranks[0], DEL_RANK=ranks[1], GATE_RANK=ranks[2],
+        BLOCK_D=_padded(channels), BLOCK_SUP=_padded(ranks[0]), BLOCK_DEL=_padded(ranks[1]),
+        BLOCK_GATE=_padded(ranks[2]), PRECISION=precision, FACTOR_PRECISION=factor_precision,
+        FAST_SIGMOID=query.dtype in HALF and launch.target(query.device).startswith("sm"),
+    )  # fmt: skip
+
+
+def _limit_log2(limit: float | None) -> float:
+    return math.inf if limit is None else limit * LOG2_E
+
+
+def _precisions(dtype: torch.dtype, factor_dtype: torch.dtype) -> tuple[str, str]:
+    """Of products of float32 tiles. TF32 factors beside a short query are more exact than the logits they add to."""
+    precision = launch.input_precision()
+    return precision, "tf32" if dtype != factor_dtype else precision
+
+
+@functools.cache
+def _padded(width: int) -> int:
+    """What `tl.dot` takes: powers of two from 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def variants(architecture: str) -> Iterator[Variant]:
+    """Forward and backward for every dtype, D and mask: of a detector's shape, on tensors of the meta device."""
+    from .variants import DTYPES, recorded
+
+    for dtype in DTYPES["routed_attention"]:
+        name = str(dtype).removeprefix("torch.")
+        for channels in (16, 32, 64, 128):
+            yield from _recorded(recorded, architecture, f"{name} D={channels}", dtype, channels)
+        yield from _recorded(recorded, architecture, f"{name} D=48 R=64 G=32", dtype, 48, rank=64, gate_rank=32)
+        yield from _recorded(recorded, architecture, f"{name} D=32 plain", dtype, 32, routed=False)
+        yield from _recorded(recorded, architecture, f"{name} D=32 masked", dtype, 32, masked=True)
+        if dtype in HALF:
+            yield from _recorded(recorded, architecture, f"{name} D=32 float32 factors", dtype, 32, torch.float32)
+
+
+def _recorded(recorded, architecture, label, dtype, channels, factor_dtype=None, rank=16, gate_rank=3, routed=True,
+              masked=False):  # fmt: skip
+    batch, heads, queries = 2, 8, 1100
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query, key, value = (empty(batch, queries, heads, channels).transpose(1, 2) for _ in range(3))
+    factors = (None,) * 6
+    if routed:
+        ranks = (rank, rank, rank, rank, gate_rank, gate_rank)
+        factors = tuple(empty(batch, queries, r, dtype=factor_dtype or dtype) for r in ranks)
+    mask = empty(queries, queries).expand(batch, heads, -1, -1) if masked else None
+    ranges = empty(batch, queries, 2, 2, dtype=torch.int32) if masked else None
+    output, lse = empty(batch, heads, queries, channels), empty(batch, heads, queries, dtype=torch.float32)
+    call = (query, key, value, factors, 5.0, mask, ranges, 1.0)
+    yield from recorded("routed_attention", "forward", label, architecture, lambda: forward(*call))
+    yield from recorded(
+        "routed_attention", "backward", label, architecture, lambda: backward(output, output, lse, *call)
+    )

@@ -1,0 +1,353 @@
+"""Backward kernels of routed attention: one pass over blocks of queries, one over blocks of keys, no atomics.
+
+    P_hij = exp(S_hij - lse_hi)                        dS_hij = P_hij (dO_hi . v_hj - T_hi),  T_hi = dO_hi . O_hi
+    queries: dQ = scale dS K                           keys: dK = scale dS^T Q,  dV = P^T dO
+    both:    dr_ij = [ |r_ij| <= limit ] sum_h dS_hij, and from it the gradients of the pass's own three factors
+
+Each sum has one owner and one order, so results repeat bit for bit. The price is that P and dS are computed twice:
+7 products of rank D a pair and head where atomics would need 5. The bias and its adjoint are computed once for the
+HEADS_PER_PROGRAM heads of a program; where that is not all heads, each group writes its share of the factors'
+gradients, [groups, B, N, R], and `sum_groups` adds them in order.
+"""
+
+# ruff: noqa: RUF005 (a Triton kernel joins tuples with +)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .interpreter import dot, rounded
+from .routed_attention_forward import tiles_seen
+from .routed_attention_tile import (
+    LOG2_E,
+    add_factor_gradients,
+    add_mask,
+    in_ranges,
+    load_ranges,
+    load_rows,
+    logits_log2,
+    products,
+    route_adjoint,
+    routing_bias_log2,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=("heads", "queries", "keys"))
+def attention_backward_queries(
+    grad_output, output,  # [B, H, N, D]; output is contiguous
+    lse,  # [B, H, N] float32, contiguous
+    query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
+    sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
+    attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
+    key_ranges,  # [B, N, 2, 2] int32
+    grad_query,  # [B, H, N, D], contiguous
+    grad_sup, grad_del, grad_gate,  # [groups, B, N, R], [groups, B, N, R], [groups, B, N, G], contiguous
+    output_dot,  # [B, H, N] float32: T, for the other pass
+    batch, heads, queries, keys,
+    scale, limit_log2,
+    stride_ob, stride_oh, stride_on,  # of grad_output
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_km,
+    stride_vb, stride_vh, stride_vm,
+    stride_sup_qb, stride_sup_qn, stride_sup_kb, stride_sup_km,
+    stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
+    stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
+    stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
+    stride_ranges_b, stride_ranges_n,
+    ROUTED: tl.constexpr,
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
+    RANGES: tl.constexpr,
+    D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
+    PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+):  # fmt: skip
+    blocks, groups = tl.cdiv(queries, BLOCK_N), tl.cdiv(heads, HEADS_PER_PROGRAM)
+    block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
+    b = (tl.program_id(0) // blocks // groups).to(tl.int64)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale_log2 = scale * LOG2_E
+
+    row_factors, factor_gradients = (), ()
+    if ROUTED:
+        row_factors = (
+            load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, rows, queries, SUP_RANK, BLOCK_SUP),
+            load_rows(del_q + b * stride_del_qb, stride_del_qn, rows, queries, DEL_RANK, BLOCK_DEL),
+            load_rows(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE),
+        )
+        factor_gradients = (
+            tl.zeros([BLOCK_N, BLOCK_SUP], tl.float32),
+            tl.zeros([BLOCK_N, BLOCK_DEL], tl.float32),
+            tl.zeros([BLOCK_N, BLOCK_GATE], tl.float32),
+        )
+    query_rows, incoming_rows, lse_log2, dots, gradients = (), (), (), (), ()
+    for i in tl.static_range(HEADS_PER_PROGRAM):
+        # A head beyond the last repeats it with lse = +inf, so that its P and dS are 0.
+        h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
+        count_of_head = tl.where(group * HEADS_PER_PROGRAM + i < heads, queries, 0)
+        row_of_head = (b * heads + h) * queries
+        incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, rows, queries, D, BLOCK_D)
+        attended = load_rows(output + row_of_head * D, D, rows, queries, D, BLOCK_D)
+        # [BLOCK_N]
+        output_dot_row = tl.sum(incoming.to(tl.float32) * attended.to(tl.float32), axis=1)
+        tl.store(output_dot + row_of_head + rows, output_dot_row, mask=rows < count_of_head)
+        natural = tl.load(lse + row_of_head + rows, mask=rows < count_of_head, other=float("inf"))
+        query_head = query + b * stride_qb + h * stride_qh
+        query_rows = query_rows + (load_rows(query_head, stride_qn, rows, queries, D, BLOCK_D),)
+        incoming_rows = incoming_rows + (incoming,)
+        lse_log2 = lse_log2 + (natural * LOG2_E,)
+        dots = dots + (output_dot_row,)
+        gradients = gradients + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
+
+    if RANGES:
+        ranges_of_image = key_ranges + b * stride_ranges_b
+        start0, end0, start1, end1 = load_ranges(ranges_of_image, stride_ranges_n, rows, queries)
+        first, count, second, tiles = tiles_seen(start0, end0, start1, end1, keys, BLOCK_M)
+    else:
+        tiles = tl.cdiv(keys, BLOCK_M)
+
+    for step in range(0, tiles):
+        tile = step
+        if RANGES:
+            tile = tl.where(step < count, first + step, second + step - count)
+        columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        # [BLOCK_N, BLOCK_M]
+        bias_log2 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if ROUTED:
+            column_factors = (
+                load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
+                load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
+                load_rows(gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE),
+            )
+            bias_log2, open_p, difference = routing_bias_log2(
+                row_factors, column_factors, limit_log2, FACTOR_PRECISION, FAST_SIGMOID
+            )
+        visible = (columns < keys)[None, :]
+        if RANGES:
+            j = columns[None, :]
+            visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
+        bias_log2 = tl.where(visible, bias_log2, float("-inf"))
+        if MASK:
+            inside = (rows < queries)[:, None] & (columns < keys)[None, :]
+            mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_n
+            mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_m
+            if not MASK_OF_HEAD:
+                bias_log2 = add_mask(bias_log2, mask_pointers, inside, MASK)
+
+        grad_bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        added = ()
+        for i in tl.static_range(HEADS_PER_PROGRAM):
+            h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
+            key_rows = load_rows(key + b * stride_kb + h * stride_kh, stride_km, columns, keys, D, BLOCK_D)
+            value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
+            bias_of_head = bias_log2
+            if MASK_OF_HEAD:
+                bias_of_head = add_mask(bias_log2, mask_pointers + h * stride_mask_h, inside, MASK)
+            # [BLOCK_N, BLOCK_M]
+            inner = products(query_rows[i], key_rows, PRECISION)
+            logits = logits_log2(inner, scale_log2, bias_of_head, MASK != 0 or RANGES)
+            weights = tl.exp2(logits - lse_log2[i][:, None])
+            grad_weights = products(incoming_rows[i], value_rows, PRECISION)
+            grad_logits = weights * (grad_weights - dots[i][:, None])
+            if ROUTED:
+                grad_bias += grad_logits
+            # [BLOCK_N, BLOCK_D]
+            added = added + (dot(rounded(grad_logits, key_rows.dtype), key_rows, gradients[i], PRECISION),)
+        gradients = added
+        if ROUTED:
+            to_factors = route_adjoint(grad_bias, open_p, difference)
+            factor_gradients = add_factor_gradients(factor_gradients, to_factors, column_factors, FACTOR_PRECISION)
+
+    for i in tl.static_range(HEADS_PER_PROGRAM):
+        h = group * HEADS_PER_PROGRAM + i
+        count_of_head = tl.where(h < heads, queries, 0)
+        row_of_head = (b * heads + h) * queries
+        store_rows(grad_query + row_of_head * D, D, rows, count_of_head, gradients[i] * scale, D, BLOCK_D)
+    if ROUTED:
+        first_row = (group.to(tl.int64) * batch + b) * queries
+        store_rows(grad_sup + first_row * SUP_RANK, SUP_RANK, rows, queries, factor_gradients[0], SUP_RANK, BLOCK_SUP)
+        store_rows(grad_del + first_row * DEL_RANK, DEL_RANK, rows, queries, factor_gradients[1], DEL_RANK, BLOCK_DEL)
+        store_rows(
+            grad_gate + first_row * GATE_RANK, GATE_RANK, rows, queries, factor_gradients[2], GATE_RANK, BLOCK_GATE
+        )
+
+
+@triton.jit
+def queries_seeing(key_ranges, stride_query, first_key, end_key, queries, BLOCK: tl.constexpr):
+    """[first, last) around the queries with an interval that meets keys [first_key, end_key); (queries, 0) if none."""
+    first, last = queries, queries * 0
+    for start in range(0, queries, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        start0, end0, start1, end1 = load_ranges(key_ranges, stride_query, rows, queries)
+        # [BLOCK]
+        meets = tl.maximum(start0, first_key) < tl.minimum(end0, end_key)
+        meets = meets | (tl.maximum(start1, first_key) < tl.minimum(end1, end_key))
+        first = tl.minimum(first, tl.min(tl.where(meets, rows, queries), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(meets, rows + 1, 0), axis=0))
+    return first, last
+
+
+@triton.jit(do_not_specialize=("heads", "queries", "keys"))
+def attention_backward_keys(
+    grad_output, output_dot,  # [B, H, N, D]; [B, H, N] float32: T
+    lse,  # [B, H, N] float32, contiguous
+    query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
+    sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
+    attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
+    key_ranges,  # [B, N, 2, 2] int32
+    grad_key, grad_value,  # [B, H, M, D], contiguous
+    grad_sup, grad_del, grad_gate,  # [groups, B, M, R], [groups, B, M, R], [groups, B, M, G], contiguous
+    batch, heads, queries, keys,
+    scale, limit_log2,
+    stride_ob, stride_oh, stride_on,  # of grad_output
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_km,
+    stride_vb, stride_vh, stride_vm,
+    stride_sup_qb, stride_sup_qn, stride_sup_kb, stride_sup_km,
+    stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
+    stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
+    stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
+    stride_ranges_b, stride_ranges_n,
+    ROUTED: tl.constexpr,
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
+    RANGES: tl.constexpr,
+    D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
+    PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+):  # fmt: skip
+    blocks, groups = tl.cdiv(keys, BLOCK_M), tl.cdiv(heads, HEADS_PER_PROGRAM)
+    block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
+    b = (tl.program_id(0) // blocks // groups).to(tl.int64)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    scale_log2 = scale * LOG2_E
+
+    row_factors, factor_gradients = (), ()
+    if ROUTED:
+        row_factors = (
+            load_rows(sup_k + b * stride_sup_kb, stride_sup_km, rows, keys, SUP_RANK, BLOCK_SUP),
+            load_rows(del_k + b * stride_del_kb, stride_del_km, rows, keys, DEL_RANK, BLOCK_DEL),
+            load_rows(gate_k + b * stride_gate_kb, stride_gate_km, rows, keys, GATE_RANK, BLOCK_GATE),
+        )
+        factor_gradients = (
+            tl.zeros([BLOCK_M, BLOCK_SUP], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_DEL], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_GATE], tl.float32),
+        )
+    key_rows, value_rows, key_gradients, value_gradients = (), (), (), ()
+    for i in tl.static_range(HEADS_PER_PROGRAM):
+        h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
+        key_head, value_head = key + b * stride_kb + h * stride_kh, value + b * stride_vb + h * stride_vh
+        key_rows = key_rows + (load_rows(key_head, stride_km, rows, keys, D, BLOCK_D),)
+        value_rows = value_rows + (load_rows(value_head, stride_vm, rows, keys, D, BLOCK_D),)
+        key_gradients = key_gradients + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
+        value_gradients = value_gradients + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
+
+    first, last = 0, queries
+    if RANGES:
+        ranges_of_image = key_ranges + b * stride_ranges_b
+        end_key = tl.minimum((block + 1) * BLOCK_M, keys)
+        first, last = queries_seeing(ranges_of_image, stride_ranges_n, block * BLOCK_M, end_key, queries, 256)
+
+    for start in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        # [BLOCK_M, BLOCK_N]
+        bias_log2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if ROUTED:
+            column_factors = (
+                load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, columns, queries, SUP_RANK, BLOCK_SUP),
+                load_rows(del_q + b * stride_del_qb, stride_del_qn, columns, queries, DEL_RANK, BLOCK_DEL),
+                load_rows(gate_q + b * stride_gate_qb, stride_gate_qn, columns, queries, GATE_RANK, BLOCK_GATE),
+            )
+            bias_log2, open_p, difference = routing_bias_log2(
+                row_factors, column_factors, limit_log2, FACTOR_PRECISION, FAST_SIGMOID
+            )
+        if RANGES:
+            start0, end0, start1, end1 = load_ranges(ranges_of_image, stride_ranges_n, columns, queries)
+            j = rows[:, None]
+            visible = in_ranges(start0[None, :], end0[None, :], start1[None, :], end1[None, :], j)
+            bias_log2 = tl.where(visible, bias_log2, float("-inf"))
+        if MASK:
+            inside = (rows < keys)[:, None] & (columns < queries)[None, :]
+            mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_m
+            mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_n
+            if not MASK_OF_HEAD:
+                bias_log2 = add_mask(bias_log2, mask_pointers, inside, MASK)
+
+        grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        added_to_key, added_to_value = (), ()
+        for i in tl.static_range(HEADS_PER_PROGRAM):
+            h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
+            # Queries beyond the last, and heads beyond the last, have lse = +inf, so that their P and dS are 0.
+            count_of_head = tl.where(group * HEADS_PER_PROGRAM + i < heads, queries, 0)
+            row_of_head = (b * heads + h) * queries
+            # [BLOCK_N]
+            natural = tl.load(lse + row_of_head + columns, mask=columns < count_of_head, other=float("inf"))
+            output_dot_row = tl.load(output_dot + row_of_head + columns, mask=columns < queries, other=0.0)
+            query_rows = load_rows(query + b * stride_qb + h * stride_qh, stride_qn, columns, queries, D, BLOCK_D)
+            incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, columns, queries, D, BLOCK_D)
+            bias_of_head = bias_log2
+            if MASK_OF_HEAD:
+                bias_of_head = add_mask(bias_log2, mask_pointers + h * stride_mask_h, inside, MASK)
+            # [BLOCK_M, BLOCK_N]
+            inner = products(key_rows[i], query_rows, PRECISION)
+            logits = logits_log2(inner, scale_log2, bias_of_head, MASK != 0 or RANGES)
+            weights = tl.exp2(logits - (natural * LOG2_E)[None, :])
+            # [BLOCK_M, BLOCK_D]
+            added_to_value = added_to_value + (
+                dot(rounded(weights, incoming.dtype), incoming, value_gradients[i], PRECISION),
+            )
+            # [BLOCK_M, BLOCK_N]
+            grad_weights = products(value_rows[i], incoming, PRECISION)
+            grad_logits = weights * (grad_weights - output_dot_row[None, :])
+            if ROUTED:
+                grad_bias += grad_logits
+            # [BLOCK_M, BLOCK_D]
+            added_to_key = added_to_key + (
+                dot(rounded(grad_logits, query_rows.dtype), query_rows, key_gradients[i], PRECISION),
+            )
+        key_gradients, value_gradients = added_to_key, added_to_value
+        if ROUTED:
+            to_factors = route_adjoint(grad_bias, open_p, difference)
+            factor_gradients = add_factor_gradients(factor_gradients, to_factors, column_factors, FACTOR_PRECISION)
+
+    for i in tl.static_range(HEADS_PER_PROGRAM):
+        h = group * HEADS_PER_PROGRAM + i
+        count_of_head = tl.where(h < heads, keys, 0)
+        row_of_head = (b * heads + h) * keys
+        store_rows(grad_key + row_of_head * D, D, rows, count_of_head, key_gradients[i] * scale, D, BLOCK_D)
+        store_rows(grad_value + row_of_head * D, D, rows, count_of_head, value_gradients[i], D, BLOCK_D)
+    if ROUTED:
+        first_row = (group.to(tl.int64) * batch + b) * keys
+        store_rows(grad_sup + first_row * SUP_RANK, SUP_RANK, rows, keys, factor_gradients[0], SUP_RANK, BLOCK_SUP)
+        store_rows(grad_del + first_row * DEL_RANK, DEL_RANK, rows, keys, factor_gradients[1], DEL_RANK, BLOCK_DEL)
+        store_rows(grad_gate + first_row * GATE_RANK, GATE_RANK, rows, keys, factor_gradients[2], GATE_RANK, BLOCK_GATE)
+
+
+@triton.jit
+def _sum_group(parts, total, groups, size, BLOCK: tl.constexpr):
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # [BLOCK]
+    added = tl.zeros([BLOCK], tl.float32)
+    for group in range(0, groups):
+        added += tl.load(parts + group * size.to(tl.int64) + elements, mask=elements < size, other=0.0)
+    tl.store(total + elements, rounded(added, total.dtype.element_ty), mask=elements < size)
+
+
+@triton.jit(do_not_specialize=("groups", "sup_size", "del_size", "gate_size"))
+def sum_groups(
+    sup_parts, del_parts, gate_parts,  # [groups, size] float32
+    grad_sup, grad_del, grad_gate,  # [size]
+    groups, sup_size, del_size, gate_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad = sum of the parts of all groups of heads, in their order; the second axis of the grid is the factor."""
+    if tl.program_id(1) == 0:
+        _sum_group(sup_parts, grad_sup, groups, sup_size, BLOCK)
+    elif tl.program_id(1) == 1:
+        _sum_group(del_parts, grad_del, groups, del_size, BLOCK)
+    else:
+        _sum_group(gate_parts, grad_gate, groups, gate_size, BLOCK)

@@ -1,0 +1,158 @@
+"""Forward kernel of routed attention: an online softmax over tiles of keys, for a group of heads at once.
+
+A program owns BLOCK_N queries of HEADS_PER_PROGRAM heads. For each tile of BLOCK_M keys it computes the bias once and
+uses it for every head: the bias costs one tanh and two products of rank R a pair, a head one exp2 and two of rank D.
+"""
+
+# ruff: noqa: RUF005 (a Triton kernel joins tuples with +)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .interpreter import dot, rounded
+from .routed_attention_tile import (
+    LOG2_E,
+    add_mask,
+    hull,
+    in_ranges,
+    load_ranges,
+    load_rows,
+    logits_log2,
+    products,
+    routing_bias_log2,
+    store_rows,
+)
+
+
+@triton.jit
+def tiles_seen(start0, end0, start1, end1, keys, BLOCK_M: tl.constexpr):
+    """The tiles of keys that some query of a block sees: [first, first + count), then from `second` on; and in all.
+
+    Two intervals a query make two hulls a block; tiles of the second that the first holds are not visited twice.
+    """
+    first0, last0 = hull(start0, end0, keys)
+    first1, last1 = hull(start1, end1, keys)
+    swap = first1 < first0
+    low_first, low_last = tl.where(swap, first1, first0), tl.where(swap, last1, last0)
+    high_first, high_last = tl.where(swap, first0, first1), tl.where(swap, last0, last1)
+    first = low_first // BLOCK_M
+    count = tl.maximum(tl.cdiv(low_last, BLOCK_M) - first, 0)
+    second = tl.maximum(high_first // BLOCK_M, first + count)
+    return first, count, second, count + tl.maximum(tl.cdiv(high_last, BLOCK_M) - second, 0)
+
+
+@triton.jit(do_not_specialize=("heads", "queries", "keys"))
+def attention_forward(
+    query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
+    sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
+    attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
+    key_ranges,  # [B, N, 2, 2] int32
+    output,  # [B, H, N, D], contiguous
+    lse,  # [B, H, N] float32, contiguous
+    heads, queries, keys,
+    scale_log2, limit_log2,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_km,
+    stride_vb, stride_vh, stride_vm,
+    stride_sup_qb, stride_sup_qn, stride_sup_kb, stride_sup_km,
+    stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
+    stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
+    stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
+    stride_ranges_b, stride_ranges_n,
+    ROUTED: tl.constexpr,
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
+    RANGES: tl.constexpr,
+    D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
+    PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+):  # fmt: skip
+    blocks, groups = tl.cdiv(queries, BLOCK_N), tl.cdiv(heads, HEADS_PER_PROGRAM)
+    block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
+    b = (tl.program_id(0) // blocks // groups).to(tl.int64)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    row_factors = ()
+    if ROUTED:
+        row_factors = (
+            load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, rows, queries, SUP_RANK, BLOCK_SUP),
+            load_rows(del_q + b * stride_del_qb, stride_del_qn, rows, queries, DEL_RANK, BLOCK_DEL),
+            load_rows(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE),
+        )
+    query_rows, row_max, row_sum, attended = (), (), (), ()
+    for i in tl.static_range(HEADS_PER_PROGRAM):
+        h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
+        query_head = query + b * stride_qb + h * stride_qh
+        query_rows = query_rows + (load_rows(query_head, stride_qn, rows, queries, D, BLOCK_D),)
+        row_max = row_max + (tl.full([BLOCK_N], float("-inf"), tl.float32),)
+        row_sum = row_sum + (tl.zeros([BLOCK_N], tl.float32),)
+        attended = attended + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
+
+    if RANGES:
+        ranges_of_image = key_ranges + b * stride_ranges_b
+        start0, end0, start1, end1 = load_ranges(ranges_of_image, stride_ranges_n, rows, queries)
+        first, count, second, tiles = tiles_seen(start0, end0, start1, end1, keys, BLOCK_M)
+    else:
+        tiles = tl.cdiv(keys, BLOCK_M)
+
+    for step in range(0, tiles):
+        tile = step
+        if RANGES:
+            tile = tl.where(step < count, first + step, second + step - count)
+        columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        # [BLOCK_N, BLOCK_M]
+        bias_log2 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if ROUTED:
+            column_factors = (
+                load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
+                load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
+                load_rows(gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE),
+            )
+            bias_log2, _, _ = routing_bias_log2(row_factors, column_factors, limit_log2, FACTOR_PRECISION, FAST_SIGMOID)
+        visible = (columns < keys)[None, :]
+        if RANGES:
+            j = columns[None, :]
+            visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
+        bias_log2 = tl.where(visible, bias_log2, float("-inf"))
+        if MASK:
+            inside = (rows < queries)[:, None] & (columns < keys)[None, :]
+            mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_n
+            mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_m
+            if not MASK_OF_HEAD:
+                bias_log2 = add_mask(bias_log2, mask_pointers, inside, MASK)
+
+        new_max, new_sum, new_attended = (), (), ()
+        for i in tl.static_range(HEADS_PER_PROGRAM):
+            h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
+            key_rows = load_rows(key + b * stride_kb + h * stride_kh, stride_km, columns, keys, D, BLOCK_D)
+            value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
+            bias_of_head = bias_log2
+            if MASK_OF_HEAD:
+                bias_of_head = add_mask(bias_log2, mask_pointers + h * stride_mask_h, inside, MASK)
+            # [BLOCK_N, BLOCK_M]
+            inner = products(query_rows[i], key_rows, PRECISION)
+            logits = logits_log2(inner, scale_log2, bias_of_head, MASK != 0 or RANGES)
+            largest = tl.maximum(row_max[i], tl.max(logits, axis=1))
+            shift = tl.where(largest == float("-inf"), 0.0, largest)
+            weights = tl.exp2(logits - shift[:, None])
+            correction = tl.exp2(row_max[i] - shift)
+            # [BLOCK_N, BLOCK_D]
+            corrected = attended[i] * correction[:, None]
+            corrected = dot(rounded(weights, value_rows.dtype), value_rows, corrected, PRECISION)
+            new_max = new_max + (largest,)
+            new_sum = new_sum + (row_sum[i] * correction + tl.sum(weights, axis=1),)
+            new_attended = new_attended + (corrected,)
+        row_max, row_sum, attended = new_max, new_sum, new_attended
+
+    for i in tl.static_range(HEADS_PER_PROGRAM):
+        h = group * HEADS_PER_PROGRAM + i
+        count_of_head = tl.where(h < heads, queries, 0)
+        row_of_head = (b * heads + h) * queries
+        total = row_sum[i]
+        # A query that attended nothing gives 0, and lse = +inf makes exp(S - lse) 0 in backward.
+        average = attended[i] * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
+        natural = tl.where(row_max[i] > -1.0e30, row_max[i] / LOG2_E + tl.log(total), float("inf"))
+        store_rows(output + row_of_head * D, D, rows, count_of_head, average, D, BLOCK_D)
+        tl.store(lse + row_of_head + rows, natural, mask=rows < count_of_head)

@@ -1,0 +1,150 @@
+"""One tile of pairs (i, j) of routed attention: what is added to its logits, and the adjoint of that.
+
+    p = sigmoid(gate_q . gate_k)      r = p (sup_q . sup_k) + (1 - p)(del_q . del_k)      b = clamp(r, -limit, limit)
+
+Logits are kept in units of log 2 (`_log2` in a name), so that exp is one exp2 instruction. A tile has queries for rows
+and keys for columns, or the other way round: the formulas are symmetric, and the callers say which is which by strides.
+"""
+
+# ruff: noqa: RUF005 (a Triton kernel joins tuples with +)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .interpreter import INTERPRETED, dot, rounded
+
+NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Far below every logit, yet finite: an additive mask of finfo.min stays one instead of becoming -inf in units of log 2.
+LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def load_rows(pointer, stride_row, rows, count, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Rows of a matrix whose last dimension is contiguous, zeros beyond its end: [BLOCK, BLOCK_WIDTH]."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    # [BLOCK, BLOCK_WIDTH]
+    pointers = pointer + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
+    inside = (rows < count)[:, None]
+    if WIDTH != BLOCK_WIDTH:
+        inside = inside & (columns < WIDTH)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, stride_row, rows, count, block, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """The counterpart of `load_rows`, in the dtype of the pointer."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    # [BLOCK, BLOCK_WIDTH]
+    pointers = pointer + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
+    inside = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointers, rounded(block, pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """FAST: 0.5 + 0.5 tanh(x / 2) by one special-function instruction, to 2^-12 absolute."""
+    if FAST and not INTERPRETED:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        p = 0.5 + 0.5 * tanh
+    else:
+        p = tl.sigmoid(x)
+    return p
+
+
+@triton.jit
+def products(rows, columns, PRECISION: tl.constexpr):
+    """Inner products of rows [ROWS, WIDTH] and columns [COLUMNS, WIDTH]: [ROWS, COLUMNS] float32."""
+    return dot(rows, tl.trans(columns), tl.zeros([rows.shape[0], columns.shape[0]], tl.float32), PRECISION)
+
+
+@triton.jit
+def routing_bias_log2(
+    row_factors, column_factors, limit_log2, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr
+):  # fmt: skip
+    """b of a tile; for backward also p, or -1 where the clamp bites, and sup - del. Factors are (sup, del, gate)."""
+    # [ROWS, COLUMNS]
+    p = sigmoid(products(row_factors[2], column_factors[2], PRECISION), FAST_SIGMOID)
+    suppressor = products(row_factors[0], column_factors[0], PRECISION)
+    delegator = products(row_factors[1], column_factors[1], PRECISION)
+    route_log2 = (p * suppressor + (delegator - p * delegator)) * LOG2_E
+    # A NaN stays one.
+    bias_log2 = tl.clamp(route_log2, -limit_log2, limit_log2, propagate_nan=tl.PropagateNan.ALL)
+    open_p = tl.where(tl.abs(route_log2) <= limit_log2, p, -1.0)
+    return bias_log2, open_p, suppressor - delegator
+
+
+@triton.jit
+def route_adjoint(grad_bias, open_p, difference):
+    """dsup = dr p,  ddel = dr (1 - p),  dgate = dr p (1 - p)(sup - del),  dr = 0 where the clamp bites."""
+    # [ROWS, COLUMNS]
+    grad_route = tl.where(open_p >= 0.0, grad_bias, 0.0)
+    to_suppressor = grad_route * open_p
+    to_delegator = grad_route - to_suppressor
+    return to_suppressor, to_delegator, to_delegator * open_p * difference
+
+
+@triton.jit
+def add_factor_gradients(gradients, tiles, column_factors, PRECISION: tl.constexpr):
+    """Gradients of the rows' (sup, del, gate) with a tile's share added: += dproducts @ columns."""
+    added = ()
+    for f in tl.static_range(3):
+        columns = column_factors[f]
+        # [ROWS, R]
+        added = added + (dot(rounded(tiles[f], columns.dtype), columns, gradients[f], PRECISION),)
+    return added
+
+
+@triton.jit
+def load_ranges(key_ranges, stride_query, rows, count):
+    """start0, end0, start1, end1 of queries, each [BLOCK] int32; nothing is visible beyond the last query."""
+    # [BLOCK]
+    pointers = key_ranges + rows.to(tl.int64) * stride_query
+    inside = rows < count
+    start0 = tl.load(pointers, mask=inside, other=0)
+    end0 = tl.load(pointers + 1, mask=inside, other=0)
+    start1 = tl.load(pointers + 2, mask=inside, other=0)
+    end1 = tl.load(pointers + 3, mask=inside, other=0)
+    return start0, end0, start1, end1
+
+
+@triton.jit
+def hull(starts, ends, keys):
+    """[first, last) around the intervals [start, end) that are not empty within [0, keys); (keys, 0) if all are."""
+    first, last = tl.maximum(starts, 0), tl.minimum(ends, keys)
+    seen = first < last
+    return tl.min(tl.where(seen, first, keys), axis=0), tl.max(tl.where(seen, last, 0), axis=0)
+
+
+@triton.jit
+def in_ranges(start0, end0, start1, end1, j):
+    """Whether key j lies in one of a query's two intervals; the arguments broadcast to a tile."""
+    return ((start0 <= j) & (j < end0)) | ((start1 <= j) & (j < end1))
+
+
+@triton.jit
+def add_mask(bias_log2, pointers, inside, MASK: tl.constexpr):
+    """The bias of a tile with attn_mask applied: bool hides a pair, float is added to its logit."""
+    # [ROWS, COLUMNS]
+    if MASK == 1:
+        hidden = tl.load(pointers, mask=inside, other=0) == 0
+        masked = tl.where(hidden, float("-inf"), bias_log2)
+    else:
+        mask = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        finite = tl.maximum(mask * LOG2_E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        masked = bias_log2 + tl.where(mask == float("-inf"), mask, finite)
+    return masked
+
+
+@triton.jit
+def logits_log2(inner_products, scale_log2, bias_log2, HIDDEN: tl.constexpr):
+    """S = scale q . k + b + mask in units of log 2. HIDDEN: what a mask hides is hidden whatever the key holds."""
+    # [ROWS, COLUMNS]
+    logits = inner_products * scale_log2 + bias_log2
+    if HIDDEN:
+        logits = tl.where(bias_log2 == float("-inf"), bias_log2, logits)
+    return logits
