@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -172,16 +172,27 @@ def _peer(value, spatial_shapes, level_start_index, sampling_locations, attentio
         package = importlib.import_module("torch_ms_deform_attn")
     except (ImportError, OSError) as error:
         raise Unavailable(f"{PEER} cannot be imported: {error}") from error
+    shapes, starts = _level_tensors(tuple(spatial_shapes), value.device)
+    return package.ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
+
+
+@cache  # a copy to a GPU cannot be captured into a graph
+def _level_tensors(spatial_shapes: Levels, device: torch.device) -> tuple[Tensor, Tensor]:
     shapes = torch.tensor(spatial_shapes)
     starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-    return package.ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
+    return shapes.to(device), starts.to(device)
+
+
+@cache
+def _widths_and_heights(spatial_shapes: Levels, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([(width, height) for height, width in spatial_shapes], dtype=dtype).to(device)  # [L, 2]
 
 
 def _apart(value, spatial_shapes, reference_points, sampling_offsets, attention_logits) -> Tensor:
     """What `ms_deform_attn_fused` does in one pass, one after the other."""
     levels = len(spatial_shapes)
     weights = attention_logits.softmax(-1).unflatten(-1, (levels, -1))
-    sizes = torch.tensor([(width, height) for height, width in spatial_shapes], dtype=sampling_offsets.dtype)
+    sizes = _widths_and_heights(tuple(spatial_shapes), sampling_offsets.dtype, sampling_offsets.device)
     offsets = sampling_offsets.unflatten(3, (levels, -1)) / sizes[:, None]
     return rk.ms_deform_attn(value, spatial_shapes, None, reference_points[:, :, None, :, None] + offsets, weights)
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from route_kernels.testing import outcome
-
 from . import memory, report
 from .device import RESULTS, circumstances
-from .registry import OURS, Case, Unavailable, cases
+from .registry import OURS, Case, Target, cases
 from .timing import ratio, spread, time_in_turns
-from .verification import complaint, yardstick
+from .verification import verify
 
 SECONDS_A_CASE, SECONDS_QUICK = 10.0, 0.5
 
@@ -33,37 +30,36 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
         shape = case.contenders[0].call(**arguments).shape
         grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
-    yardsticks: dict[Any, tuple] = {}
-    calls = {}
-    for contender in case.contenders:
-        taken, kind = contender.taken(arguments), (contender.formula, contender.takes)
-        if kind not in yardsticks:
-            yardsticks[kind] = yardstick(contender.formula, taken, grad_output)
-        try:
-            found = outcome(contender.call, taken, grad_output)
-        except Unavailable as reason:
-            row["contenders"][contender.name] = {"unavailable": str(reason)}
-            continue
-        except RuntimeError as error:
-            return row | {"failure": f"{contender.name}: raises {error}", "contenders": {}}
-        wrong = complaint(found, *yardsticks[kind])
-        if wrong is not None:
-            return row | {"failure": f"{contender.name}: {wrong}", "contenders": {}}
-        calls[contender.name] = partial(outcome, contender.call, taken, grad_output)
-    yardsticks.clear()
+    verified = verify(case, arguments, grad_output)
+    if verified.failures:
+        name, wrong = next(iter(verified.failures.items()))
+        return row | {"failure": f"{name}: {wrong}"}
+    row["contenders"] |= {name: {"unavailable": reason} for name, reason in verified.unavailable.items()}
+    row["contenders"] |= summary(time_in_turns(verified.calls, seconds))
+    row["targets"] = verdicts(case.targets, row["contenders"])
+    return row
 
-    samples = time_in_turns(calls, seconds)
+
+def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """For each contender the spread of its samples in milliseconds, and of our time over its, round by round."""
+    contenders: dict[str, dict[str, Any]] = {}
     for name, times in samples.items():
         milliseconds = {key: round(value * 1e3, 4) for key, value in spread(times).items()}
-        row["contenders"][name] = {"milliseconds": milliseconds, "rounds": len(times)}
+        contenders[name] = {"milliseconds": milliseconds, "rounds": len(times)}
         if name != OURS:
             ours_over_theirs = {key: round(value, 4) for key, value in ratio(samples[OURS], times).items()}
-            row["contenders"][name]["our_time_over_its"] = ours_over_theirs
-    for target in case.targets:
-        result = row["contenders"][target.against].get("our_time_over_its")
+            contenders[name]["our_time_over_its"] = ours_over_theirs
+    return contenders
+
+
+def verdicts(targets: Sequence[Target], contenders: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether each target is met; None where its contender has no time."""
+    found = []
+    for target in targets:
+        result = contenders[target.against].get("our_time_over_its")
         met = None if result is None else result["median"] <= target.at_most
-        row["targets"].append({"against": target.against, "at_most": round(target.at_most, 4), "met": met})
-    return row
+        found.append({"against": target.against, "at_most": round(target.at_most, 4), "met": met})
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,16 +18,21 @@ def _seconds_per_call(call: Callable[[], object], repeats: int) -> float:
     return (perf_counter() - started) / repeats
 
 
-def time_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+def time_in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    seconds_per_call: Callable[[Callable[[], object], int], float] = _seconds_per_call,
+) -> dict[str, list[float]]:
     """Seconds a call of each contender, one sample a round; the order rotates and turns around from round to round, so
     that nobody always follows the one that leaves the caches cold.
 
     Rounds go on for about `seconds`, within `FEWEST_ROUNDS` and `MOST_ROUNDS`; before them each runs twice unmeasured.
+    `seconds_per_call(call, repeats)` takes a sample: by the wall clock, or as `gpu_timing` does.
     """
     repeats = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / _seconds_per_call(call, 1)))
+        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / seconds_per_call(call, 1)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     started = perf_counter()
@@ -36,7 +41,7 @@ def time_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> 
             break
         turns = order[done % len(order) :] + order[: done % len(order)]
         for name in turns if done % 2 == 0 else reversed(turns):
-            samples[name].append(_seconds_per_call(calls[name], repeats[name]))
+            samples[name].append(seconds_per_call(calls[name], repeats[name]))
     return samples
 
 

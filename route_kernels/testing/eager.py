@@ -67,7 +67,8 @@ def ms_deform_attn_fused(
     ):
         reference = reference[:, :, None, None]
         if reference.shape[-1] == 2:
-            locations.append(reference + offsets / offsets.new_tensor([max(width, 1), max(height, 1)]))
+            x, y = offsets.unbind(-1)
+            locations.append(reference + torch.stack([x / max(width, 1), y / max(height, 1)], dim=-1))
         else:
             locations.append(reference[..., :2] + offsets / count * reference[..., 2:] * 0.5)
     return _sampled(value, spatial_shapes, None, locations, weights)
