@@ -15,7 +15,7 @@ from route_kernels.testing import call, named_tensors, sample_arguments
 
 needs_native = pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
 FIRST_SAMPLES = [(op, next(iter(sample_arguments(op)))) for op in OPS]
-MISSING = ["triton", "cuda"]
+MISSING = ["cuda"]
 
 
 def runs_native(op, arguments):
@@ -63,7 +63,7 @@ def test_set_backend_lasts_until_the_next_request():
         with rk.backend("cpu"):
             assert rk.requested_backend() == "cpu"
         assert rk.requested_backend() == "reference"
-        rk.set_backend("triton")
+        rk.set_backend("cuda")
         with pytest.raises(rk.BackendUnavailableError):
             rk.query_similarity(torch.randn(1, 3, 2))
     finally:

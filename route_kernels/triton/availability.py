@@ -15,8 +15,16 @@ OLDEST_CAPABILITY = (8, 0)
 DTYPES = {
     "query_similarity": FLOATING[:3],
     "routed_attention": FLOATING[:3],
+    "ms_deform_attn": FLOATING,
+    "ms_deform_attn_fused": FLOATING,
 }
 """What each op's kernels take. An op that is not here has none."""
+
+
+def _constant_in_graphs(function):
+    """`torch.compiler.assume_constant_result`, which would import torch's compilers, and triton with them."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def can_run(op: str, *tensors: torch.Tensor) -> tuple[bool, str]:
@@ -44,7 +52,7 @@ def interpreted() -> bool:
     return isinstance(triton.language.sum, InterpretedFunction)
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _description() -> str:
     import triton
 
@@ -55,7 +63,7 @@ def _most_capable_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _obstacle(device_type: str, index: int | None) -> str:
     """Why no Triton kernel runs on this device; "" where one does."""
     return _known_obstacle(device_type, index)

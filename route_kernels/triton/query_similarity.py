@@ -1,7 +1,8 @@
 """s_i = (1/N) sum_{j != i} relu(x^_i . x^_j): a tile of cosines at a time, summed and forgotten.
 
-A program owns BLOCK_N queries of one image and walks over all queries, so each sum has one order and there are no
-atomics. Roofline: 2 B N^2 C FLOP in `tl.dot`; x comes once from memory, then from the cache: N / BLOCK_N times B N C.
+1/|x_i| is computed once, by a kernel of its own. Then a program owns BLOCK_N queries of one image and walks over all of
+them, so each sum has one order and there are no atomics. Roofline: 2 B N^2 C FLOP in `tl.dot`, about three operations
+beside it for each cosine; x comes once from memory and N / BLOCK_N times from the cache.
 """
 
 from __future__ import annotations
@@ -20,92 +21,134 @@ if TYPE_CHECKING:
 
     from .variants import Variant
 
-KERNEL = "query_similarity_relu"
-
 
 @triton.jit
-def _inverse_norm(squared_norm):
-    return 1.0 / tl.maximum(tl.sqrt(squared_norm), 1e-12)
-
-
-@triton.jit
-def _rows(x_ptr, offs_n, offs_c, stride_xn, N, C):
+def _rows(x_ptr, offs_n, offs_c, stride_xn, N, C, EVEN_C: tl.constexpr):
     # [BLOCK_N, BLOCK_C]
     pointers = x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_c[None, :]
-    return tl.load(pointers, mask=(offs_n[:, None] < N) & (offs_c[None, :] < C), other=0.0)
+    mask = offs_n[:, None] < N
+    if not EVEN_C:
+        mask = mask & (offs_c[None, :] < C)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def _squared_norm(x):
-    x = x.to(tl.float32)
-    return tl.sum(x * x, 1)
+def query_inverse_norms(
+    x_ptr,  # [B, N, C]
+    inverse_norms_ptr,  # [B, N] float32
+    stride_xb, stride_xn,
+    N, C,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    x_ptr += b * stride_xb
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # [BLOCK_N]
+    squared = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        # [BLOCK_N, BLOCK_C]
+        x = _rows(x_ptr, offs_n, start + tl.arange(0, BLOCK_C), stride_xn, N, C, False).to(tl.float32)
+        squared += tl.sum(x * x, 1)
+    # 1 / max(|x|, eps)
+    inverse = 1.0 / tl.maximum(tl.sqrt(squared), 1e-12)
+    tl.store(inverse_norms_ptr + b * N + offs_n, inverse, mask=offs_n < N)
+
+
+@triton.jit
+def _cosine_sums(
+    x_ptr, inverse_norms_ptr, x_n, offs_n, offs_m, stride_xn, N, C, SELF: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    EVEN_C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sum_j relu(x_n . x^_m) over one tile of queries, j != i where they may be the same (SELF)."""
+    offs_c = tl.arange(0, BLOCK_C)
+    # [BLOCK_N, BLOCK_N]
+    product = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    if ONE_CHUNK:
+        product = dot(x_n, tl.trans(_rows(x_ptr, offs_m, offs_c, stride_xn, N, C, EVEN_C)), product, PRECISION)
+    else:
+        for c in range(0, C, BLOCK_C):
+            rows = _rows(x_ptr, offs_n, c + offs_c, stride_xn, N, C, EVEN_C)
+            columns = _rows(x_ptr, offs_m, c + offs_c, stride_xn, N, C, EVEN_C)
+            product = dot(rows, tl.trans(columns), product, PRECISION)
+    # [1, BLOCK_N]; columns past N are 0
+    inverse_norm = tl.load(inverse_norms_ptr + offs_m, mask=offs_m < N, other=0.0)[None, :]
+    positive = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse_norm
+    if SELF:
+        positive = tl.where(offs_n[:, None] == offs_m[None, :], 0.0, positive)
+    return tl.sum(positive, 1)
 
 
 @triton.jit
 def query_similarity_relu(
     x_ptr,  # [B, N, C]
+    inverse_norms_ptr,  # [B, N] float32
     output_ptr,  # [B, N]
     stride_xb, stride_xn,
     N, C,
-    INPUT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     ONE_CHUNK: tl.constexpr,  # C <= BLOCK_C: the rows of the program stay where they are
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN_C: tl.constexpr,  # C is a multiple of BLOCK_C
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     x_ptr += b * stride_xb
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_C)
-
+    inverse_norms_ptr += b * N
+    first = tl.program_id(0) * BLOCK_N
+    offs = tl.arange(0, BLOCK_N)
+    offs_n = first + offs
     # [BLOCK_N, BLOCK_C]
-    x_n = _rows(x_ptr, offs_n, offs_c, stride_xn, N, C)
-    squared_n = _squared_norm(x_n)
-    if not ONE_CHUNK:
-        for c in range(BLOCK_C, C, BLOCK_C):
-            squared_n += _squared_norm(_rows(x_ptr, offs_n, c + offs_c, stride_xn, N, C))
+    x_n = _rows(x_ptr, offs_n, tl.arange(0, BLOCK_C), stride_xn, N, C, EVEN_C)
 
     # [BLOCK_N]
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, N, BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        # [BLOCK_M, BLOCK_C]
-        x_m = _rows(x_ptr, offs_m, offs_c, stride_xn, N, C)
-        squared_m = _squared_norm(x_m)
-        # [BLOCK_N, BLOCK_M]
-        product = dot(x_n, tl.trans(x_m), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), INPUT_PRECISION)
-        if not ONE_CHUNK:
-            for c in range(BLOCK_C, C, BLOCK_C):
-                chunk_n = _rows(x_ptr, offs_n, c + offs_c, stride_xn, N, C)
-                chunk_m = _rows(x_ptr, offs_m, c + offs_c, stride_xn, N, C)
-                squared_m += _squared_norm(chunk_m)
-                product = dot(chunk_n, tl.trans(chunk_m), product, INPUT_PRECISION)
-        # relu(x_n . x^_m): dividing by |x_n| > 0 can wait. Rows past N are zero, and a NaN stays one.
-        product *= _inverse_norm(squared_m)[None, :]
-        other = (offs_n[:, None] != offs_m[None, :]) | (product != product)
-        total += tl.sum(tl.where(other & ~(product < 0), product, 0.0), 1)
+    total = _cosine_sums(
+        x_ptr, inverse_norms_ptr, x_n, offs_n, offs_n, stride_xn, N, C, True, ONE_CHUNK, EVEN_C, PRECISION, BLOCK_N,
+        BLOCK_C,
+    )  # fmt: skip
+    for step in range(0, tl.cdiv(N, BLOCK_N) - 1):  # every other tile
+        start = step * BLOCK_N
+        offs_m = tl.where(start < first, start, start + BLOCK_N) + offs
+        total += _cosine_sums(
+            x_ptr, inverse_norms_ptr, x_n, offs_n, offs_m, stride_xn, N, C, False, ONE_CHUNK, EVEN_C, PRECISION,
+            BLOCK_N, BLOCK_C,
+        )  # fmt: skip
 
-    similarity = total * _inverse_norm(squared_n) / N
-    tl.store(output_ptr + b * N + offs_n, rounded(similarity, output_ptr.dtype.element_ty), mask=offs_n < N)
+    # x_n . x^_m -> x^_n . x^_m
+    inverse_norm = tl.load(inverse_norms_ptr + offs_n, mask=offs_n < N, other=0.0)
+    tl.store(output_ptr + b * N + offs_n, rounded(total * inverse_norm / N, output_ptr.dtype.element_ty), offs_n < N)
 
 
 def forward(x: torch.Tensor) -> torch.Tensor:
-    """x [B, N, C], rows contiguous -> [B, N] in the dtype of x; one launch."""
+    """x [B, N, C], rows contiguous -> [B, N] in the dtype of x."""
     batch, queries, channels = x.shape
     output = torch.empty((batch, queries), dtype=x.dtype, device=x.device)
-    settings = dict(config(KERNEL, x.device, x.dtype, N=queries, C=channels))
-    chunk = settings["BLOCK_C"] = min(settings["BLOCK_C"], max(triton.next_power_of_2(channels), 16))
+    inverse_norms = torch.empty((batch, queries), dtype=torch.float32, device=x.device)
+    sizes = (*x.stride()[:2], queries, channels)
+    settings = _settings("query_inverse_norms", x)
     launch(
-        query_similarity_relu, (triton.cdiv(queries, settings["BLOCK_N"]), batch),
-        x, output, x.stride(0), x.stride(1), queries, channels, input_precision(), channels <= chunk, **settings,
+        query_inverse_norms, (triton.cdiv(queries, settings["BLOCK_N"]), batch), x, inverse_norms, *sizes, **settings
+    )
+    settings = _settings("query_similarity_relu", x)
+    chunk = settings["BLOCK_C"]
+    launch(
+        query_similarity_relu, (triton.cdiv(queries, settings["BLOCK_N"]), batch), x, inverse_norms, output, *sizes,
+        input_precision(), channels <= chunk, channels > 0 and channels % chunk == 0, **settings,
     )  # fmt: skip
     return output
 
 
+def _settings(kernel_name: str, x: torch.Tensor) -> dict[str, int]:
+    """The table's, with no wider a chunk than C takes."""
+    _, queries, channels = x.shape
+    settings = config(kernel_name, x.device, x.dtype, N=queries, C=channels)
+    return {**settings, "BLOCK_C": min(settings["BLOCK_C"], max(triton.next_power_of_2(channels), 16))}
+
+
 def variants(architecture: str) -> Iterator[Variant]:
-    """C of one and of several chunks, every dtype."""
+    """C of one and of several chunks, whole and ragged ones, every dtype."""
     from .variants import DTYPES, recorded
 
     for dtype in DTYPES["query_similarity"]:
-        for channels in (32, 256, 1024):
+        for channels in (32, 256, 1000):
             x = torch.empty(2, 1100, channels, dtype=dtype, device="meta")
             label = f"{str(dtype).removeprefix('torch.')} C={channels}"
             yield from recorded("query_similarity", "forward", label, architecture, lambda x=x: forward(x))

@@ -43,10 +43,17 @@ def _settings(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
 
 
 TABLE: dict[str, tuple[Entry, ...]] = {
+    "query_inverse_norms": (
+        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=256)),
+    ),
     "query_similarity_relu": (
-        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, BLOCK_C=16), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=32, BLOCK_C=32), dtypes=FULL),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=64, BLOCK_C=64)),
+        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=32), architectures=("gfx942",), dtypes=FULL),
+        Entry(_settings(8, 2, BLOCK_N=64, BLOCK_C=32), dtypes=FULL),
+        Entry(_settings(4, 1, BLOCK_N=64, BLOCK_C=256), architectures=("gfx942",)),
+        Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), architectures=("sm86", "sm120")),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=256)),
     ),
     "routed_attention_forward": (
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
@@ -60,4 +67,18 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
         Entry(_settings(4, 2, BLOCK_N=32, BLOCK_M=64, HEADS_PER_PROGRAM=2)),
     ),
+    "ms_deform_attn_forward": (
+        Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_BYTES=4096, UNROLL=4), architectures=("gfx942",)),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=4), at_most={"rows": 32768}),
+        Entry(_settings(4, 1, BLOCK_BYTES=2048, UNROLL=4)),
+    ),
+    "ms_deform_attn_backward": (
+        Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_BYTES=4096, UNROLL=2), architectures=("gfx942",)),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=2), at_most={"rows": 32768}),
+        Entry(_settings(4, 1, BLOCK_BYTES=2048, UNROLL=2)),
+    ),
+    "ms_deform_attn_gather": (Entry(_settings(1, 1, BLOCK_T=16)),),
+    "softmax_adjoint": (Entry(_settings(4, 1, BLOCK_NK=1024)),),
 }

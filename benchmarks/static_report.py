@@ -1,0 +1,182 @@
+"""What every Triton kernel compiles to, for chips that need not be here: `python -m benchmarks.static_report`.
+
+Counts from the machine code and the code that Triton makes it from; nothing is run and nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .machine_code import ATOMIC, LOAD, SPECIAL_FUNCTION, SPILL, STORE, TENSOR_CORE, machine_code, tile_bytes
+from .processors import PROCESSORS, TENSOR_MEMORY_COLUMNS
+
+if TYPE_CHECKING:
+    from route_kernels.triton.variants import Variant
+
+CHIPS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel with the types and block sizes of one launch, compiled for one chip."""
+
+    op: str
+    direction: str
+    variant: str
+    chip: str
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+    registers: int  # of a lane
+    spilled_bytes: int  # of a lane
+    spill_instructions: int
+    shared_bytes: int  # of a program
+    tensor_memory_columns: int  # of a program, sm100 only
+    programs_at_once: int  # on a multiprocessor
+    occupancy: float  # theoretical
+    instructions: int
+    tensor_core: int
+    tensor_core_in_loops: int
+    special_function: int
+    special_function_in_loops: int
+    loads: dict[str, int]  # by mnemonic: what reads device memory
+    stores: dict[str, int]
+    atomics: dict[str, int]
+    tile_bytes: dict[str, int]  # loaded and stored by a program, once and in each turn of its loops
+    entries: list[list[Any]]  # (kernel name, place) of the table's entries
+
+    def faults(self) -> list[str]:
+        """Why it would be slow or could not be launched."""
+        processor, found = PROCESSORS[self.chip], []
+        if self.spilled_bytes or self.spill_instructions:
+            found.append(f"{self.spilled_bytes} bytes of registers spilled, {self.spill_instructions} instructions")
+        if self.shared_bytes > processor.shared_bytes_of_program:
+            found.append(f"{self.shared_bytes} bytes of shared memory, at most {processor.shared_bytes_of_program}")
+        if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+            found.append(f"{self.tensor_memory_columns} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
+        if self.programs_at_once < 1:
+            found.append("no program fits on a multiprocessor")
+        return found
+
+
+def row(variant: Variant) -> Row:
+    """Compiles the variant, or takes it from Triton's cache, and reads what came of it."""
+    compiled = variant.compile()
+    code = machine_code(compiled)
+    parameters = [parameter.name for parameter in variant.kernel.params]
+    constants = {parameters[place[0]]: value for place, value in variant.constexprs.items()}
+    processor, metadata = PROCESSORS[variant.architecture], compiled.metadata
+    occupied = (code.registers, metadata.shared, metadata.num_warps)
+
+    def those(kind) -> dict[str, int]:
+        return {name: count for name, count in sorted(code.instructions.items()) if kind.match(name)}
+
+    return Row(
+        op=variant.op,
+        direction=variant.direction,
+        variant=variant.name,
+        chip=variant.architecture,
+        blocks={name: value for name, value in constants.items() if name.startswith(("BLOCK_", "HEADS_PER"))},
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=code.registers,
+        spilled_bytes=code.spilled_bytes,
+        spill_instructions=code.count(SPILL),
+        shared_bytes=metadata.shared,
+        tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
+        programs_at_once=processor.programs_at_once(*occupied),
+        occupancy=round(processor.occupancy(*occupied), 3),
+        instructions=sum(code.instructions.values()),
+        tensor_core=code.count(TENSOR_CORE),
+        tensor_core_in_loops=code.count_in_loops(TENSOR_CORE),
+        special_function=code.count(SPECIAL_FUNCTION),
+        special_function_in_loops=code.count_in_loops(SPECIAL_FUNCTION),
+        loads=those(LOAD),
+        stores=those(STORE),
+        atomics=those(ATOMIC),
+        tile_bytes=tile_bytes(compiled.asm["ttir"]),
+        entries=sorted(map(list, variant.entries)),
+    )
+
+
+def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "") -> Iterator[Row]:
+    """Of every variant of these ops on these chips whose name has `matching` in it."""
+    from route_kernels.triton import variants
+
+    for chip in chips:
+        for op in ops:
+            for variant in variants.of_op(op, chip):
+                if matching in variant.name:
+                    yield row(variant)
+
+
+HEADINGS = (
+    "chip", "variant", "blocks", "warps x stages", "regs", "spill", "shared", "at once", "occup.", "instr.",
+    "tensor", "special", "load once + turn", "store once + turn", "atomics",
+)  # fmt: skip
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    tile = row.tile_bytes
+    return (
+        row.chip,
+        row.variant,
+        " ".join(f"{name.removeprefix('BLOCK_')}{value}" for name, value in row.blocks.items()),
+        f"{row.num_warps} x {row.num_stages}",
+        str(row.registers),
+        str(row.spilled_bytes),
+        str(row.shared_bytes),
+        str(row.programs_at_once),
+        f"{row.occupancy:.0%}",
+        str(row.instructions),
+        f"{row.tensor_core} ({row.tensor_core_in_loops})",
+        f"{row.special_function} ({row.special_function_in_loops})",
+        f"{tile['loaded_once']} + {tile['loaded_in_loops']}",
+        f"{tile['stored_once']} + {tile['stored_in_loops']}",
+        " ".join(f"{name} x{count}" for name, count in row.atomics.items()) or "-",
+    )
+
+
+def table(found: Sequence[Row]) -> Iterator[str]:
+    """Lines of aligned columns; in brackets, the instructions within loops; faults under the row that has them."""
+    cells = [HEADINGS, *map(_cells, found)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
+    for line, row_of_line in zip(cells, [None, *found], strict=True):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        if row_of_line is not None:
+            yield from (f"  ! {fault}" for fault in row_of_line.faults())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; the exit code is 1 where a kernel spills or does not fit on its chip."""
+    # Interpreted kernels have no machine code: read before triton is imported.
+    os.environ.pop("TRITON_INTERPRET", None)
+    from route_kernels.triton.variants import FILES
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
+    parser.add_argument("--op", action="append", choices=sorted(FILES), help="may be repeated [all]")
+    parser.add_argument("--chip", action="append", choices=sorted(PROCESSORS), help="may be repeated [%(default)s]")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only variants with TEXT in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every count there as well")
+    args = parser.parse_args(argv)
+    found = list(rows(args.op or FILES, args.chip or CHIPS, args.match))
+    print("\n".join(table(found)))
+    faults = sum(bool(row.faults()) for row in found)
+    print(f"{len(found)} variants, {faults or 'none'} with faults")
+    if args.json:
+        import triton
+
+        content = {"triton": triton.__version__, "rows": [asdict(row) for row in found]}
+        args.json.write_text(json.dumps(content, indent=1))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
