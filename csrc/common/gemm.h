@@ -1,58 +1,92 @@
 #pragma once
-// The one matrix product that the attention kernels are made of: a register block of 8 rows by 2 vectors.
+// The one matrix product that the attention kernels are made of: a register block of rows by 2 vectors, handed on while
+// it is in registers, so that what follows a product (bias, exp, a maximum) costs no trip through memory.
 
 #include "simd.h"
+
+#define RK_INLINE __attribute__((always_inline))
+#if defined(__clang__)
+#define RK_UNROLL(times) _Pragma("clang loop unroll(full)")
+#define RK_UNROLL_PARTLY _Pragma("clang loop unroll_count(4)")
+#else
+#define RK_UNROLL_PRAGMA(text) _Pragma(#text)
+#define RK_UNROLL(times) RK_UNROLL_PRAGMA(GCC unroll times)
+#define RK_UNROLL_PARTLY _Pragma("GCC unroll 4")
+#endif
 
 namespace rk {
 namespace RK_SIMD {
 namespace {
 
 #if RK_SIMD_BYTES == 64
-constexpr int GEMM_ROWS = 8;  // 16 accumulators of 32 registers; two FMAs of latency 4 need 8
+constexpr int ACCUMULATORS = 16;  // of 32 registers; two FMAs of latency 4 need 8
 #else
-constexpr int GEMM_ROWS = 4;  // 8 accumulators of 16 registers
+constexpr int ACCUMULATORS = 8;  // of 16 registers
 #endif
 
-template <typename T, bool ACCUMULATE, int ROWS, int VECTORS>
-inline __attribute__((always_inline)) void gemm_block(
-    int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row) {
-  Vec<T> sum[ROWS][VECTORS] = {};  // of this product alone: what C holds is added last, so errors do not pile up
+template <int ROWS, int VECTORS, typename T, typename Finish>
+inline RK_INLINE void gemm_block(
+    int64_t row, int64_t column, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
+    const Finish& finish) {
+  Vec<T> sum[ROWS][VECTORS] = {};
+  RK_UNROLL_PARTLY
   for (int64_t p = 0; p < k; ++p) {
     Vec<T> row_of_b[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) row_of_b[v] = load(b + p * b_row + v * LANES<T>);
+    for (int v = 0; v < VECTORS; ++v) row_of_b[v] = load(b + p * b_row + column + v * LANES<T>);
     for (int r = 0; r < ROWS; ++r) {
-      const Vec<T> factor = broadcast(a[r * a_row + p * a_column]);
+      const Vec<T> factor = broadcast(a[(row + r) * a_row + p * a_column]);
       for (int v = 0; v < VECTORS; ++v) sum[r][v] += factor * row_of_b[v];
     }
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) {
-      T* to = c + r * c_row + v * LANES<T>;
-      store(to, ACCUMULATE ? load(to) + sum[r][v] : sum[r][v]);
-    }
+  RK_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r) {
+    RK_UNROLL(2)
+    for (int v = 0; v < VECTORS; ++v) finish(row + r, column + v * LANES<T>, sum[r][v]);
+  }
 }
 
-template <typename T, bool ACCUMULATE, int VECTORS>
-inline __attribute__((always_inline)) void gemm_columns(
-    int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row) {
-  int64_t row = 0;
-  for (; row + GEMM_ROWS <= m; row += GEMM_ROWS)
-    gemm_block<T, ACCUMULATE, GEMM_ROWS, VECTORS>(
-        k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
-  for (; row < m; ++row)
-    gemm_block<T, ACCUMULATE, 1, VECTORS>(k, a + row * a_row, a_row, a_column, b, b_row, c + row * c_row, c_row);
+// Rows [row, m) in blocks of ROWS, what is left in smaller blocks.
+template <int ROWS, int VECTORS, typename T, typename Finish>
+inline RK_INLINE void gemm_rows(
+    int64_t row, int64_t m, int64_t column, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
+    int64_t b_row, const Finish& finish) {
+  for (; row + ROWS <= m; row += ROWS) gemm_block<ROWS, VECTORS>(row, column, k, a, a_row, a_column, b, b_row, finish);
+  if constexpr (ROWS > 1)
+    if (row < m) gemm_rows<(ROWS > 4 ? 4 : 1), VECTORS>(row, m, column, k, a, a_row, a_column, b, b_row, finish);
 }
 
-// C (+)= A B. A [m, k] with any strides; B [k, n] and C [m, n] with contiguous rows; n a multiple of LANES<T>.
+// Calls finish(row, column, sum) once for every vector of A B; sum holds columns [column, column + LANES<T>) of row.
+// A [m, k] with any strides; B [k, n] with contiguous rows; n a multiple of LANES<T>.
 // All rows of A meet one panel of B, [k, 2 vectors], while it is in the first-level cache.
-template <typename T, bool ACCUMULATE>
-__attribute__((noinline)) void gemm(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
-    int64_t c_row) {
+template <typename T, typename Finish>
+inline RK_INLINE void gemm(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
+    const Finish& finish) {
   int64_t column = 0;
   for (; column + 2 * LANES<T> <= n; column += 2 * LANES<T>)
-    gemm_columns<T, ACCUMULATE, 2>(m, k, a, a_row, a_column, b + column, b_row, c + column, c_row);
-  if (column < n) gemm_columns<T, ACCUMULATE, 1>(m, k, a, a_row, a_column, b + column, b_row, c + column, c_row);
+    gemm_rows<ACCUMULATORS / 2, 2>(0, m, column, k, a, a_row, a_column, b, b_row, finish);
+  if (column < n) gemm_rows<ACCUMULATORS, 1>(0, m, column, k, a, a_row, a_column, b, b_row, finish);
+}
+
+// C = A B
+template <typename T>
+__attribute__((noinline)) void multiply(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
+    int64_t c_row) {
+  gemm<T>(m, n, k, a, a_row, a_column, b, b_row, [=](int64_t row, int64_t column, Vec<T> sum) RK_INLINE {
+    store(c + row * c_row + column, sum);
+  });
+}
+
+// C += A B; the product is summed by itself and C is added last, so that errors do not pile up.
+template <typename T>
+__attribute__((noinline)) void multiply_add(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
+    int64_t c_row) {
+  gemm<T>(m, n, k, a, a_row, a_column, b, b_row, [=](int64_t row, int64_t column, Vec<T> sum) RK_INLINE {
+    T* to = c + row * c_row + column;
+    store(to, load(to) + sum);
+  });
 }
 
 }  // namespace

@@ -44,17 +44,20 @@ inline void read_rows(T* to, int64_t rows, int64_t n, int64_t padded, DType dtyp
   }
 }
 
-// to[d * to_row + j] = from[j][d]: columns become rows, 16 rows at a time so that their lines stay in the cache.
+// to[d * to_row + j] = from[j][d]: columns become rows.
 template <typename T>
-inline void transpose(
-    const T* __restrict from, int64_t from_row, int64_t rows, int64_t n, T* __restrict to, int64_t to_row) {
-  constexpr int64_t GROUP = 16;
+inline void transpose(const T* from, int64_t from_row, int64_t rows, int64_t n, T* to, int64_t to_row) {
   int64_t j = 0;
-  for (; j + GROUP <= rows; j += GROUP)
-    for (int64_t d = 0; d < n; ++d)
-      for (int64_t e = 0; e < GROUP; ++e) to[d * to_row + j + e] = from[(j + e) * from_row + d];
-  for (; j < rows; ++j)
-    for (int64_t d = 0; d < n; ++d) to[d * to_row + j] = from[j * from_row + d];
+  for (; j + LANES<T> <= rows; j += LANES<T>)
+    for (int64_t d = 0; d < n; ++d) {
+      Vec<T> column;
+      for (int64_t lane = 0; lane < LANES<T>; ++lane) column[lane] = from[(j + lane) * from_row + d];
+      store(to + d * to_row + j, column);
+    }
+  for (; j < rows; ++j) {
+    const T* row = from + j * from_row;
+    for (int64_t d = 0; d < n; ++d) to[d * to_row + j] = row[d];
+  }
 }
 
 constexpr int64_t ALIGNMENT = 64;

@@ -1,4 +1,4 @@
-// s_i = (1/N) sum_{j != i} relu(x^_i . x^_j): a tile of cosines at a time, summed and forgotten.
+// s_i = (1/N) sum_{j != i} relu(x^_i . x^_j): cosines are summed as they leave the registers of the product.
 // Each worker owns whole blocks of queries.
 
 #include "args.h"
@@ -11,7 +11,7 @@ namespace rk {
 namespace RK_SIMD {
 namespace {
 
-constexpr int64_t BLOCK_N = 64;  // queries of a tile
+constexpr int64_t BLOCK_N = 64;  // queries of a block
 
 // Queries they are compared with: one register block wide, so that all their channels stay in the first-level cache.
 template <typename T>
@@ -25,7 +25,6 @@ struct Workspace {
   int64_t tiles_of_image;
   T* unit;     // [B, N, C] x^
   T* flipped;  // [B, tiles, C, BLOCK_M] x^, a column a query
-  T* tiles;    // [workers, BLOCK_N, BLOCK_M]
   int64_t bytes;
 
   explicit Workspace(const QuerySimilarity& a) {
@@ -33,7 +32,6 @@ struct Workspace {
     tiles_of_image = (a.queries + BLOCK_M<T> - 1) / BLOCK_M<T>;
     unit = blocks.take<T>(a.batch * a.queries * a.channels);
     flipped = blocks.take<T>(a.batch * tiles_of_image * a.channels * BLOCK_M<T>);
-    tiles = blocks.take<T>(a.parallel.workers * BLOCK_N * BLOCK_M<T>);
     bytes = blocks.used + ALIGNMENT;
   }
 };
@@ -66,26 +64,22 @@ template <typename T>
 void sum_similarities(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) {
   const int64_t groups = (a.queries + BLOCK_N - 1) / BLOCK_N;
   const Share share = share_of(a.batch * groups, worker, a.parallel.workers);
-  T* tile = w.tiles + worker * BLOCK_N * BLOCK_M<T>;
   for (int64_t item = share.begin; item < share.end; ++item) {
     const int64_t b = item / groups, first = item % groups * BLOCK_N;
     const int64_t rows = a.queries - first < BLOCK_N ? a.queries - first : BLOCK_N;
-    T sums[BLOCK_N] = {};
-    for (int64_t j = 0; j < a.queries; j += BLOCK_M<T>) {
-      gemm<T, false>(
+    Vec<T> lanes[BLOCK_N] = {};
+    for (int64_t j = 0; j < a.queries; j += BLOCK_M<T>)
+      gemm<T>(
           rows, BLOCK_M<T>, a.channels, w.unit + (b * a.queries + first) * a.channels, a.channels, 1,
-          w.flipped + (b * w.tiles_of_image + j / BLOCK_M<T>) * a.channels * BLOCK_M<T>, BLOCK_M<T>, tile, BLOCK_M<T>);
-      for (int64_t i = 0; i < rows; ++i) {
-        T* row = tile + i * BLOCK_M<T>;
-        if (first + i >= j && first + i < j + BLOCK_M<T>) row[first + i - j] = 0;  // not with itself
-        Vec<T> sum = {};
-        for (int64_t c = 0; c < BLOCK_M<T>; c += LANES<T>) {
-          const Vec<T> cosine = load(row + c);
-          sum += cosine < 0 ? Vec<T>{} : cosine;  // a NaN stays one
-        }
-        sums[i] += sum_of_lanes<T>(sum);
-      }
-    }
+          w.flipped + (b * w.tiles_of_image + j / BLOCK_M<T>) * a.channels * BLOCK_M<T>, BLOCK_M<T>,
+          [&](int64_t i, int64_t c, Vec<T> cosine) RK_INLINE {
+            Vec<T> similarity = cosine < 0 ? Vec<T>{} : cosine;  // a NaN stays one
+            const int64_t own_lane = first + i - (j + c);
+            if (own_lane >= 0 && own_lane < LANES<T>) similarity[own_lane] = 0;
+            lanes[i] += similarity;
+          });
+    T sums[BLOCK_N];
+    for (int64_t i = 0; i < rows; ++i) sums[i] = sum_of_lanes<T>(lanes[i]);
     write_row<T>(
         sums, rows, a.output.dtype, a.output.data, b * a.output.stride[0] + first, T(1) / T(a.queries));
   }

@@ -33,7 +33,9 @@ struct BackwardScratch {
   QueryRows<T> query;                                // [H, BLOCK_N, D] scale q
   QueryRows<T> grad_output;                          // [H, BLOCK_N, D]
   QueryRows<T> grad_query;                           // [H, BLOCK_N, D] sum_j dS_hij k_hj
-  QueryRows<T> grad_sup_q, grad_del_q, grad_gate_q;  // [BLOCK_N, R], [BLOCK_N, R], [BLOCK_N, G]
+  T* grad_sup_q;   // [R, BLOCK_N]
+  T* grad_del_q;   // [R, BLOCK_N]
+  T* grad_gate_q;  // [G, BLOCK_N]
   T* lse;          // [H, BLOCK_N]
   T* dot;          // [H, BLOCK_N] T_hi = dO_hi . O_hi
   T* probability;  // [BLOCK_M, BLOCK_N] P
@@ -45,15 +47,15 @@ struct BackwardScratch {
 
   BackwardScratch(Blocks& blocks, const RoutedAttention& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), grad_output(blocks, a.heads, a.channels, true),
-        grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks, 1, a.sup_rank, false),
-        grad_del_q(blocks, 1, a.del_rank, false), grad_gate_q(blocks, 1, a.gate_rank, false),
+        grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks.take<T>(a.sup_rank * BLOCK_N)),
+        grad_del_q(blocks.take<T>(a.del_rank * BLOCK_N)), grad_gate_q(blocks.take<T>(a.gate_rank * BLOCK_N)),
         lse(blocks.take<T>(a.heads * BLOCK_N)), dot(blocks.take<T>(a.heads * BLOCK_N)),
         probability(blocks.take<T>(TILE_SIZE)), grad_logits(blocks.take<T>(TILE_SIZE)),
         grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
         value(blocks.take<T>(BLOCK_M * query.padded_columns)),
         sum(blocks.take<T>(
-            BLOCK_M * larger(larger(query.padded_columns, grad_sup_q.padded_columns),
-                             larger(grad_del_q.padded_columns, grad_gate_q.padded_columns)))) {}
+            BLOCK_M * larger(larger(query.padded_columns, bias.sup.queries.padded_columns),
+                             larger(bias.del.queries.padded_columns, bias.gate.queries.padded_columns)))) {}
 };
 
 template <typename T>
@@ -112,7 +114,11 @@ struct Backward {
         s.lse[h * BLOCK_N + i] = i < at.rows ? lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : -NOT_VISIBLE<T>;
       }
     s.bias.read_queries(a, at);
-    s.grad_query.clear(), s.grad_sup_q.clear(), s.grad_del_q.clear(), s.grad_gate_q.clear();
+    s.grad_query.clear();
+    if (!a.routed) return;
+    memset(s.grad_sup_q, 0, size_t(a.sup_rank * BLOCK_N) * sizeof(T));
+    memset(s.grad_del_q, 0, size_t(a.del_rank * BLOCK_N) * sizeof(T));
+    memset(s.grad_gate_q, 0, size_t(a.gate_rank * BLOCK_N) * sizeof(T));
   }
 
   void differentiate_block(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& block) const {
@@ -132,43 +138,44 @@ struct Backward {
         key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, true);
     const KeyRows<T> value =
         key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, false);
-    gemm<T, false>(
-        at.count, at.columns, a.channels, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N, s.probability,
-        BLOCK_N);
-    gemm<T, false>(
-        at.count, at.columns, a.channels, value.data, value.stride, 1, s.grad_output.flipped_of_head(h), BLOCK_N,
-        s.grad_logits, BLOCK_N);
     const T* bias = s.bias.of_head(a, at, h);
     const auto softmax_adjoint = bias == nullptr ? softmax_adjoint_of_tile<false, false, false>
         : !a.routed                              ? softmax_adjoint_of_tile<true, true, false>
         : s.bias.masked                          ? softmax_adjoint_of_tile<true, true, true>
                                                  : softmax_adjoint_of_tile<true, false, true>;
-    softmax_adjoint(s, bias, at, s.lse + h * BLOCK_N, s.dot + h * BLOCK_N);
+    softmax_adjoint(s, at, h, key, value, bias);
     const int64_t key_row = (h * a.keys + at.key) * padded;
-    gemm<T, true>(
+    multiply_add<T>(
         at.count, padded, at.rows, s.probability, BLOCK_N, 1, s.grad_output.of_head(h), padded, keys.value + key_row,
         padded);
-    gemm<T, true>(
+    multiply_add<T>(
         at.count, padded, at.rows, s.grad_logits, BLOCK_N, 1, s.query.of_head(h), padded, keys.key + key_row, padded);
-    gemm<T, true>(
+    multiply_add<T>(
         at.rows, padded, at.count, s.grad_logits, 1, BLOCK_N, key.data, key.stride, s.grad_query.of_head(h), padded);
   }
 
-  // P = exp(S + bias - lse),  dS = P (dP - T),  dbias += dS; S becomes P and dP becomes dS.
+  // P = exp(S + bias - lse),  dS = P (dP - T),  dbias += dS
   template <bool BIASED, bool MASKED, bool ROUTED>
   static void softmax_adjoint_of_tile(
-      const BackwardScratch<T>& s, const T* bias, const Place& at, const T* lse, const T* dot) {
-    for (int64_t j = 0; j < at.count; ++j)
-      for (int64_t i = 0; i < at.columns; i += LANES<T>) {
-        const int64_t e = j * BLOCK_N + i;
-        Vec<T> logit = load(s.probability + e);
-        if constexpr (BIASED) logit = add_bias<T, MASKED>(logit, load(bias + e));
-        const Vec<T> probability = exp_nonpositive(logit - load(lse + i));
-        const Vec<T> grad_logit = probability * (load(s.grad_logits + e) - load(dot + i));
-        store(s.probability + e, probability);
-        store(s.grad_logits + e, grad_logit);
-        if constexpr (ROUTED) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logit);
-      }
+      const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const KeyRows<T>& value,
+      const T* bias) {
+    const T* lse = s.lse + h * BLOCK_N;
+    const T* dot = s.dot + h * BLOCK_N;
+    gemm<T>(
+        at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
+        [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
+          const int64_t e = j * BLOCK_N + i;
+          if constexpr (BIASED) logit = add_bias<T, MASKED>(logit, load(bias + e));
+          store(s.probability + e, exp_nonpositive(logit - load(lse + i)));
+        });
+    gemm<T>(
+        at.count, at.columns, s.query.columns, value.data, value.stride, 1, s.grad_output.flipped_of_head(h), BLOCK_N,
+        [&](int64_t j, int64_t i, Vec<T> grad_probability) RK_INLINE {
+          const int64_t e = j * BLOCK_N + i;
+          const Vec<T> grad_logit = load(s.probability + e) * (grad_probability - load(dot + i));
+          store(s.grad_logits + e, grad_logit);
+          if constexpr (ROUTED) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logit);
+        });
   }
 
   void differentiate_routes(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& at) const {
@@ -187,26 +194,28 @@ struct Backward {
     add_factor_gradients(tile.gate, s.grad_gate_q, keys.gate, at);
   }
 
-  // grad_q += dproducts^T keys,  grad_k += dproducts queries
-  static void add_factor_gradients(
-      const FactorTile<T>& factor, const QueryRows<T>& grad_queries, T* grad_keys, const Place& at) {
-    const int64_t padded = factor.queries.padded_columns;
-    gemm<T, true>(
-        at.rows, padded, at.count, factor.products, 1, BLOCK_N, factor.keys.data, factor.keys.stride, grad_queries.rows,
-        padded);
-    gemm<T, true>(
-        at.count, padded, at.rows, factor.products, BLOCK_N, 1, factor.queries.rows, padded, grad_keys + at.key * padded,
-        padded);
+  // grad_q^T += keys^T dproducts,  grad_k += dproducts queries
+  static void add_factor_gradients(const FactorTile<T>& factor, T* flipped_grad_q, T* grad_k, const Place& at) {
+    const QueryRows<T>& queries = factor.queries;
+    const int64_t padded = queries.padded_columns;
+    multiply_add<T>(
+        queries.columns, at.columns, at.count, factor.keys.data, 1, factor.keys.stride, factor.products, BLOCK_N,
+        flipped_grad_q, BLOCK_N);
+    multiply_add<T>(
+        at.count, padded, at.rows, factor.products, BLOCK_N, 1, queries.rows, padded, grad_k + at.key * padded, padded);
   }
 
   void write_block(const BackwardScratch<T>& s, const Place& at) const {
     const View& q = grad.query;
     s.grad_query.write(q, start_of(q, at), q.stride[1], q.stride[2], at.rows, T(a.scale));
     if (!a.routed) return;
-    const auto write = [&](const QueryRows<T>& from, const View& to) {
-      from.write(to, at.b * to.stride[0] + at.first * to.stride[1], 0, to.stride[1], at.rows, T(1));
+    const auto write = [&](const FactorTile<T>& factor, const T* flipped, const View& to) {
+      const QueryRows<T>& rows = factor.queries;  // their content is not needed any more
+      transpose(flipped, BLOCK_N, rows.columns, at.rows, rows.rows, rows.padded_columns);
+      rows.write(to, at.b * to.stride[0] + at.first * to.stride[1], 0, to.stride[1], at.rows, T(1));
     };
-    write(s.grad_sup_q, grad.sup_q), write(s.grad_del_q, grad.del_q), write(s.grad_gate_q, grad.gate_q);
+    write(s.bias.sup, s.grad_sup_q, grad.sup_q), write(s.bias.del, s.grad_del_q, grad.del_q);
+    write(s.bias.gate, s.grad_gate_q, grad.gate_q);
   }
 
   // grad = sum of the slots of image b, in the order of the workers.

@@ -15,7 +15,7 @@ struct ForwardScratch {
   BiasTile<T> bias;
   QueryRows<T> query;   // [H, BLOCK_N, D] scale q
   QueryRows<T> output;  // [H, BLOCK_N, D] sum_j exp(S_hij - max) v_hj
-  T* logits;            // [BLOCK_M, BLOCK_N]
+  T* weights;           // [BLOCK_M, BLOCK_N] S_hij, then exp(S_hij - max)
   T* row_max;           // [H, BLOCK_N]
   T* row_sum;           // [H, BLOCK_N] sum_j exp(S_hij - max)
   T* correction;        // [BLOCK_N] exp(old max - new max)
@@ -24,7 +24,7 @@ struct ForwardScratch {
 
   ForwardScratch(Blocks& blocks, const RoutedAttention& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), output(blocks, a.heads, a.channels, false),
-        logits(blocks.take<T>(TILE_SIZE)), row_max(blocks.take<T>(a.heads * BLOCK_N)),
+        weights(blocks.take<T>(TILE_SIZE)), row_max(blocks.take<T>(a.heads * BLOCK_N)),
         row_sum(blocks.take<T>(a.heads * BLOCK_N)), correction(blocks.take<T>(BLOCK_N)),
         key(blocks.take<T>(BLOCK_M * query.padded_columns)), value(blocks.take<T>(BLOCK_M * query.padded_columns)) {}
 };
@@ -68,61 +68,57 @@ struct Forward {
         key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, false);
     const KeyRows<T> value =
         key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, true);
-    gemm<T, false>(
-        at.count, at.columns, a.channels, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N, s.logits,
-        BLOCK_N);
     const T* bias = s.bias.of_head(a, at, h);
     const auto softmax = bias == nullptr ? softmax_of_tile<false, false>
         : s.bias.masked                  ? softmax_of_tile<true, true>
                                          : softmax_of_tile<true, false>;
-    softmax(s.logits, bias, at, s.row_max + h * BLOCK_N, s.row_sum + h * BLOCK_N, s.correction);
+    softmax(s, at, h, key, bias);
     T* output = s.output.of_head(h);
-    for (int64_t i = 0; i < at.rows; ++i) {
-      if (s.correction[i] == T(1)) continue;
-      for (int64_t d = i * padded; d < (i + 1) * padded; d += LANES<T>)
-        store(output + d, load(output + d) * s.correction[i]);
-    }
-    gemm<T, true>(at.rows, padded, at.count, s.logits, 1, BLOCK_N, value.data, value.stride, output, padded);
+    gemm<T>(
+        at.rows, padded, at.count, s.weights, 1, BLOCK_N, value.data, value.stride,
+        [&](int64_t i, int64_t d, Vec<T> sum) RK_INLINE {
+          T* to = output + i * padded + d;
+          store(to, load(to) * s.correction[i] + sum);
+        });
   }
 
-  // Online softmax over the keys of a tile, 16 queries at a time: logits become exp(S - max).
+  // Online softmax over the keys of a tile, 16 queries at a time: weights = exp(S - max).
   template <bool BIASED, bool MASKED>
-  static void softmax_of_tile(T* logits, const T* bias, const Place& at, T* row_max, T* row_sum, T* correction) {
-    constexpr int64_t CHAINS = 4;  // independent maxima and sums, against the latency of one
-    for (int64_t i = 0; i < at.columns; i += LANES<T>) {
-      T* column = logits + i;
-      Vec<T> largest[CHAINS], sum[CHAINS] = {};
-      for (int64_t c = 0; c < CHAINS; ++c) largest[c] = broadcast(NOT_VISIBLE<T>);
-      const auto look_at = [&](int64_t j, int64_t chain) {
-        Vec<T> logit = load(column + j * BLOCK_N);
-        if constexpr (BIASED) {
-          logit = add_bias<T, MASKED>(logit, load(bias + i + j * BLOCK_N));
-          store(column + j * BLOCK_N, logit);
-        }
-        largest[chain] = max<T>(logit, largest[chain]);
-      };
-      int64_t j = 0;
-      for (; j + CHAINS <= at.count; j += CHAINS)
-        for (int64_t c = 0; c < CHAINS; ++c) look_at(j + c, c);
-      for (; j < at.count; ++j) look_at(j, 0);
+  static void softmax_of_tile(
+      const ForwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const T* bias) {
+    T* weights = s.weights;
+    Vec<T> largest[BLOCK_N / LANES<T>];
+    for (Vec<T>& of_queries : largest) of_queries = broadcast(NOT_VISIBLE<T>);
+    gemm<T>(
+        at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
+        [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
+          if constexpr (BIASED) logit = add_bias<T, MASKED>(logit, load(bias + j * BLOCK_N + i));
+          store(weights + j * BLOCK_N + i, logit);
+          largest[i / LANES<T>] = max<T>(logit, largest[i / LANES<T>]);
+        });
 
+    constexpr int64_t CHAINS = 4;  // independent sums, against the latency of one
+    T* row_max = s.row_max + h * BLOCK_N;
+    T* row_sum = s.row_sum + h * BLOCK_N;
+    for (int64_t i = 0; i < at.columns; i += LANES<T>) {
       const Vec<T> before = load(row_max + i);
-      const Vec<T> in_tile = max<T>(max<T>(largest[0], largest[1]), max<T>(largest[2], largest[3]));
-      const Vec<T> now = max<T>(in_tile, before);
+      const Vec<T> now = max<T>(largest[i / LANES<T>], before);
       const Vec<T> shift = now == NOT_VISIBLE<T> ? Vec<T>{} : now;
       const Vec<T> factor = before == now ? broadcast(T(1)) : exp_nonpositive(before - shift);
 
-      const auto exponentiate = [&](int64_t k, int64_t chain) {
-        const Vec<T> weight = exp_nonpositive(load(column + k * BLOCK_N) - shift);
-        store(column + k * BLOCK_N, weight);
-        sum[chain] += weight;
+      Vec<T> sum[CHAINS] = {};
+      const auto exponentiate = [&](int64_t j, int64_t chain) {
+        T* weight = weights + j * BLOCK_N + i;
+        store(weight, exp_nonpositive(load(weight) - shift));
+        sum[chain] += load(weight);
       };
-      for (j = 0; j + CHAINS <= at.count; j += CHAINS)
+      int64_t j = 0;
+      for (; j + CHAINS <= at.count; j += CHAINS)
         for (int64_t c = 0; c < CHAINS; ++c) exponentiate(j + c, c);
       for (; j < at.count; ++j) exponentiate(j, 0);
       store(row_max + i, now);
       store(row_sum + i, load(row_sum + i) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
-      store(correction + i, factor);
+      store(s.correction + i, factor);
     }
   }
 

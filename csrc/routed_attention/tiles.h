@@ -97,7 +97,8 @@ inline KeyRows<T> key_rows(const View& view, int64_t offset, int64_t row_stride,
                            bool must_copy) {
   const int64_t start = offset + at.key * row_stride, padded = round_up_to_lanes<T>(width);
   const bool is_t = view.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
-  if (is_t && !must_copy) return {static_cast<const T*>(view.data) + start, row_stride};
+  const bool dense = row_stride == width && width == padded;
+  if (is_t && (dense || !must_copy)) return {static_cast<const T*>(view.data) + start, row_stride};
   read_rows<T>(copy, at.count, width, padded, view.dtype, view.data, start, row_stride);
   return {copy, padded};
 }
@@ -121,10 +122,18 @@ struct FactorTile {
     queries.read(view, at.b * view.stride[0] + at.first * view.stride[1], 0, view.stride[1], at.rows, T(1));
   }
 
-  void multiply(const View& view, const Place& at, bool for_backward) {
+  void read_keys(const View& view, const Place& at, bool for_backward) {
     keys = key_rows<T>(view, at.b * view.stride[0], view.stride[1], queries.columns, at, copy, for_backward);
-    gemm<T, false>(
-        at.count, at.columns, queries.columns, keys.data, keys.stride, 1, queries.flipped, BLOCK_N, products, BLOCK_N);
+  }
+
+  // Calls finish(key, query, product) for every vector of products.
+  template <typename Finish>
+  RK_INLINE void multiply(const Place& at, const Finish& finish) const {
+    gemm<T>(at.count, at.columns, queries.columns, keys.data, keys.stride, 1, queries.flipped, BLOCK_N, finish);
+  }
+
+  void multiply(const Place& at) const {
+    multiply(at, [this](int64_t j, int64_t i, Vec<T> product) RK_INLINE { store(products + j * BLOCK_N + i, product); });
   }
 };
 
@@ -187,19 +196,19 @@ struct BiasTile {
   }
 
   void compute_routes(const RoutedAttention& a, const Place& at, bool for_backward) {
-    sup.multiply(a.sup_k, at, for_backward), del.multiply(a.del_k, at, for_backward);
-    gate.multiply(a.gate_k, at, for_backward);
+    sup.read_keys(a.sup_k, at, for_backward), del.read_keys(a.del_k, at, for_backward);
+    gate.read_keys(a.gate_k, at, for_backward);
+    sup.multiply(at), del.multiply(at);
     const Vec<T> limit = broadcast(a.clamped ? T(a.limit) : T(__builtin_inff()));
-    for (int64_t j = 0; j < at.count; ++j)
-      for (int64_t e = j * BLOCK_N; e < j * BLOCK_N + at.columns; e += LANES<T>) {
-        const Vec<T> logit = load(gate.products + e);
-        const Vec<T> suppressor = load(sup.products + e), delegator = load(del.products + e);
-        const Vec<T> p = sigmoid_of_decay(logit, exp_nonpositive(logit < 0 ? logit : -logit));
-        const Vec<T> r = route(p, suppressor, delegator);
-        store(shared + e, clamp(r, limit));
-        if (!for_backward) continue;
-        store(gate.products + e, p), store(sup.products + e, suppressor - delegator), store(del.products + e, r);
-      }
+    gate.multiply(at, [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
+      const int64_t e = j * BLOCK_N + i;
+      const Vec<T> suppressor = load(sup.products + e), delegator = load(del.products + e);
+      const Vec<T> p = sigmoid_of_decay(logit, exp_nonpositive(logit < 0 ? logit : -logit));
+      const Vec<T> r = route(p, suppressor, delegator);
+      store(shared + e, clamp(r, limit));
+      if (!for_backward) return;
+      store(gate.products + e, p), store(sup.products + e, suppressor - delegator), store(del.products + e, r);
+    });
   }
 
   void hide_outside_ranges(const RoutedAttention& a, const Place& at) const {
