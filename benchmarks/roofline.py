@@ -275,6 +275,46 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return aligned(head, cells)
 
 
+def sizes_of(op: str, arguments: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a call of a public op, by the names of the module's docstring."""
+    if op == "routed_attention":
+        (batch, heads, queries, channels), keys = arguments["query"].shape, arguments["key"].shape[2]
+        routing = arguments.get("routing")
+        rank, gate = (0, 0) if routing is None else (routing.sup_q.shape[2], routing.gate_q.shape[2])
+        return {"B": batch, "H": heads, "N": queries, "M": keys, "D": channels, "R": rank, "G": gate}
+    if op == "query_similarity":
+        return dict(zip("BNC", arguments["x"].shape, strict=True))
+    batch, positions, heads, channels = arguments["value"].shape
+    places = arguments["sampling_locations" if op == "ms_deform_attn" else "sampling_offsets"]  # [B, N, H, ..., 2]
+    queries, samples = places.shape[1], places.shape[3:-1].numel()
+    sizes = {"B": batch, "H": heads, "N": queries, "S": positions, "K": samples, "D": channels}
+    return sizes if op == "ms_deform_attn" else {**sizes, "L_ref": arguments["reference_points"].shape[2]}
+
+
+def call_floor(op: str, arguments: Mapping[str, Any], directions: Sequence[str], chip: Chip) -> dict[str, Any]:
+    """{"microseconds": ..., "bound_by": [...]} of the passes of a call, one after the other."""
+    main, factor = _dtypes(op, arguments)
+    rows = [row(op, direction, sizes_of(op, arguments), chip, main, factor) for direction in directions]
+    return {
+        "chip": chip.name,
+        "microseconds": sum(found["floor_us"] for found in rows),
+        "bound_by": [found["bound_by"] for found in rows],
+    }
+
+
+def _dtypes(op: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """Of the main inputs, and of factors, locations or offsets."""
+    routing = arguments.get("routing")
+    tensors = {
+        "routed_attention": lambda: (arguments["query"], arguments["query"] if routing is None else routing.sup_q),
+        "query_similarity": lambda: (arguments["x"], arguments["x"]),
+        "ms_deform_attn": lambda: (arguments["value"], arguments["sampling_locations"]),
+        "ms_deform_attn_fused": lambda: (arguments["value"], arguments["sampling_offsets"]),
+    }[op]()
+    main, factor = (str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    return main, factor
+
+
 def _size(text: str) -> tuple[str, int]:
     name, separator, number = text.partition("=")
     if not (name and separator and number.isdigit()):

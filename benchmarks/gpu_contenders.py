@@ -1,0 +1,82 @@
+"""Who else computes routed attention on a GPU: the public code, the compiler, FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import route_kernels as rk
+from route_kernels.testing import EAGER
+
+from .registry import Contender
+
+FORMULA = EAGER["routed_attention"]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` through torch.compile, made when it is first called."""
+
+    @cache
+    def made() -> Callable[..., Tensor]:
+        return torch.compile(function, dynamic=False)
+
+    return lambda **arguments: made()(**arguments)
+
+
+def public_code(query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors) -> Tensor:
+    """As Dual-R-DETR's QueryRouter and nn.MultiheadAttention do it: the bias repeated for every head."""
+    bias = _bias(routing).to(query.dtype)
+    repeated = bias.repeat_interleave(query.shape[1], dim=0)  # [B H, N, M]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=repeated.unflatten(0, query.shape[:2]))
+
+
+def _bias(routing: rk.RoutingFactors) -> Tensor:
+    """[B, N, M]"""
+    p = torch.sigmoid(routing.gate_q @ routing.gate_k.mT)
+    r = p * (routing.sup_q @ routing.sup_k.mT) + (1 - p) * (routing.del_q @ routing.del_k.mT)
+    return r.clamp(-routing.limit, routing.limit)
+
+
+def factored_score_mod(routing: rk.RoutingFactors) -> ScoreMod:
+    """The bias of one pair from its factors; FlexAttention adds up their gradients by atomics."""
+    sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit = routing
+
+    def product(of_query: Tensor, of_key: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        total = of_query[b, i, 0].float() * of_key[b, j, 0].float()
+        for r in range(1, of_query.shape[-1]):  # a score_mod may not reduce
+            total = total + of_query[b, i, r].float() * of_key[b, j, r].float()
+        return total
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        p = torch.sigmoid(product(gate_q, gate_k, b, i, j))
+        delegated = product(del_q, del_k, b, i, j)
+        r = delegated + p * (product(sup_q, sup_k, b, i, j) - delegated)
+        return score + torch.clamp(r, -limit, limit)
+
+    return score_mod
+
+
+def looked_up_score_mod(routing: rk.RoutingFactors) -> ScoreMod:
+    """The bias of one pair out of the [B, N, M] that is written out before."""
+    bias = _bias(routing)
+    return lambda score, b, h, i, j: score + bias[b, i, j]
+
+
+def _flex(score_mod_of: Callable[[rk.RoutingFactors], ScoreMod]) -> Callable[..., Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(query, key, value, score_mod=score_mod_of(routing))
+
+    return attend
+
+
+PUBLIC = Contender("public code", public_code, FORMULA)
+COMPILED_PUBLIC = Contender("public code, torch.compile", compiled(public_code), FORMULA)
+FLEX_FACTORED = Contender("FlexAttention, factors in score_mod", compiled(_flex(factored_score_mod)), FORMULA)
+FLEX_LOOKED_UP = Contender("FlexAttention, bias looked up", compiled(_flex(looked_up_score_mod)), FORMULA)

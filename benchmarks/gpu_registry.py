@@ -1,0 +1,130 @@
+"""What is measured on a GPU: the cases of `registry` in a detector's sizes and dtypes, with more contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import route_kernels as rk
+from route_kernels.testing import EAGER, Arguments, map_tensors, query_similarity_arguments, routed_attention_arguments
+
+from .gpu_contenders import COMPILED_PUBLIC, FLEX_FACTORED, FLEX_LOOKED_UP, PUBLIC, compiled
+from .registry import (
+    CHANNELS,
+    EAGER_ROUTING,
+    GATE_RANK,
+    HEADS,
+    MS_DEFORM_ATTN,
+    MS_DEFORM_ATTN_FUSED,
+    OURS,
+    PLAIN_SDPA,
+    R50_LEVELS,
+    RANK,
+    ROUTED_ATTENTION,
+    Case,
+    Contender,
+    Sampling,
+    Target,
+)
+
+MIB = 2**20
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class GpuCase(Case):
+    """A row; `part` is the process it is measured in, `peak_at_most` a target for our bytes beside the inputs."""
+
+    part: str = ""
+    peak_at_most: int | None = None
+
+    def arguments_on(self, device: torch.device) -> Arguments:
+        moved = map_tensors(self.make_arguments(), lambda x: x.detach().to(device).requires_grad_(x.requires_grad))
+        return moved
+
+
+def attention_on_gpu(batch: int, queries: int, dtype: torch.dtype) -> Arguments:
+    """H 8, D 32, R 16, G 3."""
+    sizes = {"heads": HEADS, "channels": CHANNELS, "rank": RANK, "gate_rank": GATE_RANK}
+    return routed_attention_arguments(batch=batch, queries=queries, dtype=dtype, **sizes)
+
+
+def without_gradients(make: Callable[[], Arguments]) -> Callable[[], Arguments]:
+    return lambda: map_tensors(make(), torch.Tensor.detach)
+
+
+def _attention_cases() -> list[GpuCase]:
+    alone = (ROUTED_ATTENTION, PUBLIC, COMPILED_PUBLIC, EAGER_ROUTING, PLAIN_SDPA)
+    flex = (ROUTED_ATTENTION, FLEX_FACTORED, FLEX_LOOKED_UP)
+    op, bf16 = "routed_attention", torch.bfloat16
+    headline, decoder = partial(attention_on_gpu, 16, 1100, bf16), partial(attention_on_gpu, 2, 900, bf16)
+    targets = [Target(PUBLIC.name, 1 / 8), Target(PLAIN_SDPA.name, 1.4)]
+    against_flex = [Target(contender.name, 1 / 2) for contender in flex[1:]]
+    return [
+        GpuCase(op, "B 16 N 1100 bf16", True, headline, alone, targets, part="attention", peak_at_most=130 * MIB),
+        GpuCase(op, "B 16 N 1100 bf16", False, without_gradients(headline), alone, part="attention"),
+        GpuCase(op, "B 2 N 900 bf16", True, decoder, alone, part="attention"),
+        GpuCase(op, "B 2 N 900 f32", True, partial(attention_on_gpu, 2, 900, torch.float32), alone, part="attention"),
+        GpuCase(op, "B 16 N 1100 bf16", True, headline, flex, against_flex, part="flex"),
+    ]
+
+
+def sampled_on_gpu(sampling: Sampling, dtype: torch.dtype, backward: bool, fused: bool) -> Arguments:
+    """value in `dtype`; plain: locations and weights in float32; fused: raw offsets and logits in `dtype`.
+
+    Offsets of a short dtype are odd sixteenths of a pixel, which it holds: rounding puts no sample on a pixel's centre.
+    """
+    arguments = sampling.arguments(backward)[fused]
+    short = ("value", "sampling_offsets", "attention_logits") if fused else ("value",)
+    if fused and dtype != torch.float32:
+        offsets = arguments["sampling_offsets"].detach()
+        arguments["sampling_offsets"] = ((offsets * 8).floor() / 8 + 1 / 16).requires_grad_(backward)
+    for name in short:
+        arguments[name] = arguments[name].detach().to(dtype).requires_grad_(backward)
+    return arguments
+
+
+SAMPLINGS = {
+    "B 2 N 900, uniform": Sampling(R50_LEVELS, 2, 900, near=False),
+    "B 2 N = S = 22223, near": Sampling(R50_LEVELS, 2, 22223, near=True),
+}
+SAMPLED_BY = {"ms_deform_attn": MS_DEFORM_ATTN, "ms_deform_attn_fused": MS_DEFORM_ATTN_FUSED}
+
+
+def _compiled_eager(op: str) -> Contender:
+    return Contender("eager, torch.compile", compiled(EAGER[op]), EAGER[op])
+
+
+def _deformable_cases() -> list[GpuCase]:
+    found = []
+    for dtype, suffix in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
+        for op, contenders in SAMPLED_BY.items():
+            for name, sampling in SAMPLINGS.items():
+                for backward in (True, False):
+                    make = partial(sampled_on_gpu, sampling, dtype, backward, op == "ms_deform_attn_fused")
+                    others = (*contenders, _compiled_eager(op))
+                    found.append(GpuCase(op, f"{name} {suffix}", backward, make, others, part=op))
+    return found
+
+
+def _similarity_cases() -> list[GpuCase]:
+    op = "query_similarity"
+    contenders = (
+        Contender(OURS, rk.query_similarity, EAGER[op]),
+        Contender("eager, N x N written out", EAGER[op], EAGER[op]),
+        _compiled_eager(op),
+    )
+    make = partial(query_similarity_arguments, batch=16, queries=1100, channels=256, dtype=torch.bfloat16)
+    return [GpuCase(op, "B 16 N 1100 bf16", False, make, contenders, part=op)]
+
+
+def gpu_cases() -> list[GpuCase]:
+    """Every row, the most important of each part first."""
+    return _attention_cases() + _deformable_cases() + _similarity_cases()
+
+
+def parts() -> list[str]:
+    return list(dict.fromkeys(case.part for case in gpu_cases()))

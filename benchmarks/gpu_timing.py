@@ -1,0 +1,82 @@
+"""Time and memory on a GPU: replays of a captured graph with the L2 cache flushed before each, by CUDA events."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+FLUSHED_BYTES = 512 * 2**20  # more than the L2 cache of any GPU so far
+WARM_UPS = 3
+HOST_CALLS = 50
+
+Call = Callable[[], object]
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """Replay of `call`, everything that it queued on `device` captured into a CUDA graph.
+
+    Raises:
+        RuntimeError: it does what a graph cannot hold, such as waiting for the GPU.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+class EventTimer:
+    """Seconds of a call by events around it, the L2 cache flushed in between: the sampler of `time_in_turns`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call, repeats: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            self.flushed.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def peak_beside_inputs(call: Call, device: torch.device) -> int:
+    """The most bytes that PyTorch had allocated during `call`, less what was allocated before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def host_seconds(call: Call, device: torch.device) -> float:
+    """How long the CPU takes to queue one call, the GPU not waited for."""
+    for _ in range(WARM_UPS):
+        call()
+    samples = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        started = perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        samples.append((perf_counter() - started) / HOST_CALLS)
+    torch.cuda.synchronize(device)
+    return statistics.median(samples)

@@ -1,0 +1,284 @@
+"""What is measured on a GPU, as far as a CPU can tell: the contenders' formulas, the cases, the rows and the tables."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import route_kernels as rk
+from benchmarks import gpu_contenders, gpu_profile, gpu_run, gpu_tables
+from benchmarks.chips import CHIPS
+from benchmarks.gpu_registry import MIB, SAMPLED_BY, GpuCase, gpu_cases, parts, sampled_on_gpu
+from benchmarks.registry import OURS, Contender, Sampling, Target, Unavailable
+from benchmarks.report import markdown
+from benchmarks.roofline import call_floor, least_work, sizes_of
+from route_kernels.backends import OPS
+from route_kernels.testing import EAGER, check_accuracy, map_tensors, routed_attention_arguments, sample_arguments
+
+CPU = torch.device("cpu")
+SMALL = dict(batch=2, heads=2, queries=20, channels=16)
+
+
+def by_score_mod(score_mod_of):
+    """FlexAttention's definition, every pair at once: it differentiates on a GPU alone."""
+
+    def attend(query, key, value, routing):
+        b, h, i, j = (torch.arange(size) for size in (*query.shape[:3], key.shape[2]))
+        indices = (b[:, None, None, None], h[:, None, None], i[:, None], j)
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        return torch.softmax(score_mod_of(routing)(scores, *indices), dim=-1) @ value
+
+    return attend
+
+
+SCORE_MODS = [gpu_contenders.factored_score_mod, gpu_contenders.looked_up_score_mod]
+
+
+@pytest.mark.parametrize("score_mod_of", SCORE_MODS)
+@pytest.mark.parametrize("limit", [5.0, 0.5])
+def test_score_mods_are_the_bias_and_its_gradients(score_mod_of, limit):
+    check_accuracy("routed_attention", routed_attention_arguments(limit=limit, **SMALL), by_score_mod(score_mod_of))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("score_mod_of", SCORE_MODS)
+def test_flex_attention_takes_them(score_mod_of):
+    arguments = map_tensors(routed_attention_arguments(**SMALL), torch.Tensor.detach)
+    output = gpu_contenders._flex(score_mod_of)(**arguments)
+    torch.testing.assert_close(output, EAGER["routed_attention"](**arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_public_code_is_the_formula():
+    check_accuracy("routed_attention", routed_attention_arguments(**SMALL), gpu_contenders.public_code)
+
+
+def test_compiled_contenders_are_made_when_called(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: made.append(function) or function)
+    contender = gpu_contenders.compiled(F.softmax)
+    assert made == []
+    assert torch.equal(contender(input=torch.zeros(2), dim=0), contender(input=torch.zeros(2), dim=0))
+    assert made == [F.softmax]
+
+
+# ---- cases ---------------------------------------------------------------------------------------------------------
+
+
+def test_cases_are_those_that_the_targets_speak_of():
+    cases = gpu_cases()
+    assert {case.op for case in cases} == set(OPS)
+    assert len({(case.part, case.op, case.name, case.backward) for case in cases}) == len(cases)
+    for case in cases:
+        assert case.contenders[0].name == OURS
+        assert {target.against for target in case.targets} <= {contender.name for contender in case.contenders[1:]}
+    headline = cases[0]
+    assert (headline.op, headline.name, headline.backward) == ("routed_attention", "B 16 N 1100 bf16", True)
+    assert [(target.against, target.at_most) for target in headline.targets] == [
+        ("public code", 1 / 8),
+        ("plain SDPA, no bias", 1.4),
+    ]
+    assert headline.peak_at_most == 130 * MIB
+    flex = [case for case in cases if case.part == "flex"]
+    assert [[target.at_most for target in case.targets] for case in flex] == [[0.5, 0.5]]
+
+
+def test_headline_arguments():
+    arguments = gpu_cases()[0].make_arguments()
+    sizes = {"B": 16, "H": 8, "N": 1100, "M": 1100, "D": 32, "R": 16, "G": 3}
+    assert sizes_of("routed_attention", arguments) == sizes
+    assert arguments["query"].dtype == arguments["routing"].sup_q.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("op", SAMPLED_BY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("near", [True, False])
+def test_sampling_arguments(op, dtype, near):
+    sampling = Sampling(((4, 6), (2, 3)), batch=2, queries=30, near=near)
+    arguments = sampled_on_gpu(sampling, dtype, True, op == "ms_deform_attn_fused")
+    assert arguments["value"].dtype == dtype and arguments["value"].requires_grad
+    if op == "ms_deform_attn_fused":
+        assert arguments["sampling_offsets"].dtype == arguments["attention_logits"].dtype == dtype
+        fractions = (arguments["sampling_offsets"].double() % 1).unique() * 16
+        assert dtype == torch.float32 or (fractions % 2 == 1).all()
+    check_accuracy(op, arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sizes_of_a_call_are_those_of_the_roofline(op):
+    for arguments in sample_arguments(op, torch.bfloat16).values():
+        work = least_work(op, "forward", sizes_of(op, arguments), "bfloat16")
+        assert work.memory_bytes > 0
+        floor = call_floor(op, arguments, ("forward",), CHIPS["H100"])
+        assert floor["microseconds"] > 0 and floor["chip"] == "H100"
+
+
+def test_floor_of_both_passes_is_their_sum():
+    arguments = routed_attention_arguments(**SMALL)
+    each = [call_floor("routed_attention", arguments, (way,), CHIPS["H200"]) for way in ("forward", "backward")]
+    both = call_floor("routed_attention", arguments, ("forward", "backward"), CHIPS["H200"])
+    assert both["microseconds"] == pytest.approx(sum(floor["microseconds"] for floor in each))
+    plain = call_floor("routed_attention", {**arguments, "routing": None}, ("forward",), CHIPS["H200"])
+    assert plain["microseconds"] < each[0]["microseconds"]
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def case_with(*others, targets=(), **options):
+    ours = Contender(OURS, rk.routed_attention, EAGER["routed_attention"])
+    make = lambda: routed_attention_arguments(**SMALL)  # noqa: E731
+    return GpuCase("routed_attention", "small", True, make, (ours, *others), targets, part="attention", **options)
+
+
+def measured(case, graph_of=lambda call, device: call):
+    seconds = iter(range(1, 10_000))
+    return gpu_run.measured(case, CPU, lambda call, repeats: float(next(seconds)), 0.0, graph_of, lambda *_: 3 * MIB)
+
+
+EAGER_FORM = Contender("eager", EAGER["routed_attention"], EAGER["routed_attention"])
+
+
+def test_a_row_has_times_peaks_and_verdicts():
+    row = measured(case_with(EAGER_FORM, targets=[Target("eager", 1e9)], peak_at_most=2 * MIB))
+    assert row["failure"] is None and row["pass"] == "forward + backward" and row["backend"] == "cpu"
+    assert set(row["contenders"]) == {OURS, "eager"}
+    for found in row["contenders"].values():
+        assert found["milliseconds"]["median"] > 0 and found["replayed"] and found["peak_bytes"] == 3 * MIB
+    assert row["targets"] == [{"against": "eager", "at_most": 1e9, "met": True}]
+    assert row["peak_target"] == {"at_most_bytes": 2 * MIB, "met": False}
+    json.dumps(row)
+
+
+def test_a_wrong_contender_has_no_time_and_ours_keeps_its_own():
+    wrong = Contender("wrong", lambda **x: 1.001 * EAGER["routed_attention"](**x), EAGER["routed_attention"])
+    row = measured(case_with(wrong, EAGER_FORM, targets=[Target("wrong", 1.0)]))
+    assert set(row["contenders"]["wrong"]) == {"failure"} and "RMS error" in row["contenders"]["wrong"]["failure"]
+    assert row["targets"][0]["met"] is None and "milliseconds" in row["contenders"][OURS]
+
+
+def test_nothing_is_timed_where_ours_is_wrong(monkeypatch):
+    case = case_with(EAGER_FORM)
+    wrong = Contender(OURS, lambda **x: EAGER["routed_attention"](**x) * torch.nan, EAGER["routed_attention"])
+    row = measured(GpuCase(case.op, case.name, True, case.make_arguments, (wrong, EAGER_FORM), part="attention"))
+    assert row["failure"].startswith(f"{OURS}: output") and "milliseconds" not in json.dumps(row)
+
+
+def test_the_reference_is_not_measured_as_ours():
+    with rk.backend("reference"):
+        row = measured(case_with(EAGER_FORM))
+    assert row["failure"].startswith("no kernel runs here: ") and "triton" in row["failure"]
+
+
+def missing(**arguments):
+    raise Unavailable("no such package")
+
+
+def test_a_missing_package_is_named():
+    row = measured(case_with(Contender("peer", missing, EAGER["routed_attention"])))
+    assert row["contenders"]["peer"] == {"unavailable": "no such package"}
+
+
+@pytest.mark.parametrize("uncapturable", ["eager", OURS])
+def test_what_no_graph_holds_is_compared_called(uncapturable):
+    failing = iter([uncapturable == OURS, uncapturable == "eager"])
+
+    def graph_of(call, device):
+        if next(failing):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return call
+
+    row = measured(case_with(EAGER_FORM), graph_of)
+    assert row["contenders"]["eager"]["replayed"] is False and row["contenders"]["eager"]["why_not_replayed"]
+    assert row["contenders"][OURS]["replayed"] is (uncapturable == "eager")
+    assert "our_time_over_its" in row["contenders"]["eager"]
+
+
+def test_launch_costs_of_every_op():
+    rows = list(gpu_run.launch_rows(CPU, lambda call, device: call() is None or 5e-6))
+    assert {row["op"] for row in rows} == set(OPS)
+    assert all(row["host_microseconds"] == 5.0 and row["backend"] == "cpu" for row in rows)
+    assert [row["pass"] for row in rows if row["op"] == "routed_attention"] == ["forward", "forward + backward"]
+
+
+# ---- profiles and tables -------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    def __init__(self, name, microseconds):
+        self.name, self.time_range = name, self
+        self.elapsed_us = lambda: microseconds
+
+
+def test_kernel_times_are_medians_of_sums():
+    profiles = [[Kernel("a", 1), Kernel("a", 2), Kernel("b", 9)], [Kernel("a", 5)], [Kernel("a", 4), Kernel("b", 7)]]
+    assert gpu_profile.kernel_times(profiles) == [
+        {"kernel": "b", "microseconds": 8, "calls": 1},
+        {"kernel": "a", "microseconds": 4, "calls": 1},
+    ]
+
+
+def test_every_op_is_profiled_in_each_pass():
+    cases = {case.op: case for case in gpu_profile.headline_cases()}
+    assert set(cases) == set(OPS)
+    assert "N = S" in cases["ms_deform_attn"].name and cases["routed_attention"].name.startswith("B 16 N 1100")
+    small = case_with()
+    arguments = small.arguments_on(CPU)
+    for direction, prepare in gpu_profile.passes(small, arguments).items():
+        assert prepare()() is not None, direction
+
+
+def profile_of(floor):
+    kernels = [{"kernel": "forward_kernel", "microseconds": 40.0, "calls": 1}]
+    return gpu_profile.profile_row(case_with(), "forward", kernels, floor)
+
+
+def test_share_of_the_floor():
+    floor = {"chip": "H100", "microseconds": 30.0, "bound_by": ["special"]}
+    assert profile_of(floor)["floor_over_time"] == 0.75
+    assert profile_of(None)["floor_over_time"] is None
+
+
+RESULTS = {
+    "commit": "0123456789abcdef", "dirty": False, "date": "2026-01-02T03:04:05+00:00", "versions": {"torch": "2.13.0"},
+    "gpu": {"name": "a GPU", "triton": "3.7.1", "driver": "580"}, "parts": {"tests": {"status": "done", "seconds": 3}},
+    "ceilings": [{"what": "copy, bytes a second", "rate": 3e12}],
+    "launch": [{"op": "routed_attention", "pass": "forward", "backend": "triton", "host_microseconds": 31.25}],
+}  # fmt: skip
+
+
+def results_with(*rows, **others):
+    floor = {"chip": "H100", "microseconds": 30.0, "bound_by": ["special"]}
+    tests = {"passed": 2, "failed": [], "skipped": {"no second GPU": 3}}
+    return {**RESULTS, "speed": list(rows), "profiles": [profile_of(floor)], "tests": tests, **others}
+
+
+@pytest.mark.parametrize("layout", [gpu_tables.aligned, markdown])
+def test_tables_show_everything(layout):
+    peer = Contender("peer", missing, EAGER["routed_attention"])
+    wrong = Contender("wrong", lambda **x: EAGER["routed_attention"](**x) * 2, EAGER["routed_attention"])
+    case = case_with(EAGER_FORM, peer, wrong, targets=[Target("eager", 1e-9), Target("peer", 1.0)], peak_at_most=MIB)
+    page = gpu_tables.text(results_with(measured(case)), layout)
+    for part in ("a GPU", "MISSED", "not measured", "not there", "no such package", "FAILED", "at most 1: MISSED"):
+        assert part in page, part
+    for part in ("forward_kernel 40.0", "0.75", "31.2", "copy", "2 passed, 0 failed, 3 skipped", "no second GPU"):
+        assert part in page, part
+
+
+def test_what_counts_as_failed():
+    right = measured(case_with(EAGER_FORM, targets=[Target("eager", 1e-9)]))
+    assert not gpu_tables.failed(results_with(right))
+    assert gpu_tables.failed(results_with({**right, "failure": "wrong"}))
+    assert gpu_tables.failed(results_with(right, parts={"tests": {"status": "stopped after 3 s", "seconds": 3}}))
+    assert gpu_tables.failed(results_with(tests={"passed": 0, "failed": [{"test": "a"}], "skipped": {}}))
+
+
+def test_tables_from_a_file(tmp_path, capsys):
+    (tmp_path / "gpu.json").write_text(json.dumps(results_with()))
+    assert gpu_tables.main([str(tmp_path / "gpu.json"), "--markdown"]) == 0
+    assert "| op | case |" in capsys.readouterr().out
+
+
+def test_parts_of_the_cases():
+    assert parts() == ["attention", "flex", *SAMPLED_BY, "query_similarity"]
