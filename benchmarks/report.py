@@ -10,18 +10,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .codebases import BEFORE
 from .registry import OURS
 
 PICTURES = ("speed.png", "memory.png")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+DROP_INS_BEGIN, DROP_INS_END = "<!-- drop-ins: begin -->", "<!-- drop-ins: end -->"
 Row = Mapping[str, Any]
+
+
+def is_of_drop_ins(results: Row) -> bool:
+    """Whether these are the results of `benchmarks.drop_ins`, not those of `benchmarks.run`."""
+    return "codebases" in results
 
 
 def _milliseconds(contender: Row) -> str:
     if "unavailable" in contender:
         return "not installed"
-    times = contender["milliseconds"]
-    return f"{times['median']:.3g} ms ({times['min']:.3g} to {times['max']:.3g})"
+    median, least, most = (_three_digits(contender["milliseconds"][part]) for part in ("median", "min", "max"))
+    return f"{median} ms ({least} to {most})"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
 
 
 def _verdict(met: bool | None) -> str:
@@ -87,6 +98,35 @@ def memory_cells(rows: Iterable[Row]) -> list[list[str]]:
     return table
 
 
+DROP_INS_HEAD = ["codebase", "model", "a step sees", "with", "before", "after", "after / before"]
+DROP_INS_HEAD += ["memory before", "memory after"]
+
+
+def _step_megabytes(contender: Row) -> str:
+    return f"{(contender['peak_bytes'] - contender['before_bytes']) / 1e6:.0f} MB"
+
+
+def drop_in_cells(rows: Iterable[Row]) -> list[list[str]]:
+    """As `DROP_INS_HEAD`: a line for each way to apply; one for a codebase that is missing or failed."""
+    table = []
+    for row in rows:
+        start = [row["codebase"], row["model"], row["inputs"]]
+        reason = row["failure"] or row["unavailable"]
+        if reason:
+            state = "failed, not timed" if row["failure"] else "not installed"
+            table.append([*start, "", state, reason.splitlines()[0], "", "", ""])
+            continue
+        before = row["contenders"][BEFORE]
+        for name, after in row["contenders"].items():
+            if name == BEFORE:
+                continue
+            over = after["its_time_over_before"]
+            quotient = f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})"
+            times = [_milliseconds(before), _milliseconds(after), quotient]
+            table.append([*start, f"`{name}`", *times, _step_megabytes(before), _step_megabytes(after)])
+    return table
+
+
 def aligned(head: Sequence[str], table: Sequence[Sequence[str]]) -> str:
     """Columns for a terminal."""
     widths = [max(len(cells[column]) for cells in [head, *table]) for column in range(len(head))]
@@ -113,7 +153,9 @@ def origin(results: Row) -> str:
 
 
 def text(results: Row) -> str:
-    """Both tables for a terminal."""
+    """The tables for a terminal."""
+    if is_of_drop_ins(results):
+        return "\n".join([origin(results), "", aligned(DROP_INS_HEAD, drop_in_cells(results["codebases"]))])
     parts = [origin(results), "", aligned(SPEED_HEAD, speed_cells(results["speed"]))]
     if results["memory"]:
         parts += ["", aligned(MEMORY_HEAD, memory_cells(results["memory"]))]
@@ -121,7 +163,12 @@ def text(results: Row) -> str:
 
 
 def readme_section(results: Row, link: str) -> str:
-    """What stands between the marks of the README: the rows that have a target or failed, and a link to the JSON."""
+    """What stands between the marks of the README, the marks included, and a link to the JSON.
+
+    Of the ops the rows that have a target or failed, of the drop-ins those that are installed.
+    """
+    if is_of_drop_ins(results):
+        return _drop_ins_section(results, link)
     held_to = [cells for cells in speed_cells(results["speed"]) if cells[-1] or cells[3].startswith("failed")]
     speed = markdown(SPEED_HEAD, held_to)
     memory = markdown(MEMORY_HEAD, memory_cells(results["memory"]))
@@ -129,16 +176,26 @@ def readme_section(results: Row, link: str) -> str:
     return f"{BEGIN}\n[{origin(results)}]({link}). {left}\n\n{speed}\n\n{memory}\n{END}"
 
 
+def _drop_ins_section(results: Row, link: str) -> str:
+    table = markdown(DROP_INS_HEAD, drop_in_cells(row for row in results["codebases"] if row["unavailable"] is None))
+    meaning = (
+        "A training step is forward, loss and backward; memory is what it adds to its process at the peak. "
+        "Both sides agree in float64, in loss and in every parameter's gradient."
+    )
+    return f"{DROP_INS_BEGIN}\n[{origin(results)}]({link}). {meaning}\n\n{table}\n{DROP_INS_END}"
+
+
 def fill(page: str, section: str) -> str:
-    """The page with its marked section replaced.
+    """The page with a section replaced: what stands between the marks with which the new one begins and ends.
 
     Raises:
         ValueError: the marks are missing.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README: expected the marks {BEGIN} and {END}")
+    begin, *_, end = section.splitlines()
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"README: expected the marks {begin} and {end}")
     return before + section + after
 
 
@@ -175,7 +232,7 @@ def draw(results: Row, folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", type=Path, help="an ops.json")
+    parser.add_argument("results", type=Path, help="an ops.json or drop_ins.json")
     parser.add_argument("--readme", type=Path, help="page whose marked section is filled in")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())

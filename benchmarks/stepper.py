@@ -1,7 +1,6 @@
-"""One detector in a process of its own that takes a training step for every line `step` on its standard input.
+"""One detector in a process of its own, see `benchmarks.worker`: every step gives its seconds, loss and gradient norm.
 
-Its first line is JSON with the loss and the gradient norm of a first step and what was resident before it; the answer
-to `step` has the seconds that it took, to `peak` the greatest resident size. For `benchmarks.training_step`.
+For `benchmarks.training_step`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from route_detr.data import Target
 from route_detr.detector import Detector, parameter_groups
 from route_kernels.testing import EAGER
 
-from .memory import peak_bytes, resident_bytes
+from .worker import serve
 
 STRENGTH, AUX_WEIGHT = 0.3, 0.7  # lambda and alpha at the end of their schedules
 BOXES = 15  # an image
@@ -89,12 +88,7 @@ class Stepper:
 def main() -> None:
     settings: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(settings.pop("threads"))
-    stepper = Stepper(**settings)
-    before = resident_bytes()
-    print(json.dumps({**stepper.step(), "before_bytes": before}), flush=True)
-    for line in sys.stdin:
-        answer = stepper.step() if line.strip() == "step" else {"peak_bytes": peak_bytes()}
-        print(json.dumps(answer), flush=True)
+    serve(Stepper(**settings).step, sys.stdout)
 
 
 if __name__ == "__main__":

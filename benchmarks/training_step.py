@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,13 +18,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from route_detr.run import Run
 
-from .device import RESULTS, ROOT, circumstances
+from .device import RESULTS, circumstances
 from .report import aligned, origin
 from .timing import ratio, spread
+from .worker import Worker
 
 AGREEMENT = 1e-3  # relative, of loss and gradient norm in float32
 PLAIN, PUBLIC = "plain detector, fused ops", "routed, public form: eager ops, two passes"
@@ -55,38 +53,6 @@ class Setting:
 SETTINGS = (Setting(batch=8, image_size=128, queries=60), Setting(batch=2, image_size=256, queries=300))
 
 
-class Worker:
-    """The process of one contender."""
-
-    def __init__(self, name: str, setting: Setting) -> None:
-        choices = {**CONTENDERS[name], **asdict(setting), "threads": torch.get_num_threads()}
-        command = [sys.executable, "-m", "benchmarks.stepper", json.dumps(choices)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-    def answer(self) -> dict[str, float]:
-        """The next line that the process prints.
-
-        Raises:
-            RuntimeError: the process has ended; its message is on standard error.
-        """
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of a training step ended with {self.process.wait()}")
-        return json.loads(line)
-
-    def ask(self, question: str) -> dict[str, float]:
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-
 def disagreement(first: dict[str, dict[str, float]]) -> str | None:
     """What differs between the first steps of the fused and the eager form of one detector, or None."""
     for route in (False, True):
@@ -103,7 +69,10 @@ def measured(setting: Setting, seconds: float) -> dict[str, Any]:
     """One setting: milliseconds and peak memory of each contender; nothing of either where the first steps differ."""
     result = {"setting": setting.title, **asdict(setting), "failure": None, "contenders": {}}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, setting)) for name in CONTENDERS}
+        workers = {
+            name: stack.enter_context(Worker("benchmarks.stepper", {**choice, **asdict(setting)}))
+            for name, choice in CONTENDERS.items()
+        }
         first = {name: worker.answer() for name, worker in workers.items()}
         wrong = disagreement(first)
         if wrong is not None:

@@ -55,17 +55,31 @@ def test_named_paths_exist():
     assert [path for path in paths if not (ROOT / path.replace("<op>", "routed_attention")).exists()] == []
 
 
-def test_figures_are_those_of_the_json_they_link_to():
-    section = README[README.index(report.BEGIN) : README.index(report.END)] + report.END
-    linked = re.search(r"\]\((benchmarks/results/[^)]+\.json)\)", section)
+SECTIONS = {"ops": (report.BEGIN, report.END), "drop-ins": (report.DROP_INS_BEGIN, report.DROP_INS_END)}
+
+
+def section(begin, end):
+    """What stands between two marks, the marks included."""
+    return README[README.index(begin) : README.index(end)] + end
+
+
+@pytest.mark.parametrize("marks", SECTIONS.values(), ids=SECTIONS)
+def test_figures_are_those_of_the_json_they_link_to(marks):
+    if marks[0] not in README:
+        pytest.skip(f"the README has no section {marks[0]}")
+    linked = re.search(r"\]\((benchmarks/results/[^)]+\.json)\)", section(*marks))
     if linked is None:
-        assert not re.search(r"\d ms", section)
+        assert not re.search(r"\d ms", section(*marks))
         return
     results = json.loads((ROOT / linked.group(1)).read_text())
     assert results["dirty"] is False
-    assert report.readme_section(results, linked.group(1)) == section
+    assert report.readme_section(results, linked.group(1)) == section(*marks)
 
 
-def test_nothing_is_measured_outside_the_marked_section():
-    start, end = README.index(report.BEGIN), README.index(report.END)
-    assert not re.search(r"\d ms\b|\d times (as fast|faster)", README[:start] + README[end:])
+def test_nothing_is_measured_outside_the_marked_sections():
+    rest = README
+    for marks in SECTIONS.values():
+        if marks[0] in README:
+            rest = rest.replace(section(*marks), "")
+    assert report.BEGIN not in rest
+    assert not re.search(r"\d ms\b|\d times (as fast|faster)", rest)
