@@ -106,15 +106,26 @@ def row(variant: Variant) -> Row:
     )
 
 
-def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "") -> Iterator[Row]:
-    """Of every variant of these ops on these chips whose name has `matching` in it."""
+def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool = False) -> Iterator[Row]:
+    """Of every variant of these ops on these chips whose name has `matching` in it, or a `few` of them."""
     from route_kernels.triton import variants
 
     for chip in chips:
         for op in ops:
-            for variant in variants.of_op(op, chip):
-                if matching in variant.name:
-                    yield row(variant)
+            found = [variant for variant in variants.of_op(op, chip) if matching in variant.name]
+            yield from map(row, covering(found) if few else found)
+
+
+def covering(variants: Iterable[Variant]) -> Iterator[Variant]:
+    """As few variants as reach every kernel in every dtype, and every entry of the table: those that bring a new one."""
+    seen: set[Any] = set()
+    for variant in variants:
+        kernel = variant.kernel.fn.__name__
+        types = [kind for kind in variant.signature.values() if kind.startswith("*")]
+        reached = {(kernel, entry) for entry in variant.entries} | {(kernel, types[0])}
+        if not reached <= seen:
+            seen |= reached
+            yield variant
 
 
 HEADINGS = (
@@ -164,16 +175,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=sorted(FILES), help="may be repeated [all]")
     parser.add_argument("--chip", action="append", choices=sorted(PROCESSORS), help="may be repeated [%(default)s]")
     parser.add_argument("--match", default="", metavar="TEXT", help="only variants with TEXT in their name")
+    parser.add_argument(
+        "--few", action="store_true", help="only as many as reach every kernel, dtype and entry of the table"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every count there as well")
     args = parser.parse_args(argv)
-    found = list(rows(args.op or FILES, args.chip or CHIPS, args.match))
+    found = list(rows(args.op or FILES, args.chip or CHIPS, args.match, args.few))
     print("\n".join(table(found)))
     faults = sum(bool(row.faults()) for row in found)
     print(f"{len(found)} variants, {faults or 'none'} with faults")
     if args.json:
         import triton
 
-        content = {"triton": triton.__version__, "rows": [asdict(row) for row in found]}
+        content = {"triton": triton.__version__, "rows": [{**asdict(row), "faults": row.faults()} for row in found]}
         args.json.write_text(json.dumps(content, indent=1))
     return 1 if faults else 0
 
