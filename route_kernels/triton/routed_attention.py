@@ -53,7 +53,7 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     grads = [x.new_empty(x.shape) for x in (query, key, value, *factors) if x is not None]
     if 0 in query.shape[:2]:  # no head: no program writes the factors' gradients
         return [grad.zero_() for grad in grads]
-    output_dot = torch.empty_like(lse)
+    output_dot = lse.new_empty(lse.shape)
     inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
     sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2], scale, _limit_log2(limit))
     strides = (*grad_output.stride()[:3], *inputs.strides)

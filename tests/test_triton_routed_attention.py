@@ -1,0 +1,452 @@
+"""Routed attention in Triton, in the interpreter where there is no GPU, against the reference in float64.
+
+Tiles are 16 x 16 there, of two heads at a time: the shapes are small and leave ragged tiles in every dimension.
+"""
+
+import math
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+
+import route_kernels as rk
+from route_kernels.testing import (
+    BAD_INPUTS,
+    call,
+    check_accuracy,
+    converted,
+    map_tensors,
+    named_tensors,
+    outcome,
+    routed_attention_arguments,
+    sample_arguments,
+)
+
+pytest.importorskip("triton")
+
+runs, reason = rk.can_run("routed_attention", "triton", torch.empty(0))
+pytestmark = pytest.mark.skipif(not runs, reason=reason)
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+SHORT = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+SHAPES = {
+    "one pair": dict(queries=1, keys=1, channels=1, rank=1, gate_rank=1, heads=1, batch=1),
+    "one query": dict(queries=1, keys=33, channels=32, rank=16),
+    "one key": dict(queries=17, keys=1, channels=5, rank=2, gate_rank=2, batch=1),
+    "15 x 16": dict(queries=15, keys=16, channels=16, rank=16, gate_rank=4, heads=1),
+    "16 x 17, odd heads": dict(queries=16, keys=17, channels=17, rank=17, gate_rank=5, heads=3, batch=1),
+    "33 x 15": dict(queries=33, keys=15, channels=31, rank=3, gate_rank=1, heads=5, batch=1),
+    "long rows": dict(queries=5, keys=18, channels=128, rank=64, gate_rank=32, batch=1),
+    "uneven rows": dict(queries=18, keys=5, channels=65, rank=33, gate_rank=31, batch=3, heads=1),
+}
+
+
+def on_triton(**arguments):
+    with rk.backend("triton"):
+        return rk.routed_attention(**arguments)
+
+
+def check(arguments):
+    check_accuracy("routed_attention", arguments, on_triton)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_output_and_nine_gradients(sizes, dtype):
+    check(routed_attention_arguments(dtype=dtype, **sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("label", ["plain", "unlimited, bool mask", "float mask, ranges, scale"])
+def test_samples(label, dtype):
+    check(sample_arguments("routed_attention", dtype, batch=1, queries=19)[label])
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3, 1e30])
+def test_limit(limit):
+    check(routed_attention_arguments(batch=1, queries=17, keys=18, limit=limit, dtype=torch.float32))
+
+
+def test_gradients_pass_a_clamp_that_is_just_reached():
+    arguments = routed_attention_arguments(queries=3, keys=4, rank=1, limit=0.0)
+    still = map_tensors({"routing": arguments["routing"]}, lambda x: torch.zeros_like(x).requires_grad_())["routing"]
+    arguments["routing"] = still._replace(sup_k=torch.ones_like(still.sup_k).requires_grad_())
+    grads = outcome(on_triton, arguments, torch.randn(arguments["query"].shape))
+    assert (grads["grad routing.sup_q"] != 0).any()  # r = 0 = limit
+    check(arguments)
+
+
+@pytest.mark.parametrize("dtype", SHORT.values(), ids=SHORT)
+def test_factors_in_float32_beside_a_short_query(dtype):
+    arguments = routed_attention_arguments(
+        batch=1, queries=17, keys=18, rank=16, dtype=dtype, factor_dtype=torch.float32
+    )
+    check(arguments)
+    grads = outcome(on_triton, arguments, torch.ones_like(arguments["query"]))
+    assert grads["grad query"].dtype == dtype and grads["grad routing.sup_q"].dtype == torch.float32
+
+
+def test_suppressors_and_delegators_of_different_rank():
+    arguments = routed_attention_arguments(batch=1, queries=17, keys=18, rank=3)
+    other = routed_attention_arguments(batch=1, queries=17, keys=18, rank=18)["routing"]
+    arguments["routing"] = arguments["routing"]._replace(del_q=other.del_q, del_k=other.del_k)
+    check(arguments)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_scale(scale):
+    check({**routed_attention_arguments(batch=1, queries=17, keys=18), "scale": scale})
+
+
+@contextmanager
+def every_launch(**settings):
+    """The three kernels with these settings, whatever the table says."""
+    from route_kernels.triton import launch
+
+    with ExitStack() as stack:
+        for name in ("forward", "backward_queries", "backward_keys"):
+            stack.enter_context(launch.forced(f"routed_attention_{name}", {**settings, "num_warps": 4}))
+        yield
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(BLOCK_N=16, BLOCK_M=32, HEADS_PER_PROGRAM=1),
+        dict(BLOCK_N=32, BLOCK_M=16, HEADS_PER_PROGRAM=3),
+        dict(BLOCK_N=64, BLOCK_M=64, HEADS_PER_PROGRAM=8),
+    ],
+    ids=str,
+)
+def test_launches_agree(settings):
+    arguments = routed_attention_arguments(queries=33, keys=35, heads=5, batch=1)
+    grad_output = torch.randn(arguments["query"].shape)
+    expected = outcome(on_triton, arguments, grad_output)
+    with every_launch(**settings):
+        for name, result in outcome(on_triton, arguments, grad_output).items():
+            torch.testing.assert_close(result, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+B, H, N, M = 2, 2, 17, 20
+MASK_SHAPES = [(), (M,), (N, 1), (N, M), (H, 1, M), (B, 1, 1, M), (B, 1, N, 1), (1, H, N, M), (B, H, N, M)]
+
+
+def masked_arguments(dtype=torch.float32, **masks):
+    return {**routed_attention_arguments(batch=B, heads=H, queries=N, keys=M, dtype=dtype), **masks}
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("bool_mask", [True, False], ids=["bool", "float"])
+def test_mask_broadcasts(shape, bool_mask):
+    mask = torch.randn(shape)
+    mask = mask < 0.4 if bool_mask else mask.masked_fill(mask > 1.0, -math.inf) if M in shape else mask
+    check(masked_arguments(attn_mask=mask))
+
+
+@pytest.mark.parametrize("bool_mask", [True, False], ids=["bool", "float"])
+def test_mask_of_every_head_of_an_odd_number(bool_mask):
+    mask = torch.randn(3, 17, 18)
+    arguments = routed_attention_arguments(batch=1, heads=3, queries=17, keys=18)
+    check({**arguments, "attn_mask": mask > 0 if bool_mask else mask})
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_mask_of_any_floating_dtype(mask_dtype):
+    check(masked_arguments(attn_mask=torch.randn(N, M).to(mask_dtype)))
+
+
+@pytest.mark.parametrize("bool_mask", [True, False], ids=["bool", "float"])
+def test_mask_of_any_strides(bool_mask):
+    for mask in (torch.randn(H, M, N).transpose(1, 2), torch.randn(B, 1, N + 3, 2 * M)[:, :, 3:, ::2]):
+        assert not mask.is_contiguous()
+        check(masked_arguments(attn_mask=mask > 0 if bool_mask else mask))
+
+
+def test_rows_of_the_lowest_number_are_averages():
+    mask = torch.zeros(N, M)
+    mask[::2] = torch.finfo(torch.float32).min  # as models write "hidden"
+    arguments = masked_arguments(attn_mask=mask)
+    results = outcome(on_triton, arguments, torch.randn(B, H, N, 8))
+    mean = arguments["value"].mean(dim=2, keepdim=True).expand(-1, -1, len(mask[::2]), -1)
+    torch.testing.assert_close(results["output"][:, :, ::2], mean, rtol=1e-5, atol=1e-5)
+    assert all(result.isfinite().all() for result in results.values())
+
+
+def random_ranges(*shape):
+    return torch.randint(-20, M + 20, (*shape, 2, 2)).int()  # also reversed, overlapping and beyond both ends
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(N,), (B, N)], ids=["shared", "per image"])
+def test_key_ranges(shape, dtype):
+    check(masked_arguments(dtype, key_ranges=random_ranges(*shape)))
+
+
+def test_key_ranges_of_any_strides():
+    check(masked_arguments(key_ranges=random_ranges(2 * N, B).transpose(0, 1)[:, ::2]))
+
+
+@pytest.mark.parametrize("mask", [torch.rand(B, H, N, M) > 0.5, torch.randn(B, 1, 1, M)], ids=["bool", "float"])
+def test_both_masks_must_be_passed(mask):
+    check(masked_arguments(attn_mask=mask, key_ranges=random_ranges(B, N)))
+
+
+@pytest.mark.parametrize("interval", [0, 1])
+@pytest.mark.parametrize("key", [0, 15, 16, M - 1])
+def test_one_visible_key_at_the_edge_of_a_tile(key, interval):
+    ranges = torch.zeros(N, 2, 2, dtype=torch.int32)
+    ranges[:, interval] = torch.tensor([key, key + 1])
+    arguments = masked_arguments(key_ranges=ranges)
+    grad_output = torch.randn(B, H, N, 8)
+    results = outcome(on_triton, arguments, grad_output)
+    torch.testing.assert_close(results["output"], arguments["value"][:, :, key : key + 1].expand(-1, -1, N, -1))
+    expected = torch.zeros(B, H, M, 8)
+    expected[:, :, key] = grad_output.sum(dim=2)
+    torch.testing.assert_close(results["grad value"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "intervals swapped"])
+def test_tiles_that_no_query_sees_are_not_read(swapped):
+    """Three groups that see themselves and the last part; NaN in a tile that is computed would reach everything."""
+    size, groups = 16, 3
+    total = (groups + 1) * size
+    ranges = torch.zeros(total, 2, 2, dtype=torch.int32)
+    starts = torch.arange(groups).repeat_interleave(size) * size
+    ranges[: groups * size, 0] = torch.stack([starts, starts + size], dim=-1).int()
+    ranges[:, 1] = torch.tensor([groups * size, total])
+    ranges = ranges.flip(1) if swapped else ranges
+    arguments = routed_attention_arguments(batch=1, heads=1, queries=total, routed=False)
+    grad_output = torch.randn(arguments["query"].shape)
+    expected = outcome(on_triton, {**arguments, "key_ranges": ranges}, grad_output)
+    check({**arguments, "key_ranges": ranges})
+
+    hidden = slice(size, 2 * size)  # the second group, as keys of all others
+    poisoned = converted(arguments, torch.float32)
+    with torch.no_grad():
+        poisoned["value"][:, :, hidden] = math.nan
+        grad_output = grad_output.clone()
+        grad_output[:, :, hidden] = math.nan
+    results = outcome(on_triton, {**poisoned, "key_ranges": ranges}, grad_output)
+    others = [i for i in range(total) if not size <= i < 2 * size]
+    own = [i for i in others if i < groups * size]  # keys of the last part meet the poisoned queries
+    assert torch.equal(results["output"][:, :, others], expected["output"][:, :, others])
+    assert torch.equal(results["grad query"][:, :, others], expected["grad query"][:, :, others])
+    for name in ("grad key", "grad value"):
+        assert torch.equal(results[name][:, :, own], expected[name][:, :, own]), name
+
+
+def hide(how, rows):
+    """Masks that leave no key to the queries where `rows` [N] is True."""
+    ranges = torch.tensor([[0, M], [0, 0]], dtype=torch.int32).repeat(N, 1, 1)
+    may_attend = (~rows).unsqueeze(1).expand(N, M)
+    if how == "bool":
+        return {"attn_mask": may_attend}
+    if how == "float":
+        return {"attn_mask": torch.zeros(N, M).masked_fill(~may_attend, -math.inf)}
+    if how == "ranges":
+        return {"key_ranges": ranges.masked_fill(rows[:, None, None], 7)}
+    first_half = torch.arange(M) < M // 2
+    ranges[rows] = torch.tensor([[M // 2, M], [M, M]], dtype=torch.int32)
+    return {"attn_mask": first_half.expand(N, M) | may_attend, "key_ranges": ranges}
+
+
+@pytest.mark.parametrize("how", ["bool", "float", "ranges", "both"])
+@pytest.mark.parametrize("rows", [torch.arange(N) % 5 == 0, torch.ones(N, dtype=torch.bool)], ids=["some", "all"])
+def test_rows_with_no_key_give_zero_and_zero_gradients(rows, how):
+    arguments = masked_arguments(**hide(how, rows))
+    results = outcome(on_triton, arguments, torch.randn(B, H, N, 8))
+    for name in ("output", "grad query"):
+        assert (results[name][:, :, rows] == 0).all(), name
+    for name in ("grad routing.sup_q", "grad routing.del_q", "grad routing.gate_q"):
+        assert (results[name][:, rows] == 0).all(), name
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    if rows.all():
+        assert all((tensor == 0).all() for tensor in results.values())
+    else:
+        check(arguments)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("how", ["bool", "ranges"])
+def test_poison_in_hidden_keys_does_not_reach_the_output(how, poison):
+    seen = M - 3
+    ranges = torch.tensor([[0, 5], [5, seen]], dtype=torch.int32).repeat(N, 1, 1)
+    masks = {"attn_mask": torch.arange(M) < seen} if how == "bool" else {"key_ranges": ranges}
+    clean = masked_arguments(**masks)
+    poisoned = converted(clean, torch.float32)
+    routing = poisoned["routing"]
+    with torch.no_grad():
+        for tensor in (poisoned["key"], routing.sup_k, routing.del_k, routing.gate_k):
+            tensor[..., seen:, :] = poison
+        torch.testing.assert_close(on_triton(**poisoned), on_triton(**clean), rtol=0, atol=0)
+
+
+# ---- strides, empty dimensions, memory -----------------------------------------------------------------------------
+
+
+def transposed(tensor):
+    return tensor.mT.contiguous().mT
+
+
+def sliced(tensor):
+    return torch.nn.functional.pad(tensor, (3, 2, 1, 1))[..., 1:-1, 3:-2]
+
+
+def as_projected(tensor):
+    """[B, H, N, D] as a view of [B, N, H, D]; factors unchanged."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.dim() == 4 else tensor
+
+
+@pytest.mark.parametrize("view", [transposed, sliced, as_projected])
+def test_views(view):
+    arguments = routed_attention_arguments(queries=5, keys=18, dtype=torch.float16)
+    viewed = map_tensors(arguments, lambda tensor: view(tensor.detach()).requires_grad_())
+    assert any(not tensor.is_contiguous() for _, tensor in named_tensors(viewed))
+    grad_output = torch.randn(2, 2, 5, 8)
+    expected = outcome(on_triton, arguments, grad_output)
+    for name, result in outcome(on_triton, viewed, grad_output).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "grad_output",
+    [torch.ones(()).expand(B, H, N, 8), torch.randn(B, H, 8, N).mT, torch.randn(B, N, H, 8).transpose(1, 2)],
+    ids=["one number", "transposed", "as projected"],
+)
+def test_incoming_gradient_of_any_strides(grad_output):
+    arguments = masked_arguments()
+    contiguous = outcome(on_triton, arguments, grad_output.contiguous())
+    for name, result in outcome(on_triton, arguments, grad_output).items():
+        assert torch.equal(result, contiguous[name]), name
+
+
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "keys", "rank", "gate_rank", "channels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_empty_dimensions(empty, dtype):
+    arguments = {**routed_attention_arguments(dtype=dtype, **{"queries": 5, "keys": 7, empty: 0}), "scale": 0.5}
+    grad_output = torch.ones_like(arguments["query"])
+    results = outcome(on_triton, arguments, grad_output)
+    with rk.backend("reference"):
+        expected = outcome(rk.routed_attention, converted(arguments, torch.float64), grad_output)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(results[name].double(), tensor, rtol=0.02, atol=0.02)
+
+
+GUARD = 64  # elements before and after a buffer
+
+
+@contextmanager
+def guarded_allocations(monkeypatch):
+    """Every new tensor is the middle of a NaN-filled buffer; yields the buffers, whose ends must stay NaN."""
+    buffers = []
+
+    def new_empty(self, shape, dtype=None, **options):
+        if options:  # the interpreter's own
+            return torch.empty(shape, dtype=dtype or self.dtype, **options)
+        buffer = torch.full((math.prod(shape) + 2 * GUARD,), math.nan, dtype=dtype or self.dtype)
+        buffers.append(buffer)
+        return buffer[GUARD : buffer.numel() - GUARD].view(shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        yield buffers
+
+
+@pytest.mark.parametrize("routed", [True, False], ids=["routed", "plain"])
+@pytest.mark.parametrize("rows", [(17, 18), (5, 0), (0, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_element_of_poisoned_outputs_is_written_and_nothing_beside(rows, routed, dtype, monkeypatch):
+    from route_kernels.triton import routed_attention as kernels
+
+    arguments = routed_attention_arguments(
+        batch=1, heads=3, queries=rows[0], keys=rows[1], channels=7, rank=3, routed=routed, dtype=dtype
+    )
+    grad_output = torch.randn(arguments["query"].shape).to(dtype)
+    expected = outcome(on_triton, arguments, grad_output)
+    query, key, value, *factors = (tensor.detach() for _, tensor in named_tensors(arguments))
+    settings = (query, key, value, tuple(factors) or (None,) * 6, 5.0, None, None, 7**-0.5)
+    with guarded_allocations(monkeypatch) as buffers:
+        output, lse = kernels.forward(*settings)
+        grads = kernels.backward(grad_output, output, lse, *settings)
+    assert len(buffers) >= 2 + len(grads) and not lse.isnan().any()
+    for (name, wanted), written in zip(expected.items(), (output, *grads), strict=True):
+        assert torch.equal(written, wanted), name  # NaN equals nothing
+    for buffer in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
+
+
+def test_nothing_of_queries_times_keys_is_allocated(monkeypatch):
+    from route_kernels.triton import routed_attention as kernels
+
+    queries = 128
+    arguments = routed_attention_arguments(batch=1, heads=3, queries=queries, channels=2, rank=2, gate_rank=1)
+    query, key, value, *factors = (tensor.detach() for _, tensor in named_tensors(arguments))
+    settings = (query, key, value, tuple(factors), 5.0, None, None, 0.5)
+    with every_launch(BLOCK_N=64, BLOCK_M=64, HEADS_PER_PROGRAM=2), guarded_allocations(monkeypatch) as buffers:
+        output, lse = kernels.forward(*settings)
+        kernels.backward(query, output, lse, *settings)
+    assert sum(buffer.numel() - 2 * GUARD for buffer in buffers) < queries * queries / 2
+
+
+def test_backward_keeps_inputs_output_and_lse_and_nothing_else():
+    arguments = routed_attention_arguments(queries=5)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = on_triton(**arguments)
+    inputs = {tensor.data_ptr() for _, tensor in named_tensors(arguments)}
+    beyond = [tensor for tensor in kept if tensor.data_ptr() not in inputs | {output.data_ptr()}]
+    assert [tensor.shape for tensor in beyond] == [output.shape[:3]]  # lse
+
+
+def test_repeats_bit_for_bit():
+    arguments = routed_attention_arguments(batch=1, queries=17, keys=18, heads=3)
+    grad_output = torch.randn(arguments["query"].shape)
+    first = outcome(on_triton, arguments, grad_output)
+    for name, result in outcome(on_triton, arguments, grad_output).items():
+        assert torch.equal(result, first[name]), name
+
+
+# ---- large numbers, refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_logits_of_ten_thousands_do_not_overflow(dtype, limit):
+    arguments = routed_attention_arguments(batch=1, queries=9, keys=40, limit=limit, dtype=dtype)
+    larger = map_tensors(arguments, lambda tensor: (tensor.detach() * 64).requires_grad_())
+    larger["value"] = arguments["value"]
+    results = outcome(on_triton, larger, torch.randn(1, 2, 9, 8))
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    with torch.no_grad():
+        check(map_tensors(larger, torch.Tensor.detach))  # the output alone
+
+
+def test_the_running_maximum_moves_from_tile_to_tile():
+    arguments = routed_attention_arguments(queries=17, keys=70, batch=1, heads=1, routed=False)
+    for mask in (torch.linspace(-100.0, 100.0, 70), torch.linspace(100.0, -100.0, 70)):
+        check({**arguments, "attn_mask": mask})
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD_INPUTS if bad.op == "routed_attention"], ids=lambda bad: bad.name)
+def test_bad_inputs(bad):
+    arguments = bad.arguments()
+    runs, _ = rk.can_run("routed_attention", "triton", *(tensor for _, tensor in named_tensors(arguments)))
+    error, message = (bad.error, bad.message) if runs else (rk.BackendUnavailableError, "'triton' was requested but")
+    with rk.backend("triton"), pytest.raises(error, match=message):
+        call(bad.op, arguments)
+
+
+def test_float64_is_refused_with_the_reason():
+    arguments = routed_attention_arguments(queries=3, dtype=torch.float64)
+    with pytest.raises(rk.BackendUnavailableError, match=r"takes float16, bfloat16, float32, got torch\.float64"):
+        on_triton(**arguments)
+
+
+def test_second_derivatives_are_refused():
+    arguments = routed_attention_arguments(queries=3)
+    (grad,) = torch.autograd.grad(on_triton(**arguments).sum(), arguments["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        torch.autograd.grad(grad.sum(), arguments["key"])
