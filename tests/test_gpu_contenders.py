@@ -28,25 +28,39 @@ def by_score_mod(score_mod_of):
         b, h, i, j = (torch.arange(size) for size in (*query.shape[:3], key.shape[2]))
         indices = (b[:, None, None, None], h[:, None, None], i[:, None], j)
         scores = query @ key.mT / math.sqrt(query.shape[-1])
-        return torch.softmax(score_mod_of(routing)(scores, *indices), dim=-1) @ value
+        return torch.softmax(score_mod_of(CAPTURED[score_mod_of](routing))(scores, *indices), dim=-1) @ value
 
     return attend
 
 
-SCORE_MODS = [gpu_contenders.factored_score_mod, gpu_contenders.looked_up_score_mod]
+CAPTURED = {
+    gpu_contenders.factored_score_mod: lambda routing: routing,
+    gpu_contenders.looked_up_score_mod: gpu_contenders._bias,
+}
 
 
-@pytest.mark.parametrize("score_mod_of", SCORE_MODS)
+@pytest.mark.parametrize("score_mod_of", CAPTURED)
 @pytest.mark.parametrize("limit", [5.0, 0.5])
 def test_score_mods_are_the_bias_and_its_gradients(score_mod_of, limit):
     check_accuracy("routed_attention", routed_attention_arguments(limit=limit, **SMALL), by_score_mod(score_mod_of))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("contender", [gpu_contenders.FLEX_FACTORED, gpu_contenders.FLEX_LOOKED_UP])
+def test_compiled_flex_attention_forward(contender):
+    sizes = dict(batch=1, heads=2, queries=300, channels=32, rank=16, gate_rank=3)
+    arguments = map_tensors(routed_attention_arguments(**sizes), torch.Tensor.detach)
+    with torch.no_grad():
+        output = contender.call(**arguments)
+    torch.testing.assert_close(output, EAGER["routed_attention"](**arguments), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("score_mod_of", SCORE_MODS)
+@pytest.mark.parametrize("score_mod_of", CAPTURED)
 def test_flex_attention_takes_them(score_mod_of):
     arguments = map_tensors(routed_attention_arguments(**SMALL), torch.Tensor.detach)
-    output = gpu_contenders._flex(score_mod_of)(**arguments)
+    captured = CAPTURED[score_mod_of](arguments["routing"])
+    output = gpu_contenders._flex(score_mod_of)(*(arguments[name] for name in ("query", "key", "value")), captured)
     torch.testing.assert_close(output, EAGER["routed_attention"](**arguments), rtol=1e-5, atol=1e-5)
 
 
