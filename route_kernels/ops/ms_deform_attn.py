@@ -186,8 +186,20 @@ def _cpu_backward(grad_output, value, spatial_shapes, starts, locations, weights
     )
 
 
-_FORWARD = {"cpu": _cpu_forward}
-_BACKWARD = {"cpu": _cpu_backward}
+def _triton_forward(*inputs):
+    from ..triton.ms_deform_attn import forward
+
+    return forward(*inputs)
+
+
+def _triton_backward(grad_output, *inputs_and_grads):
+    from ..triton.ms_deform_attn import backward
+
+    backward(grad_output, *inputs_and_grads)
+
+
+_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
+_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):

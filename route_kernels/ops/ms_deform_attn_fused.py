@@ -208,8 +208,20 @@ def _cpu_backward(
     return grads
 
 
-_FORWARD = {"cpu": _cpu_forward}
-_BACKWARD = {"cpu": _cpu_backward}
+def _triton_forward(*inputs):
+    from ..triton.ms_deform_attn_fused import forward
+
+    return forward(*inputs)
+
+
+def _triton_backward(grad_output, *inputs):
+    from ..triton.ms_deform_attn_fused import backward
+
+    return backward(grad_output, *inputs)
+
+
+_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
+_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):

@@ -67,18 +67,23 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
         Entry(_settings(4, 2, BLOCK_N=32, BLOCK_M=64, HEADS_PER_PROGRAM=2)),
     ),
+    # a row of value is read 16 bytes a thread, by the threads of one warp: nothing to exchange, no barrier
     "ms_deform_attn_forward": (
         Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_BYTES=4096, UNROLL=4), architectures=("gfx942",)),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=4), at_most={"rows": 32768}),
-        Entry(_settings(4, 1, BLOCK_BYTES=2048, UNROLL=4)),
+        Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=2), architectures=("gfx942",)),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=4)),
     ),
     "ms_deform_attn_backward": (
         Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_BYTES=4096, UNROLL=2), architectures=("gfx942",)),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=2), at_most={"rows": 32768}),
-        Entry(_settings(4, 1, BLOCK_BYTES=2048, UNROLL=2)),
+        Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=("gfx942",)),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=2)),
     ),
-    "ms_deform_attn_gather": (Entry(_settings(1, 1, BLOCK_T=16)),),
-    "softmax_adjoint": (Entry(_settings(4, 1, BLOCK_NK=1024)),),
+    "ms_deform_attn_gather": (
+        Entry(_settings(1, 1, BLOCK_T=4), architectures=(INTERPRETER,)),
+        Entry(_settings(1, 1, BLOCK_T=16)),
+    ),
+    "softmax_adjoint": (
+        Entry(_settings(4, 1, BLOCK_NK=128), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_NK=1024)),
+    ),
 }
