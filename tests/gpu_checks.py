@@ -28,7 +28,7 @@ def public(op: str) -> Function:
 
 
 def placed(arguments: Arguments, device: torch.device | str) -> Arguments:
-    """New leaves with the same values and strides on `device`."""
+    """New leaves with the same values on `device`."""
     return map_tensors(arguments, lambda x: x.detach().to(device, copy=True).requires_grad_(x.requires_grad))
 
 

@@ -3,6 +3,10 @@
 `python -m pytest -m gpu`; skipped where PyTorch finds no GPU. What is checked is in gpu_checks.py.
 """
 
+import fcntl
+import os
+import tempfile
+
 import gpu_checks
 import pytest
 import test_ms_deform_attn
@@ -151,6 +155,15 @@ def test_memory_is_linear_in_the_queries(op, backend):
     )  # fmt: skip
 
 
+@pytest.fixture
+def most_of_the_gpu():
+    """One such test at a time, also in several processes; its memory goes back afterwards."""
+    with open(os.path.join(tempfile.gettempdir(), "route-kernels-gpu-tests.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 def need_free(gigabytes):
     free = torch.cuda.mem_get_info(DEVICE)[0] / 1e9
     if free < gigabytes:
@@ -158,7 +171,7 @@ def need_free(gigabytes):
 
 
 @each_op
-def test_images_beyond_32_bit_addresses(op, backend):
+def test_images_beyond_32_bit_addresses(op, backend, most_of_the_gpu):
     need_free(6)
     gpu_checks.check_beyond_32_bits(op, gpu_checks.public(op), detector_sized(op, torch.bfloat16, backend, 70, batch=2))
 
@@ -172,7 +185,7 @@ MANY = {  # more than 2^31 elements in the largest tensor, and more images than 
 
 
 @each_op
-def test_more_than_2_31_elements(op, backend):
+def test_more_than_2_31_elements(op, backend, most_of_the_gpu):
     sizes, gigabytes = MANY[op]
     need_free(gigabytes)
     few = MAKE[op](dtype=torch.bfloat16, **sizes | dict(batch=1))
