@@ -99,19 +99,9 @@ class QueryRouter(nn.Module):
         if similarity is None:
             similarity = query_similarity(query.detach())
         x = self._gate_input(query, similarity=similarity, confidence=confidence, geometry=geometry)
-
-        z = self.router_phi(query)
-        factors = [u(z) for u in (self.router_U_sup, self.router_V_sup, self.router_U_del, self.router_V_del)]
-        if self.nonnegative:
-            factors = [F.softplus(factor) for factor in factors]
-        sup_q, sup_k, del_q, del_k = factors
-        scale = strength / math.sqrt(self.rank)
-        sup_q = sup_q * (-scale * F.softplus(self.router_gamma_sup)).to(sup_q.dtype)
-        del_q = del_q * (scale * F.softplus(self.router_gamma_del)).to(del_q.dtype)
-        gate = self.selector_a.weight.mT @ self.selector_b.weight  # [3, 3]
-        gate_q = (x @ gate).to(sup_q.dtype)
-        limit = None if self.limit is None else self.limit * strength
-        return RoutingFactors(sup_q, sup_k, del_q, del_k, gate_q, x.to(sup_q.dtype), limit)
+        return routing_factors(
+            self, query, x, rank=self.rank, limit=self.limit, strength=strength, nonnegative=self.nonnegative
+        )
 
     def _gate_input(self, query: torch.Tensor, **features: torch.Tensor | None) -> torch.Tensor:
         columns = []
@@ -124,6 +114,43 @@ class QueryRouter(nn.Module):
                 )
             columns.append(feature.detach().to(self.selector_a.weight.dtype))
         return torch.stack(columns, dim=-1)
+
+
+def routing_factors(
+    router: nn.Module,
+    query: torch.Tensor,
+    features: torch.Tensor,
+    *,
+    rank: int,
+    limit: float | None,
+    strength: float,
+    nonnegative: bool = False,
+) -> RoutingFactors:
+    """The factors of strength * clamp(p gamma_sup D_sup + (1 - p) gamma_del D_del, -limit, limit) of a router.
+
+    Args:
+        router: a `QueryRouter`, or a module with the layers of one.
+        query: [B, N, C], content and position already summed.
+        features: [B, N, 3], the gate's input, without gradient.
+        rank, limit, nonnegative: as `QueryRouter`.
+        strength: lambda; it scales what is clamped, so it folds into the factors and the limit.
+
+    Returns:
+        RoutingFactors with sup_q, sup_k, del_q, del_k [B, N, rank] and gate_q, gate_k [B, N, 3].
+    """
+    z = router.router_phi(query)
+    factors = [u(z) for u in (router.router_U_sup, router.router_V_sup, router.router_U_del, router.router_V_del)]
+    if nonnegative:
+        factors = [F.softplus(factor) for factor in factors]
+    sup_q, sup_k, del_q, del_k = factors
+    dtype = sup_q.dtype
+    scale = strength / math.sqrt(rank)
+    sup_q = sup_q * (-scale * F.softplus(router.router_gamma_sup)).to(dtype)
+    del_q = del_q * (scale * F.softplus(router.router_gamma_del)).to(dtype)
+    features = features.to(router.selector_a.weight.dtype)
+    gate_q = features @ (router.selector_a.weight.mT @ router.selector_b.weight)  # the matrix is [3, 3]
+    limit = None if limit is None else limit * strength
+    return RoutingFactors(sup_q, sup_k, del_q, del_k, gate_q.to(dtype), features.to(dtype), limit)
 
 
 class RoutedSelfAttention(nn.Module):
