@@ -33,7 +33,10 @@ if find_spec("torchvision") is not None:
 
 
 def check_one_model_alone(integration, build, inputs):
-    """apply(model) changes that model: no other, not the package; copies keep it, a pickle does without it."""
+    """apply(model) changes that model: no other, not the package; copies keep it, a pickle can be replaced anew.
+
+    A forward that other code put into the model stays.
+    """
     model, other = build(), build()
     other.load_state_dict(model.state_dict())
     original = training_step(other, inputs)
@@ -46,6 +49,15 @@ def check_one_model_alone(integration, build, inputs):
         pickled = pickle.dumps(model)
         assert b"route_kernels" not in pickled
         unpickled = pickle.loads(pickled)
+        again = integration.apply(copy.deepcopy(model), verbose=False)
+        assert {entry.reason for entry in again.left} == {"already replaced by an earlier apply()"}
+    with integration.apply(unpickled, verbose=False) as anew:
+        assert len(anew.replaced) == len(report.replaced)
+    for module in other.modules():
+        module.forward = lambda *args, own=module.forward, **kwargs: own(*args, **kwargs)
+    with integration.apply(other, verbose=False) as hooked:
+        assert not hooked.replaced and len(hooked.left) == len(report.replaced)
+        assert all(entry.reason.startswith("other code has replaced its forward") for entry in hooked.left)
     with counted_calls() as counts:
         for candidate in (model, unpickled):
             assert_agree(training_step(candidate, inputs), original, tolerance=0)

@@ -279,8 +279,11 @@ def test_copies_and_pickles_of_a_fused_model():
     with counted_calls() as counts:
         assert torch.equal(average(**inputs), expected), "a copy computes with its own parameters"
     assert counts == {"ms_deform_attn_fused": 2}
-    assert [entry.name for entry in deformable_detr.apply(average, verbose=False).replaced] == []
-    assert_agree({"output": pickle.loads(pickle.dumps(average))(**inputs)}, {"output": expected})
+    again = deformable_detr.apply(average, verbose=False)
+    assert not again.replaced and "already replaced by an earlier apply()" in {entry.reason for entry in again.left}
+    unpickled = pickle.loads(pickle.dumps(average))
+    assert_agree({"output": unpickled(**inputs)}, {"output": expected})
+    assert len(deformable_detr.apply(unpickled, verbose=False).replaced) == 2
 
 
 class OtherBoxes(MSDeformAttn):
@@ -327,7 +330,7 @@ def test_a_forward_that_other_code_replaced_is_left_alone():
     model.points.forward = lambda *arguments: arguments[0]
     report = deformable_detr.apply(model, verbose=False)
     assert {entry.name: entry.reason for entry in report.left} == {
-        "points": "other code has replaced the forward of this module"
+        "points": "other code has replaced its forward: apply() first, that code afterwards"
     }
 
 

@@ -1,11 +1,15 @@
 """What an apply() replaced is told, and reverted exactly, whatever happened in between."""
 
+import copy
+import gc
 import types
+import weakref
+from types import MethodType
 
 import pytest
 import torch
 
-from route_kernels.integrations.report import Report, applying, is_replaced, revert_all
+from route_kernels.integrations.report import Report, applying, is_replaced, replaced_by_others, revert_all
 
 
 class Attention(torch.nn.Module):
@@ -111,6 +115,45 @@ def test_nested_reports_of_different_names_revert_in_any_order(module, first_rev
     reports.pop(first_reverted).revert()
     reports.pop().revert()
     assert vars(module) == originals
+
+
+@pytest.mark.parametrize("reported", [False, True], ids=["", "its report is kept"])
+def test_a_replaced_module_may_be_dropped(reported):
+    one = Attention()
+    one.forward = one.forward  # as a model is unpickled whose forward was replaced
+    report = apply((one, "core"))
+    with applying("somebody's", verbose=False) as bound:
+        bound.replace(one, "forward", MethodType(replacement, one), name="forward", op="ms_deform_attn")
+    gone, reports = weakref.ref(one), [report, bound] if reported else []
+    del one, report, bound
+    gc.collect()
+    assert gone() is None
+    revert_all("somebody's")
+    for report in reports:
+        report.revert()
+
+
+def test_a_method_that_was_bound_already_comes_back():
+    one = Attention()
+    one.forward = original = one.forward
+    with applying("somebody's", verbose=False) as report:
+        report.replace(one, "forward", MethodType(lambda self: "ours", one), name="forward", op="ms_deform_attn")
+    assert one() == "ours" and not replaced_by_others(one)
+    report.revert()
+    assert vars(one)["forward"] == original and one() == "original"
+
+
+def test_copies_are_replaced_and_what_others_did_is_theirs():
+    one, others = Attention(), Attention()
+    ours = MethodType(lambda self: "ours", one)
+    with applying("somebody's", verbose=False) as report:
+        report.replace(one, "forward", ours, name="forward", op="ms_deform_attn")
+    twin = copy.deepcopy(one)
+    report.revert()
+    assert one() == "original" and twin() == "ours" and not replaced_by_others(twin)
+    assert apply((twin, "forward")).left[0].reason == "already replaced by an earlier apply()"
+    others.forward = lambda: "theirs"
+    assert replaced_by_others(others) and not replaced_by_others(one)
 
 
 def test_the_same_name_may_be_replaced_again_after_a_revert(module):

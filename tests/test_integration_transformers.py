@@ -1,6 +1,7 @@
 """transformers on our ops: every family's outputs, gradients and calls, and what apply() reports and reverts."""
 
 import copy
+import pickle
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -195,15 +196,22 @@ def test_an_op_that_fails_is_not_papered_over(family, monkeypatch):
 def test_a_copy_of_a_replaced_model_is_its_own(family):
     model, inputs = model_and_inputs(family)
     with quietly(model):
-        copied = copy.deepcopy(model)
+        copied, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
         with counted_calls() as counts:
             found = training_step(copied, inputs)
+        assert {entry.reason for entry in quietly(copied).left} == {"already replaced by an earlier apply()"}
     assert dict(counts) == {"ms_deform_attn_fused": EXAMPLES[family].calls}
     original, _ = model_and_inputs(family)
     assert_agree(found, training_step(original, inputs))
+    with counted_calls() as counts:
+        assert_agree(training_step(unpickled, inputs), training_step(original, inputs), tolerance=0)
+        assert not counts
+        with quietly(unpickled):
+            assert_agree(training_step(unpickled, inputs), found, tolerance=0)
+    assert dict(counts) == {"ms_deform_attn_fused": EXAMPLES[family].calls}
 
 
 def test_every_family_at_once_and_back():
@@ -242,7 +250,7 @@ def test_what_cannot_be_reached_is_said():
         }
     model, _ = model_and_inputs("rt_detr")
     modules = attention_modules(model, "rt_detr")
-    modules[0].forward = modules[0].forward
+    modules[0].forward = lambda *args, own=modules[0].forward, **kwargs: own(*args, **kwargs)
     with quietly(model) as report:
         assert [entry.reason for entry in report.left] == [
             "other code has replaced its forward: apply() first, that code afterwards"

@@ -12,9 +12,9 @@ from torch import nn
 from ..nn import QueryRouter
 from ..ops.query_similarity import query_similarity
 from ..ops.routed_attention import routed_attention
-from .attention_modules import KINDS, SelfAttentionKind, groups_as_batch, kind_of
-from .report import Replaced, Report
+from .report import Replaced, Report, replaced_by_others
 from .routing_context import RoutingSettings, active_settings, in_unknown_recomputation
+from .self_attention import KINDS, SelfAttentionKind, groups_as_batch, kind_of
 
 
 class AddedRouting(Report):
@@ -70,8 +70,12 @@ def add_routing(
     Raises:
         ValueError: nothing matches that can be routed (the message lists what could be), or a matched module drops
             attention weights: set its dropout to 0 first.
-        TypeError: an unknown router option.
+        TypeError: `model` is no module, `self_attn` no string, or a router option unknown.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"add_routing: model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(self_attn, str):
+        raise TypeError(f"add_routing: self_attn: expected a pattern of module names, got {type(self_attn).__name__}")
     added = AddedRouting()
     matched = {name: module for name, module in model.named_modules() if _matches(name, self_attn)}
     accepted = []
@@ -193,7 +197,7 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is no self-attention that is known here"
-    if "forward" in vars(module):
+    if replaced_by_others(module):
         return "its forward has been replaced by other code; add routing before that"
     if hasattr(module, "router"):
         return "it has an attribute called router"

@@ -7,17 +7,15 @@ report = apply(model)                       # then, this model's attention modul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from ..ops.ms_deform_attn import OP, ms_deform_attn
-from .attention_module import has_kernel, replace_function, sample
+from ..ops.ms_deform_attn import ms_deform_attn
 from .convention import Convention, fuse
+from .deformable_attention import plain_or_original, replace_function, sample
 from .extension import replace_functions
 from .report import Report, applying, revert_all
 
@@ -37,7 +35,7 @@ def forward(
     level_start_index: torch.Tensor,
     key_padding_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`MultiScaleDeformableAttention.forward` by the fused op; where no kernel runs it stays what it is.
+    """`MultiScaleDeformableAttention.forward` by the fused op.
 
     Args:
         query: [B, N, C].
@@ -49,10 +47,6 @@ def forward(
     Returns:
         [B, N, C].
     """
-    if not has_kernel("ms_deform_attn_fused", query):
-        return type(self).forward(
-            self, query, reference_points, value, spatial_shapes, level_start_index, key_padding_mask
-        )
     return sample(self, query, reference_points, value, spatial_shapes, key_padding_mask, heads=self.num_heads)
 
 
@@ -77,7 +71,7 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
     bindings = _bindings()
     with applying(CODEBASE, verbose=verbose) as report:
         original = getattr(bindings, FUNCTION)
-        replace_function(report, original, _plain_form(original))
+        replace_function(report, original, plain_or_original(multi_scale_deformable_attn_pytorch, original))
         if getattr(bindings, EXTENSION, None) is not None:
             replace_functions(report, getattr(bindings, EXTENSION), f"{MODULE}.{EXTENSION}")
         if model is not None:
@@ -103,18 +97,11 @@ def _bindings() -> ModuleType:
     return bindings
 
 
-def _plain_form(original: Callable) -> Callable:
-    """`ms_deform_attn` with the arguments of `original`, which is called where no kernel of ours runs."""
-
-    @wraps(original)
-    def multi_scale_deformable_attn_pytorch(
-        value: torch.Tensor,  # [B, S, H, D]
-        value_spatial_shapes: torch.Tensor,  # [L, 2]
-        sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
-        attention_weights: torch.Tensor,  # [B, N, H, L, P]
-    ) -> torch.Tensor:
-        if not has_kernel(OP, value):
-            return original(value, value_spatial_shapes, sampling_locations, attention_weights)
-        return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
-
-    return multi_scale_deformable_attn_pytorch
+def multi_scale_deformable_attn_pytorch(
+    value: torch.Tensor,  # [B, S, H, D]
+    value_spatial_shapes: torch.Tensor,  # [L, 2]
+    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
+    attention_weights: torch.Tensor,  # [B, N, H, L, P]
+) -> torch.Tensor:
+    """`ms_deform_attn` with the arguments of their function of this name."""
+    return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .. import backends
-from .attention_module import FUSED
-from .report import Report
+from .deformable_attention import FUSED, forward_or_original
+from .report import REPLACED_BY_OTHERS, Report, replaced_by_others
 
 LINEAR_LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 EXAMPLE_LEVELS = ((4, 5), (3, 2), (2, 3), (1, 2))
@@ -60,25 +60,12 @@ def fuse(report: Report, model: nn.Module, convention: Convention) -> None:
         found = True
         reason = _reason_to_leave(module, convention)
         if reason is None:
-            replacement = MethodType(convention.forward, module)
-            report.replace(module, "forward", replacement, name=name or type(module).__name__, op=FUSED)
+            forward = MethodType(forward_or_original(convention.forward, type(module).forward), module)
+            report.replace(module, "forward", forward, name=name or type(module).__name__, op=FUSED)
         else:
             report.leave(name or type(module).__name__, reason)
     if not found:
         report.leave(type(model).__name__, "no module in it has a linear layer `sampling_offsets`")
-
-
-def replaced_by_others(module: nn.Module, *ours: Callable) -> str | None:
-    """Why the forward of this very module must stay: it is ours already, or somebody's; None where it is its class's.
-
-    A copy of a model (`copy.deepcopy`, for an average of the weights) has the replacements of the original.
-    """
-    own = vars(module).get("forward")
-    if own is None or getattr(own, "__func__", own) is type(module).forward:
-        return None
-    if getattr(own, "__func__", own) in ours:
-        return "already replaced by an earlier apply()"
-    return "other code has replaced the forward of this module"
 
 
 def arguments_of(function: Callable) -> list[str]:
@@ -109,9 +96,8 @@ def random_twin(module: nn.Module) -> nn.Module | str:
 
 
 def _reason_to_leave(module: nn.Module, convention: Convention) -> str | None:
-    taken = replaced_by_others(module, convention.forward)
-    if taken is not None:
-        return taken
+    if replaced_by_others(module):
+        return REPLACED_BY_OTHERS
     if not convention.describes(module):
         return f"{type(module).__name__} is not the published module: expected {', '.join(LINEAR_LAYERS)}, " + (
             f"{convention.heads}, {convention.levels} and forward({', '.join(arguments_of(convention.forward))})"

@@ -15,8 +15,8 @@ import sys
 import torch
 from torch import nn
 
-from .attention_module import PLAIN, has_kernel, sample
 from .convention import Convention, fuse
+from .deformable_attention import PLAIN, sample
 from .extension import replace_functions
 from .importable import MultiScaleDeformableAttention
 from .report import Report, applying, revert_all
@@ -34,7 +34,7 @@ def forward(
     input_level_start_index: torch.Tensor,
     input_padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`MSDeformAttn.forward` by the fused op; on devices without a kernel it stays what it is.
+    """`MSDeformAttn.forward` by the fused op.
 
     Args:
         query: [B, N, C].
@@ -46,16 +46,6 @@ def forward(
     Returns:
         [B, N, C].
     """
-    if not has_kernel("ms_deform_attn_fused", query):
-        return type(self).forward(
-            self,
-            query,
-            reference_points,
-            input_flatten,
-            input_spatial_shapes,
-            input_level_start_index,
-            input_padding_mask,
-        )
     return sample(
         self, query, reference_points, input_flatten, input_spatial_shapes, input_padding_mask, heads=self.n_heads
     )

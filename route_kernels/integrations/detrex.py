@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from .attention_module import PLAIN, import_foreign
+from .deformable_attention import PLAIN, import_foreign
 from .importable import MultiScaleDeformableAttention
 from .mmcv import replace_attention
 from .report import Report, applying, revert_all

@@ -18,13 +18,13 @@ from types import MethodType
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from ..nn import routing_factors
 from ..ops.query_similarity import query_similarity
 from ..ops.routed_attention import OP, RoutingFactors, routing_bias
 from . import routed_mask
-from .convention import TOLERANCE, arguments_of, described, random_twin, replaced_by_others
-from .report import Report, applying, revert_all
+from .convention import TOLERANCE, arguments_of, described, random_twin
+from .report import REPLACED_BY_OTHERS, Report, applying, replaced_by_others, revert_all
 from .routed_mask import RoutedMask
 
 CODEBASE = "dual_r_detr"
@@ -141,33 +141,21 @@ def factors(router: nn.Module, query: torch.Tensor, features: torch.Tensor, stre
         strength: lambda > 0.
 
     Returns:
-        RoutingFactors of rank R, the gate's of rank 3: W_a^T W_b is a 3 x 3 matrix.
+        As `route_kernels.nn.routing_factors`.
     """
-    z = router.router_phi(query)
-    scale = strength / math.sqrt(router.router_rank)
-    sup_q, sup_k, del_q, del_k = (
-        layer(z) for layer in (router.router_U_sup, router.router_V_sup, router.router_U_del, router.router_V_del)
-    )
-    dtype = sup_q.dtype
-    sup_q = sup_q * (-scale * F.softplus(router.router_gamma_sup)).to(dtype)
-    del_q = del_q * (scale * F.softplus(router.router_gamma_del)).to(dtype)
-    features = features.to(router.selector_a.weight.dtype)
-    gate_q = features @ (router.selector_a.weight.mT @ router.selector_b.weight)
-    return RoutingFactors(sup_q, sup_k, del_q, del_k, gate_q.to(dtype), features.to(dtype), LIMIT * strength)
+    return routing_factors(router, query, features, rank=router.router_rank, limit=LIMIT, strength=strength)
 
 
 def _reason_to_leave(layer: nn.Module) -> str | None:
     attention = getattr(layer, "self_attn", None)
-    taken = replaced_by_others(layer, forward)
-    if taken is not None:
-        return taken
+    if replaced_by_others(layer):
+        return REPLACED_BY_OTHERS
     if arguments_of(type(layer).forward) != arguments_of(forward):
         return f"its forward does not take ({', '.join(arguments_of(forward)[1:])})"
     if type(attention) is not nn.MultiheadAttention:
         return f"self_attn is no torch.nn.MultiheadAttention but {type(attention).__name__}"
-    taken = replaced_by_others(attention, routed_mask.forward)
-    if taken is not None:
-        return f"self_attn: {taken}"
+    if replaced_by_others(attention):
+        return f"self_attn: {REPLACED_BY_OTHERS}"
     if attention.dropout > 0:
         return f"self_attn has dropout {attention.dropout:g}, the fused attention none: set it to 0 (their config does)"
     plain = attention.batch_first and attention.in_proj_weight is not None and attention.bias_k is None

@@ -5,8 +5,6 @@ B batch, S flattened feature positions, H heads, D channels of one head, N queri
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from types import ModuleType
 
 import torch
@@ -15,7 +13,7 @@ from .. import backends
 from ..ops.contract import expect_floating, expect_same_device, expect_shape, expect_tensors
 from ..ops.levels import LevelStarts, SpatialShapes, flat_level_starts, flat_spatial_shapes
 from ..ops.ms_deform_attn import OP, check, ms_deform_attn
-from .attention_module import has_kernel
+from .deformable_attention import plain_or_original
 from .report import Report
 
 BACKWARD = "ms_deform_attn_backward"
@@ -101,16 +99,8 @@ def replace_functions(report: Report, extension: ModuleType, name: str) -> None:
     """
     for ours in (ms_deform_attn_forward, ms_deform_attn_backward):
         compiled = getattr(extension, ours.__name__)
-        if getattr(compiled, "__wrapped__", compiled) is ours:
+        if compiled is ours:
             report.leave(f"{name}.{ours.__name__}", "already ours")
         else:
-            replacement = _ours_or_compiled(ours, compiled)
+            replacement = plain_or_original(ours, compiled)
             report.replace(extension, ours.__name__, replacement, name=f"{name}.{ours.__name__}", op=OP)
-
-
-def _ours_or_compiled(ours: Callable, compiled: Callable) -> Callable:
-    @wraps(ours)
-    def function(value: torch.Tensor, *arguments, **keywords):
-        return (ours if has_kernel(OP, value) else compiled)(value, *arguments, **keywords)
-
-    return function

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..ops.levels import LevelStarts, SpatialShapes
 from ..ops.ms_deform_attn import ms_deform_attn
-from .attention_module import PLAIN, import_foreign, plain_or_original, replace_forward, replace_function, sample
+from .deformable_attention import PLAIN, import_foreign, plain_or_original, replace_forward, replace_function, sample
 from .report import Report, applying, revert_all
 
 CODEBASE = "mmcv"

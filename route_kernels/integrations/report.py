@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
+from weakref import WeakSet, ref
+
+from torch import nn
+
+ALREADY_REPLACED = "already replaced by an earlier apply()"
+REPLACED_BY_OTHERS = "other code has replaced its forward: apply() first, that code afterwards"
 
 _MISSING = object()
 _active: list[Report] = []
+_bound: WeakSet = WeakSet()
+"""The functions that were bound to single modules: copies of a model have them, too."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +36,32 @@ class Left:
     reason: str
 
 
-@dataclass(frozen=True)
 class _Saved:
-    owner: Any
-    attribute: str
-    original: Any  # _MISSING where the owner itself had none (an instance that used its class's)
-    replacement: Any
+    """An attribute as it was. A module is held weakly, with what is bound to it: replacing keeps no model alive."""
+
+    def __init__(self, owner: Any, attribute: str, original: Any, replacement: Any):
+        self.owner = ref(owner) if isinstance(owner, nn.Module) else lambda: owner
+        self.attribute = attribute
+        self._original = _unbound(original, owner)  # _MISSING where the owner had none, but used its class's
+        self._original_is_bound = self._original is not original
+        self._replacement = _unbound(replacement, owner)
 
     def covers(self, owner: Any, attribute: str) -> bool:
         """Whether this is `owner.attribute`, or that of its class."""
-        of_its_class = isinstance(self.owner, type) and isinstance(owner, self.owner)
-        return self.attribute == attribute and (self.owner is owner or of_its_class)
+        mine = self.owner()
+        of_its_class = isinstance(mine, type) and isinstance(owner, mine)
+        return self.attribute == attribute and (mine is owner or of_its_class)
+
+    def overwritten(self) -> bool:
+        """Whether other code has replaced the replacement."""
+        owner = self.owner()
+        return owner is not None and _unbound(_names(owner).get(self.attribute), owner) is not self._replacement
+
+    def restore(self) -> None:
+        owner = self.owner()
+        if owner is not None:
+            original = MethodType(self._original, owner) if self._original_is_bound else self._original
+            _set(owner, self.attribute, original)
 
 
 class Report:
@@ -64,10 +88,12 @@ class Report:
         Of a dictionary (`sys.modules`) it is the item.
         """
         original = _names(owner).get(attribute, _MISSING)
-        if is_replaced(owner, attribute):
-            self.leave(name, "already replaced by an earlier apply()")
+        if is_replaced(owner, attribute) or _function_of(original) in _bound:
+            self.leave(name, ALREADY_REPLACED)
             return
         _set(owner, attribute, replacement)
+        if isinstance(replacement, MethodType):
+            _bound.add(replacement.__func__)
         self._saved.append(_Saved(owner, attribute, original, replacement))
         self.replaced.append(Replaced(name, op))
 
@@ -82,13 +108,13 @@ class Report:
             RuntimeError: someone else has replaced one of the names since; nothing is changed then.
         """
         for saved in self._saved:
-            if _names(saved.owner).get(saved.attribute) is not saved.replacement:
+            if saved.overwritten():
                 raise RuntimeError(
-                    f"{self.codebase}: revert: {saved.attribute} of {_described(saved.owner)} has been replaced by "
+                    f"{self.codebase}: revert: {saved.attribute} of {_described(saved.owner())} has been replaced by "
                     "other code since apply(); undo that first"
                 )
         for saved in reversed(self._saved):
-            _set(saved.owner, saved.attribute, saved.original)
+            saved.restore()
         self._saved.clear()
         if self in _active:
             _active.remove(self)
@@ -116,6 +142,12 @@ def is_replaced(owner: Any, attribute: str) -> bool:
     return any(saved.covers(owner, attribute) for report in _active for saved in report._saved)
 
 
+def replaced_by_others(module: nn.Module) -> bool:
+    """Whether this very module has a forward that is neither its class's nor an `apply()`'s."""
+    function = _function_of(vars(module).get("forward"))
+    return function is not None and function is not type(module).forward and function not in _bound
+
+
 @contextmanager
 def applying(codebase: str, *, verbose: bool) -> Iterator[Report]:
     """A report to fill in; on an error everything replaced so far is put back, on success it is active and printed."""
@@ -134,6 +166,15 @@ def revert_all(codebase: str) -> None:
     """Revert every active report of a codebase, the latest first."""
     for report in [report for report in reversed(_active) if report.codebase == codebase]:
         report.revert()
+
+
+def _function_of(value: Any) -> Any:
+    return getattr(value, "__func__", value)
+
+
+def _unbound(value: Any, owner: Any) -> Any:
+    """The function of a method that is bound to `owner`; every other value as it is."""
+    return value.__func__ if isinstance(value, MethodType) and value.__self__ is owner else value
 
 
 def _names(owner: Any) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
-from .attention_module import import_foreign, plain_or_original, replace_forward, replace_function, sample
+from .deformable_attention import import_foreign, plain_or_original, replace_forward, replace_function, sample
 from .report import Report, applying, revert_all
 
 CODEBASE = "rfdetr"

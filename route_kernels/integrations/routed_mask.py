@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..ops.routed_attention import RoutingFactors, routed_attention
-from .attention_modules import TorchMultiheadAttention
+from .self_attention import TorchMultiheadAttention
 
 
 class RoutedMask(NamedTuple):

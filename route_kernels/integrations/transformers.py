@@ -24,9 +24,9 @@ from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
 from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
-from .attention_module import FUSED, PLAIN, has_kernel, plain_or_original
+from .deformable_attention import FUSED, PLAIN, has_kernel, plain_or_original
 from .kernels import MultiScaleDeformableAttention
-from .report import Report, applying, is_replaced, revert_all
+from .report import REPLACED_BY_OTHERS, Report, applying, replaced_by_others, revert_all
 
 CODEBASE = "transformers"
 DEFAULT_METHOD = "default"
@@ -257,8 +257,8 @@ def _replace_module(family: Family, name: str, module: nn.Module, report: Report
         report.leave(name, f"method={method!r} is another operator; method={DEFAULT_METHOD!r} is ours")
     elif type(module).forward is not attention.forward:
         _replace_held_core(family, name, module, report)
-    elif "forward" in vars(module) and not is_replaced(module, "forward"):
-        report.leave(name, "other code has replaced its forward: apply() first, that code afterwards")
+    elif replaced_by_others(module):
+        report.leave(name, REPLACED_BY_OTHERS)
     else:
         forward = MethodType(_fused_forward(family, attention.forward), module)
         report.replace(module, "forward", forward, name=name, op=FUSED)

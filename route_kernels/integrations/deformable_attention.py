@@ -19,7 +19,7 @@ from torch import nn
 from .. import backends
 from ..ops.levels import SpatialShapes
 from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
-from .report import Report
+from .report import REPLACED_BY_OTHERS, Report, replaced_by_others
 
 PLAIN, FUSED = "ms_deform_attn", "ms_deform_attn_fused"
 
@@ -88,11 +88,13 @@ def replace_forward(
         )
     for name, module in modules.items():
         name = name or type(module).__name__
-        if type(module).forward is original:
+        if type(module).forward is not original:
+            report.leave(name, f"{type(module).__name__} has a forward of its own")
+        elif replaced_by_others(module):
+            report.leave(name, REPLACED_BY_OTHERS)
+        else:
             forward = MethodType(forward_or_original(fused, original), module)
             report.replace(module, "forward", forward, name=name, op=FUSED)
-        else:
-            report.leave(name, f"{type(module).__name__} has a forward of its own")
 
 
 def replace_function(report: Report, function: Callable, replacement: Callable) -> None:
