@@ -86,6 +86,35 @@ PLAIN = """
         return OwnAttention(), (torch.randn(2, 6, 16), torch.randn(2, 47, 16))
 """
 
+FAMILIES = """
+    import torch
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+    from transformers_models import model_and_inputs
+
+    BOXES = torch.tensor([[0.5, 0.4, 0.3, 0.5], [0.2, 0.6, 0.2, 0.3]])
+    LABELS = [{"class_labels": torch.tensor([0, 1]), "boxes": BOXES}]
+
+    def build_whose_loss_needs_float32():
+        model, inputs = model_and_inputs("d_fine")
+        return model.float(), {"pixel_values": inputs["pixel_values"][:1], "labels": LABELS}
+
+    def build_discrete():
+        return model_and_inputs("rt_detr_v2", decoder_method="discrete")
+
+    def build_frozen():
+        model, inputs = model_and_inputs("rt_detr")
+        return model.requires_grad_(False), inputs
+
+    def build_without_deformable_attention():
+        backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+        return DetrForObjectDetection(
+            DetrConfig(
+                backbone_config=backbone, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+                decoder_ffn_dim=16, num_queries=5, encoder_attention_heads=2, decoder_attention_heads=2,
+            )
+        ), (torch.randn(1, 3, 48, 64),)
+"""
+
 RESEARCH = """
     import torch
     from research_modules import MSDeformAttn
@@ -137,6 +166,7 @@ def folder(tmp_path, monkeypatch):
     """A user's folder with their modules, which is left behind without a trace."""
     (tmp_path / "tiny_model.py").write_text(textwrap.dedent(TINY))
     (tmp_path / "plain_model.py").write_text(textwrap.dedent(PLAIN))
+    (tmp_path / "families_model.py").write_text(textwrap.dedent(FAMILIES))
     (tmp_path / "other_model.py").write_text(textwrap.dedent(OTHER))
     (tmp_path / "broken_model.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.chdir(tmp_path)
@@ -165,7 +195,7 @@ def test_a_model_that_agrees(target, capsys):
     for expected in (
         "model      DeformableDetrForObjectDetection, ", " M parameters, float32 on cpu, ",
         "inputs     pixel_values [", "route-kernels: transformers: 3 replaced, 0 left", "-> ms_deform_attn_fused",
-        "agreement  of one training step in float64", "parameter gradients, largest relative errors:",
+        "agreement  of one training step in float64", "gradients, largest relative errors:",
         "run twice: 0.0e+00", "verdict: agrees", "in a forward pass: ms_deform_attn_fused 3", " ms a step (",
         "median of 1", "MB at the peak of a step",
     ):  # fmt: skip
@@ -215,15 +245,45 @@ def test_time_and_memory_in_another_dtype_with_inputs_of_a_function(capsys):
     assert "bfloat16 on cpu, eval mode" in said and "inputs     0 [1, 3, 48, 64]" in said
 
 
+def test_results_that_rounding_alone_moves_are_not_judged(capsys):
+    """In float32 some gradients of D-FINE are nothing but rounding; the others agree, and show a wrong op."""
+    needs_transformers()
+    assert doctor("families_model:build_whose_loss_needs_float32") == AGREE
+    said = capsys.readouterr().out
+    assert "agreement  of one training step in float32" in said
+    assert "are not judged, as rounding alone moves them: grad " in said
+    with align_corners_mistaken():
+        assert doctor("families_model:build_whose_loss_needs_float32") == DIFFER
+
+
+@pytest.mark.parametrize(
+    "target, reason",
+    [
+        ("build_without_deformable_attention", "got DetrForObjectDetection, which has none"),
+        ("build_discrete", "method='discrete' is another operator"),
+    ],
+)
+def test_a_model_that_calls_nothing_that_is_replaced(target, reason, capsys):
+    needs_transformers()
+    assert doctor(f"families_model:{target}") == UNANSWERED
+    said = capsys.readouterr().out
+    assert "nothing of ours ran: the model calls nothing that could be replaced" in said
+    assert reason in said and "replaced, " not in said
+
+
+def test_a_model_without_anything_to_train(capsys):
+    needs_transformers()
+    assert doctor("families_model:build_frozen") == UNANSWERED
+    assert "requires a gradient, got none; is every parameter frozen?" in capsys.readouterr().err
+
+
 def test_nothing_ran_where_the_replacements_call_the_original(capsys, monkeypatch):
     needs_transformers()
-    from route_kernels.integrations import transformers
-
-    monkeypatch.setattr(transformers, "has_kernel", lambda *_: False)
+    monkeypatch.setattr("route_kernels.native.load_error", "not built")
     assert doctor("tiny_model:build_with_inputs") == UNANSWERED
     said = capsys.readouterr().out
     assert "nothing of ours ran: the replacements called the original code" in said
-    assert "cuda: this version has no cuda kernel" in said
+    assert "ms_deform_attn_fused: reference: plain PyTorch; cpu: not built" in said
 
 
 def test_a_part_of_another_codebase_in_a_model_of_ones_own(capsys):

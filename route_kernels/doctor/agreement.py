@@ -25,18 +25,22 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 float64 leaves room for models with float32 parts inside; a location that is half a pixel off shows at 1e-3 and more.
 """
 
+ROUNDINGS = 10
+"""In float32, a result that moves by a tenth of what is allowed when weights are rounded otherwise is not judged."""
+
 AGREE, DIFFER, UNANSWERED = 0, 1, 2
 """Exit codes; unanswered are also a usage error, and a model in which nothing of ours ran."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative errors by result, beside those between two steps of the original.
+    """Relative errors of a step's results ("output NAME", "grad PARAMETER"), beside those of the original itself.
 
     Attributes:
         dtype: in which the steps ran.
         perturbed: how many parameters of sampling layers got noise, so that a wrong op shows.
-        outputs, gradients: the error of each, the largest first.
+        errors: of every result that can be judged, the largest first.
+        lost: the results that cannot, since rounding alone moves them by as much as is allowed.
         noise: the largest error between two steps of the original model.
         calls, calls_before: of our ops, in our step and in the original's.
         failure: what our step raised, if it did.
@@ -44,8 +48,8 @@ class Agreement:
 
     dtype: torch.dtype
     perturbed: int
-    outputs: dict[str, float]
-    gradients: dict[str, float]
+    errors: dict[str, float]
+    lost: list[str]
     noise: float
     calls: Counter[str]
     calls_before: Counter[str]
@@ -58,10 +62,15 @@ class Agreement:
     @property
     def code(self) -> int:
         """AGREE, DIFFER, or UNANSWERED where the original does not agree with itself."""
-        if not self.noise <= self.allowed:
+        if self.failure is not None:
+            return DIFFER
+        if not self.noise <= self.allowed or not self.errors:
             return UNANSWERED
-        errors = (*self.outputs.values(), *self.gradients.values())
-        return AGREE if self.failure is None and all(error <= self.allowed for error in errors) else DIFFER
+        return AGREE if all(error <= self.allowed for error in self.errors.values()) else DIFFER
+
+    def errors_of(self, kind: str) -> dict[str, float]:
+        """Those of "output" or of "grad", by name."""
+        return {name.removeprefix(f"{kind} "): error for name, error in self.errors.items() if name.startswith(kind)}
 
 
 def compare(model: nn.Module, inputs: Inputs, appliers: list[Apply], seed: int) -> Agreement:
@@ -79,6 +88,7 @@ def compare(model: nn.Module, inputs: Inputs, appliers: list[Apply], seed: int) 
             with counted_calls() as calls_before:
                 original = _step(model, inputs, dtype, seed)
             again = _step(model, inputs, dtype, seed)
+            rounded = original if dtype == torch.float64 else _step_of_rounded_weights(model, inputs, dtype, seed)
         with applied(appliers), counted_calls() as calls:
             try:
                 ours = _step(model, inputs, dtype, seed)
@@ -86,12 +96,13 @@ def compare(model: nn.Module, inputs: Inputs, appliers: list[Apply], seed: int) 
                 traceback.print_exc()
                 failure = f"{type(error).__name__}: {error}"
     errors = relative_errors(ours, original)
-    worst_first = sorted(errors, key=lambda name: errors[name], reverse=True)
+    lost = [name for name, error in relative_errors(rounded, original).items() if ROUNDINGS * error > TOLERANCES[dtype]]
+    worst_first = sorted(errors.keys() - lost, key=lambda name: errors[name], reverse=True)
     return Agreement(
         dtype=dtype,
         perturbed=perturbed,
-        outputs={name.removeprefix("output "): errors[name] for name in worst_first if name.startswith("output ")},
-        gradients={name.removeprefix("grad "): errors[name] for name in worst_first if name.startswith("grad ")},
+        errors={name: errors[name] for name in worst_first},
+        lost=lost,
         noise=max(relative_errors(again, original).values()),
         calls=calls,
         calls_before=calls_before,
@@ -113,6 +124,16 @@ def _step(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> St
     device = next(model.parameters()).device
     with _buffers_kept(model):
         return training_step(model, moved(inputs, device, dtype), seed=seed)
+
+
+def _step_of_rounded_weights(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Step:
+    """A step whose weights are off by a rounding error: how far its results are off is what rounding does to them."""
+    generator = torch.Generator().manual_seed(seed)
+    with borrowed(model, dtype):
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data += (torch.finfo(dtype).eps * noise).to(parameter) * parameter.data
+        return _step(model, inputs, dtype, seed)
 
 
 def seed_everything(seed: int) -> None:

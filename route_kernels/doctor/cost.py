@@ -21,11 +21,18 @@ def step(model: nn.Module, inputs: Inputs) -> None:
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """`output.loss` or `output["loss"]` if there is one, else the sum of every differentiable output."""
+    """`output.loss` or `output["loss"]` if there is one, else the sum of every differentiable output.
+
+    Raises:
+        ValueError: there is none.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         return loss
-    return torch.stack([x.float().sum() for _, x in tensors_in(output) if x.requires_grad]).sum()
+    sums = [x.float().sum() for _, x in tensors_in(output) if x.requires_grad]
+    if not sums:
+        raise ValueError("expected a loss or an output that requires a gradient, got none; is every parameter frozen?")
+    return torch.stack(sums).sum()
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from .. import backends
-from .agreement import UNANSWERED, Agreement, borrowed, compare, seed_everything
+from .agreement import AGREE, DIFFER, UNANSWERED, Agreement, borrowed, compare, seed_everything
 from .cost import MEASURED, peak_bytes, seconds, step
 from .fitting import Apply, applied, what_fits
 from .inputs import described, example_inputs, moved
 from .target import Inputs, UsageError, build, load, users_code
 
-VERDICTS = ("agrees", "DIFFERS", "none, as the model's own code does not repeat itself")
+VERDICTS = {AGREE: "agrees", DIFFER: "DIFFERS", UNANSWERED: "none, as the model's own code does not repeat itself"}
 NAMED = 4
 """So many of the largest errors are listed."""
 
@@ -55,19 +55,15 @@ def diagnose(target: str, *, dtype: str | None = None, repeat: int = 5, seed: in
         for reason in reasons:
             say(f"  {reason}")
         return UNANSWERED
+    progress("comparing outputs and gradients")
+    agreement = compare(model, inputs, appliers, seed)
+    if not agreement.calls and agreement.failure is None:
+        tell_that_nothing_ran(parameters, reasons)
+        return UNANSWERED
     with applied(appliers) as reports:
         for report in reports:
             say(str(report))
     say("")
-
-    progress("comparing outputs and gradients")
-    agreement = compare(model, inputs, appliers, seed)
-    if not agreement.calls and agreement.failure is None:
-        say("nothing of ours ran: the replacements called the original code")
-        for op in backends.OPS:
-            why = [f"{name}: {reason}" for name, (runs, reason) in backends.available_backends(op, parameters).items()]
-            say(f"  {op}: {'; '.join(why)}")
-        return UNANSWERED
     tell_agreement(agreement)
     if agreement.failure is None:
         tell_cost(model, inputs, appliers, repeat, seed)
@@ -102,16 +98,31 @@ def _inputs_that_run(model: nn.Module, given: Inputs | None) -> Inputs:
     raise AssertionError("the last candidate returns or raises")
 
 
+def tell_that_nothing_ran(parameters: list[nn.Parameter], reasons: list[str]) -> None:
+    without_kernel = [op for op in backends.OPS if backends.resolve(op, None, *parameters) == "reference"]
+    if without_kernel:
+        say("nothing of ours ran: the replacements called the original code")
+    else:
+        say("nothing of ours ran: the model calls nothing that could be replaced")
+    for op in without_kernel:
+        why = [f"{name}: {reason}" for name, (_, reason) in backends.available_backends(op, parameters).items()]
+        say(f"  {op}: {'; '.join(why)}")
+    for reason in reasons:
+        say(f"  {reason}")
+
+
 def tell_agreement(agreement: Agreement) -> None:
     dtype = str(agreement.dtype).removeprefix("torch.")
     say(f"agreement  of one training step in {dtype}, {agreement.perturbed} parameters of sampling layers perturbed")
     if agreement.failure is not None:
         say(f"  verdict: DIFFERS: with our ops the step raised {agreement.failure} (traceback above)")
         return
-    for kind, errors in (("outputs", agreement.outputs), ("parameter gradients", agreement.gradients)):
+    for kind, errors in (("outputs", agreement.errors_of("output")), ("gradients", agreement.errors_of("grad"))):
         say(f"  {len(errors)} {kind}, largest relative errors:")
         for name, error in list(errors.items())[:NAMED]:
             say(f"    {error:8.1e}  {name}" + ("   (missing, or of another shape)" if error == float("inf") else ""))
+    if agreement.lost:
+        say(f"  {len(agreement.lost)} are not judged, as rounding alone moves them: {agreement.lost[0]}, ...")
     say(f"  the model's own code, run twice: {agreement.noise:.1e}")
     say(f"  verdict: {VERDICTS[agreement.code]} ({agreement.allowed:.1e} is allowed)")
     calls, calls_before = (
