@@ -16,6 +16,10 @@ NAMED_AS_THEIR_PACKAGE = {"transformers", "rfdetr", "mmcv", "ultralytics", "detr
 """Integrations whose apply() needs the package of the same name."""
 
 
+NEEDED_PART = {"mmcv": "mmcv._ext"} if find_spec("mmcv") else {}
+"""What a package may have been installed without, and is not to be used without."""
+
+
 def blocks(language, page):
     """The fenced blocks of a page's text in one language."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
@@ -42,7 +46,7 @@ def missing_packages(code):
     ]
     packages = {module.split(".")[0] for module in modules} - PROVIDED
     packages |= NAMED_AS_THEIR_PACKAGE & set(re.findall(r"integrations\.(\w+)", code))
-    return sorted(package for package in packages if find_spec(package) is None)
+    return sorted(package for package in packages if find_spec(NEEDED_PART.get(package, package)) is None)
 
 
 def names_of_the_reader(code):

@@ -1,6 +1,7 @@
 """The pages of docs/ keep their word: code runs where its packages are installed, links lead somewhere."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,12 @@ from markdown_pages import ROOT, blocks, commands, dead_links, imports, missing_
 from route_kernels.integrations import CODEBASES
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-RUN = "import sys\nfor name, code in eval(sys.stdin.read()):\n    exec(compile(code, name, 'exec'), {'__name__': name})"
+RUN = """
+import sys
+import foreign_packages  # so that torchvision can be imported
+for name, code in eval(sys.stdin.read()):
+    exec(compile(code, name, "exec"), {"__name__": name})
+"""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -32,7 +38,9 @@ def test_python_blocks_run(page):
     ]
     if not there:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    done = subprocess.run([sys.executable, "-c", RUN], input=repr(there), cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", RUN]
+    done = subprocess.run(command, input=repr(there), env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
