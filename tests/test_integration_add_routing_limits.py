@@ -20,6 +20,7 @@ from foreign_decoder import (
 )
 from integration_checks import assert_agree
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 import route_kernels as rk
@@ -131,8 +132,15 @@ def test_checkpoints_that_cannot_know_are_an_error(use_reentrant):
         loss.backward()
 
 
+def reduced_over_one_process(_, bucket):
+    reduced = torch.futures.Future()
+    reduced.set_result(bucket.buffer())
+    return reduced
+
+
 @pytest.mark.parametrize("strength, find_unused", [(0.5, False), (0, True)])
-def test_distributed_training_reduces_both_branches(tmp_path, strength, find_unused):
+def test_distributed_training_reduces_both_branches(strength, find_unused):
+    """Over a process group without threads: one of gloo may wait for Python's lock while Python waits for its end."""
     built = model(torch.float32)
 
     class Branches(nn.Module):
@@ -146,9 +154,10 @@ def test_distributed_training_reduces_both_branches(tmp_path, strength, find_unu
     branches = Branches()
     with_random_routers(built)
     expected = training_step(branches, {"strength": strength, **inputs(torch.float32)})
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         replica = nn.parallel.DistributedDataParallel(branches, find_unused_parameters=find_unused)
+        replica.register_comm_hook(None, reduced_over_one_process)
         for _ in range(2):  # the second forward raises where a parameter went unused
             branches.zero_grad()
             torch.manual_seed(0)
@@ -224,7 +233,7 @@ def test_modules_that_cannot_be_routed_say_why():
     assert "Linear is no self-attention that is known here" in refused(nn.Linear(2, 2))
     for option in ("add_bias_kv", "add_zero_attn"):
         assert "add keys that are no queries" in refused(attention(**{option: True}))
-    assert "forward has been replaced" in refused(attention(), lambda m: setattr(m, "forward", m.forward))
+    assert "forward has been replaced" in refused(attention(), lambda m: setattr(m, "forward", partial(m.forward)))
     assert "an attribute called router" in refused(attention(), lambda m: setattr(m, "router", None))
     encoder_layer = nn.TransformerEncoderLayer(CHANNELS, HEADS, dropout=0.0)
     with pytest.raises(ValueError, match="skips it on its fast path"):
@@ -242,6 +251,18 @@ def test_dropout_of_attention_weights_is_refused():
         routed(built, **inputs())
     built.eval()
     routed(built, **inputs())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("decoder",), r"add_routing: model: expected a torch\.nn\.Module, got str"),
+        ((model(), ["self_attn"]), "add_routing: self_attn: expected a pattern of module names, got list"),
+    ],
+)
+def test_what_is_no_model_and_no_pattern(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        add_routing(*arguments)
 
 
 def test_unknown_options_change_nothing():
