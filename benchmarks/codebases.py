@@ -199,7 +199,7 @@ CODEBASES = {
             "route_kernels.shim": _applying("deformable_detr", to_model=False),
             "apply(model)": _applying("deformable_detr"),
         },
-        side=512,
+        side=384,
         quick_side=64,
     ),
     "dual_r_detr": Codebase(

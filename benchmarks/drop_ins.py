@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,17 @@ SAME_LOSS = 1e-3  # relative, in float32, of what has agreed in float64 before
 SECONDS_A_CODEBASE, SECONDS_QUICK = 14.0, 0.0
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What a model makes without naming a dtype is of this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def verified(codebase: Codebase, side: int) -> dict[str, dict[str, Any]]:
     """For each of `afters` how a float64 step of it agrees with one of the original: errors, calls, what is wrong.
 
@@ -48,8 +59,9 @@ def verified(codebase: Codebase, side: int) -> dict[str, dict[str, Any]]:
 
     def step_and_calls() -> tuple[Step, dict[str, int]]:
         seed_everything(0)
-        with counted_calls() as calls:
-            return training_step(model, arguments), dict(calls)
+        with default_dtype(torch.float64), counted_calls() as calls:
+            results = training_step(model, arguments)
+        return results, dict(calls)
 
     original, calls_before = step_and_calls()
     agreed = {}
