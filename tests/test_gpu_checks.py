@@ -68,6 +68,31 @@ def test_memory_of_the_native_kernels(op):
         gpu_checks.check_memory(op, gpu_checks.public(op), lambda n: tiny(op, "cpu", batch=1, queries=n), CPU, sizes)
 
 
+# ---- the tables run ------------------------------------------------------------------------------------------------
+
+ON_A_CPU = {
+    "samples": lambda: [test_gpu.test_samples(op, label, torch.bfloat16, "cpu") for op, label in test_gpu.SAMPLES],
+    "shapes": lambda: [test_gpu.test_shapes(op, next(iter(test_gpu.TABLES[op])), torch.float64, "cpu") for op in OPS],
+    "masks": lambda: [test_gpu.test_masks((270,), kind, "cpu") for kind in ("bool", "float")],
+    "key ranges": lambda: [test_gpu.test_key_ranges(batch, torch.float32, "cpu") for batch in ((), (2,))],
+    "no key": lambda: [
+        test_gpu.test_rows_with_no_key_give_zero_and_zero_gradients(how, every, "cpu")
+        for how in ("bool", "float", "ranges", "both")
+        for every in (5, 1)
+    ],
+    "views": lambda: test_gpu.test_views(lambda tensor: tensor.mT.contiguous().mT, "cpu"),
+    "references": lambda: test_gpu.test_references_and_mask("box", True, torch.float32, "cpu"),
+    "bad inputs": lambda: [test_gpu.test_bad_inputs(bad) for bad in test_gpu.BAD],
+}
+
+
+@pytest.mark.parametrize("table", ON_A_CPU)
+def test_tables(table, monkeypatch):
+    monkeypatch.setattr(test_gpu, "DEVICE", CPU)
+    with rk.backend(None if table == "bad inputs" else "cpu"):
+        ON_A_CPU[table]()
+
+
 # ---- mistakes are caught -------------------------------------------------------------------------------------------
 
 
