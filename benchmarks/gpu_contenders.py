@@ -45,12 +45,13 @@ def _bias(routing: rk.RoutingFactors) -> Tensor:
 
 def factored_score_mod(routing: rk.RoutingFactors) -> ScoreMod:
     """The bias of one pair from its factors; FlexAttention adds up their gradients by atomics."""
-    sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit = routing
+    sup_q, sup_k, del_q, del_k, gate_q, gate_k = (_Rows(factor) for factor in routing[:6])
+    limit = routing.limit
 
-    def product(of_query: Tensor, of_key: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        total = of_query[b, i, 0].float() * of_key[b, j, 0].float()
-        for r in range(1, of_query.shape[-1]):  # a score_mod may not reduce
-            total = total + of_query[b, i, r].float() * of_key[b, j, r].float()
+    def product(of_query: _Rows, of_key: _Rows, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        total = of_query.at(b, i, 0) * of_key.at(b, j, 0)
+        for r in range(1, of_query.rank):  # a score_mod may not reduce
+            total = total + of_query.at(b, i, r) * of_key.at(b, j, r)
         return total
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -60,6 +61,17 @@ def factored_score_mod(routing: rk.RoutingFactors) -> ScoreMod:
         return score + torch.clamp(r, -limit, limit)
 
     return score_mod
+
+
+class _Rows:
+    """A factor [B, N, R] as FlexAttention can differentiate it: contiguous, every index a tensor."""
+
+    def __init__(self, factor: Tensor) -> None:
+        _, self.rows, self.rank = factor.shape
+        self.flat = factor.reshape(-1)
+
+    def at(self, b: Tensor, row: Tensor, r: int) -> Tensor:
+        return self.flat[(b * self.rows + row) * self.rank + r]
 
 
 def looked_up_score_mod(bias: Tensor) -> ScoreMod:
@@ -77,11 +89,15 @@ def _flex(score_mod_of: Callable[[Any], ScoreMod]) -> Callable[..., Tensor]:
 
 
 def flex_factored(query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors) -> Tensor:
-    return _compiled_factored(query=query, key=key, value=value, captured=routing)
+    """Factors in float32: sums by atomics in bfloat16 would be wrong."""
+    factors = rk.RoutingFactors(*(factor.float() for factor in routing[:6]), routing.limit)
+    return _compiled_factored(query=query, key=key, value=value, captured=factors)
 
 
 def flex_looked_up(query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors) -> Tensor:
-    return _compiled_looked_up(query=query, key=key, value=value, captured=_compiled_bias(routing=routing))
+    """The bias in float32, for the same reason."""
+    bias = _compiled_bias(routing=routing).float()
+    return _compiled_looked_up(query=query, key=key, value=value, captured=bias)
 
 
 _compiled_factored = compiled(_flex(factored_score_mod))

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import flex_attention
 
 import route_kernels as rk
 from benchmarks import gpu_contenders, gpu_profile, gpu_run, gpu_tables
@@ -19,6 +20,7 @@ from route_kernels.testing import EAGER, check_accuracy, map_tensors, routed_att
 
 CPU = torch.device("cpu")
 SMALL = dict(batch=2, heads=2, queries=20, channels=16)
+FLEX = [gpu_contenders.FLEX_FACTORED, gpu_contenders.FLEX_LOOKED_UP]
 
 
 def by_score_mod(score_mod_of):
@@ -46,7 +48,7 @@ def test_score_mods_are_the_bias_and_its_gradients(score_mod_of, limit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contender", [gpu_contenders.FLEX_FACTORED, gpu_contenders.FLEX_LOOKED_UP])
+@pytest.mark.parametrize("contender", FLEX, ids=lambda contender: contender.name)
 def test_compiled_flex_attention_forward(contender):
     sizes = dict(batch=1, heads=2, queries=300, channels=32, rank=16, gate_rank=3)
     arguments = map_tensors(routed_attention_arguments(**sizes), torch.Tensor.detach)
@@ -56,12 +58,14 @@ def test_compiled_flex_attention_forward(contender):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("score_mod_of", CAPTURED)
-def test_flex_attention_takes_them(score_mod_of):
-    arguments = map_tensors(routed_attention_arguments(**SMALL), torch.Tensor.detach)
-    captured = CAPTURED[score_mod_of](arguments["routing"])
-    output = gpu_contenders._flex(score_mod_of)(*(arguments[name] for name in ("query", "key", "value")), captured)
-    torch.testing.assert_close(output, EAGER["routed_attention"](**arguments), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("contender", FLEX, ids=lambda contender: contender.name)
+def test_flex_attention_differentiates_them(contender, monkeypatch):
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # no backward on a CPU when compiled
+    for name, score_mod_of in (("factored", "factored_score_mod"), ("looked_up", "looked_up_score_mod")):
+        uncompiled = gpu_contenders._flex(getattr(gpu_contenders, score_mod_of))
+        monkeypatch.setattr(gpu_contenders, f"_compiled_{name}", uncompiled)
+    monkeypatch.setattr(gpu_contenders, "_compiled_bias", gpu_contenders._bias)
+    check_accuracy("routed_attention", routed_attention_arguments(**SMALL), contender.call)
 
 
 def test_public_code_is_the_formula():
