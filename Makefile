@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -q
 BENCH_FLAGS ?=
+GPU_REPORT_FLAGS ?=
 DEMO_RUN := runs/demo
 DEMO_TRAINING := --preset tiny --time-budget 290
 
@@ -13,7 +14,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLA
 SET_UP := $(VENV)/.set-up
 KERNEL_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu-report lint clean
 .NOTPARALLEL:
 
 demo: $(SET_UP)
@@ -33,6 +34,11 @@ bench: $(SET_UP)
 	    echo "== they could not be installed: their rows will say so"; }
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.drop_ins $(filter --quick,$(BENCH_FLAGS))
+
+# With the PyTorch, Triton and Python that are there: a machine lent for ten minutes has no time for a set-up.
+gpu-report:
+	@$(PYTHON) -m benchmarks.gpu_report $(GPU_REPORT_FLAGS)
 
 lint: $(SET_UP)
 	$(BIN)/ruff check .

@@ -27,8 +27,8 @@ def blocks(language, page):
 
 
 def commands(page):
-    """Every line of the bash blocks, as words."""
-    lines = (line for block in blocks("bash", page) for line in block.splitlines())
+    """Every line of the bash blocks, as words; a backslash at its end joins it with the next."""
+    lines = (line for block in blocks("bash", page) for line in block.replace("\\\n", " ").splitlines())
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

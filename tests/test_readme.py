@@ -17,7 +17,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def make_targets():
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("code", blocks("python", README), ids=lambda code: code.strip().splitlines()[-1][:40])
@@ -33,7 +33,7 @@ def test_there_is_code_to_run():
 
 @pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
 def test_make_targets_exist(page):
-    named = set(re.findall(r"`make (\w+)", page)) | {words[1] for words in commands(page) if words[0] == "make"}
+    named = set(re.findall(r"`make ([\w-]+)", page)) | {words[1] for words in commands(page) if words[0] == "make"}
     assert named
     assert named <= make_targets()
 
