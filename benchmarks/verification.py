@@ -59,7 +59,7 @@ def verify(case: Case, arguments: Arguments, grad_output: Tensor | None) -> Veri
         except Unavailable as reason:
             verified.unavailable[contender.name] = str(reason)
             continue
-        except RuntimeError as error:
+        except Exception as error:  # whatever somebody's package raises is the reason that is reported
             verified.failures[contender.name] = f"raises {error}"
             continue
         wrong = complaint(found, *yardsticks[kind])
