@@ -117,7 +117,7 @@ def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool
 
 
 def covering(variants: Iterable[Variant]) -> Iterator[Variant]:
-    """As few variants as reach every kernel in every dtype, and every entry of the table: those that bring a new one."""
+    """Those that bring a new dtype of a kernel or a new entry of the table: together they reach every one."""
     seen: set[Any] = set()
     for variant in variants:
         kernel = variant.kernel.fn.__name__

@@ -1,5 +1,7 @@
 """The whole matrix for every op, generated from the list of registered ops and the samples of the public ones."""
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,6 +19,18 @@ DIFFERENTIABLE = [(op, label) for op, label in PUBLIC_SAMPLES if label != "relu"
 FIRST_SAMPLES = [(op, next(iter(sample_arguments(op)))) for op in PUBLIC]
 needs_native = pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
 each_sample = pytest.mark.parametrize("op, label", PUBLIC_SAMPLES)
+each_backend = pytest.mark.parametrize("backend", [None, "reference", "triton"])
+
+
+def few_queries(backend):
+    """Triton's interpreter is slow."""
+    return {"queries": 9} if backend == "triton" else {}
+
+
+def skip_unless_it_runs(op, backend):
+    runs, reason = rk.can_run(op, backend or "reference", torch.empty(0))
+    if not runs:
+        pytest.skip(reason)
 
 
 def sample(op, label, dtype=torch.float32, **sizes):
@@ -44,10 +58,11 @@ class RecordCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded_calls():
-    with RecordCalls() as record:
+@functools.cache
+def recorded_calls(backend=None):
+    with RecordCalls() as record, rk.backend(backend):
         for op, label in PUBLIC_SAMPLES:
-            if native.load_error is None:
+            if native.load_error is None or backend is not None:
                 public_outcome(op, sample(op, label, queries=7))
     return record.calls
 
@@ -65,11 +80,12 @@ def test_every_public_op_is_registered():
     assert all(name.removesuffix("_backward") in PUBLIC for name in registry.OPS)
 
 
-@needs_native
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("name", registry.OPS)
-def test_opcheck(name):
+def test_opcheck(name, backend):
+    skip_unless_it_runs(name.removesuffix("_backward"), backend)
     overload = getattr(torch.ops.route_kernels, name).default
-    for args, kwargs in recorded_calls()[name]:
+    for args, kwargs in recorded_calls(backend)[name][: 1 if backend == "triton" else None]:
         differentiable = not name.endswith("_backward")
 
         def fresh(argument, differentiable=differentiable):
@@ -84,14 +100,18 @@ def test_opcheck(name):
 
 
 @each_sample
-def test_fake_tensors_have_the_metadata_of_real_ones(op, label):
-    real = public_outcome(op, sample(op, label))
+@each_backend
+def test_fake_tensors_have_the_metadata_of_real_ones(op, label, backend):
+    skip_unless_it_runs(op, backend)
     mode = FakeTensorMode()
     fakes = map_tensors(
-        sample(op, label), lambda tensor: mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+        sample(op, label, **few_queries(backend)),
+        lambda tensor: mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad),
     )
-    with mode:
-        fake = public_outcome(op, fakes)
+    with rk.backend(backend):
+        real = public_outcome(op, sample(op, label, **few_queries(backend)))
+        with mode:
+            fake = public_outcome(op, fakes)
     assert fake.keys() == real.keys()
     for name, tensor in real.items():
         assert (fake[name].shape, fake[name].dtype) == (tensor.shape, tensor.dtype), name
@@ -105,11 +125,11 @@ def route_kernels_in(counter):
     return [[target for target in graph if target.startswith("route_kernels.")] for graph in targets]
 
 
-def check_compiled_once(op, label, counter):
+def check_compiled_once(op, label, counter, sizes=(33, 40, 57)):
     torch._dynamo.reset()
     compiled = torch.compile(lambda **arguments: call(op, arguments), backend=counter, fullgraph=True, dynamic=True)
     compilations = []
-    for queries in (33, 40, 57):
+    for queries in sizes:
         arguments = sample(op, label, queries=queries)
         grad_output = torch.randn(call(op, arguments).shape)
         expected = outcome(lambda **arguments: call(op, arguments), arguments, grad_output)
@@ -126,6 +146,15 @@ def test_compiles_once_for_any_number_of_queries(op, label):
     check_compiled_once(op, label, counter)
     fused = native.load_error is None and label != "mean"
     assert route_kernels_in(counter) == ([[f"route_kernels.{op}"]] if fused else [[]])
+
+
+@pytest.mark.parametrize("op, label", FIRST_SAMPLES)
+def test_the_triton_backend_compiles_once(op, label):
+    skip_unless_it_runs(op, "triton")
+    counter = CompileCounterWithBackend("aot_eager")
+    with rk.backend("triton"):
+        check_compiled_once(op, label, counter, sizes=(9, 10, 21))
+    assert route_kernels_in(counter) == [[f"route_kernels.{op}"]]
 
 
 @pytest.mark.parametrize("op, label", FIRST_SAMPLES)
@@ -161,16 +190,18 @@ def test_a_backend_may_be_requested_inside_a_compiled_function():
 
 
 @each_sample
-@pytest.mark.parametrize("backend", [None, "reference"])
+@each_backend
 def test_autocast(op, label, backend):
-    arguments = sample(op, label)
+    skip_unless_it_runs(op, backend)
+    arguments, double = (sample(op, label, dtype, **few_queries(backend)) for dtype in (torch.float32, torch.float64))
+    takes_double = rk.can_run(op, backend or "reference", double.get("query", double.get("x", double.get("value"))))[0]
     with rk.backend(backend):
         expected = public_outcome(op, arguments)
         with torch.autocast("cpu", torch.bfloat16):
             results = public_outcome(op, arguments)
-            doubled = call(op, sample(op, label, torch.float64))
+            doubled = call(op, double) if takes_double else None
     assert results["output"].dtype == (torch.float32 if op == "query_similarity" else torch.bfloat16)
-    assert doubled.dtype == torch.float64
+    assert doubled is None or doubled.dtype == torch.float64
     for name, tensor in expected.items():
         assert name == "output" or results[name].dtype == torch.float32, name
         torch.testing.assert_close(results[name].float(), tensor, rtol=0.1, atol=0.1, msg=name)
@@ -189,9 +220,10 @@ def test_a_compiled_call_follows_autocast(op, label):
 
 
 @each_sample
-@pytest.mark.parametrize("backend", [None, "reference"])
+@each_backend
 def test_inference_mode_and_no_grad(op, label, backend):
-    arguments = sample(op, label)
+    skip_unless_it_runs(op, backend)
+    arguments = sample(op, label, **few_queries(backend))
     with rk.backend(backend):
         expected = call(op, arguments)
         with torch.no_grad():
@@ -210,24 +242,41 @@ def test_inference_mode_and_no_grad(op, label, backend):
 def test_deterministic_mode_allows_it_and_changes_nothing(op, label, threads):
     torch.set_num_threads(threads)
     arguments = sample(op, label)
-    expected = public_outcome(op, arguments)
-    torch.use_deterministic_algorithms(True)  # also fills what `empty` allocates with NaN
-    try:
-        results = public_outcome(op, arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    expected, results = public_outcome(op, arguments), deterministic_outcome(op, arguments)
     for name, tensor in expected.items():
         assert torch.equal(results[name], tensor), name
 
 
-@needs_native
+@each_sample
+def test_deterministic_mode_of_the_triton_backend(op, label):
+    skip_unless_it_runs(op, "triton")
+    arguments = sample(op, label, **few_queries("triton"))
+    with rk.backend("triton"):
+        expected = public_outcome(op, arguments)
+        first, second = (deterministic_outcome(op, arguments) for _ in range(2))
+    for name, tensor in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def deterministic_outcome(op, arguments):
+    torch.use_deterministic_algorithms(True)  # also fills what `empty` allocates with NaN
+    try:
+        return public_outcome(op, arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("op, label", DIFFERENTIABLE)
-def test_second_derivative_is_a_clear_error(op, label):
+def test_second_derivative_is_a_clear_error(op, label, backend):
     if op == "query_similarity":
         pytest.skip("mean is plain PyTorch: it has a second derivative (test_query_similarity)")
-    arguments = sample(op, label)
+    skip_unless_it_runs(op, backend)
+    arguments = sample(op, label, queries=9)
     wanted = [tensor for _, tensor in named_tensors(arguments) if tensor.requires_grad]
-    grads = torch.autograd.grad(call(op, arguments).square().sum(), wanted, create_graph=True)
+    with rk.backend(backend):
+        grads = torch.autograd.grad(call(op, arguments).square().sum(), wanted, create_graph=True)
     with pytest.raises(RuntimeError, match=rf"{op}: second derivatives are not supported .*reference"):
         torch.autograd.grad(sum(grad.square().sum() for grad in grads), wanted)
 
@@ -244,7 +293,17 @@ def test_second_derivative_on_the_reference_backend(op, label):
 
 @pytest.mark.parametrize("op, label", DIFFERENTIABLE)
 def test_a_gradient_asked_for_alone_is_the_same(op, label):
-    arguments = sample(op, label)
+    check_gradients_alone(op, sample(op, label))
+
+
+@pytest.mark.parametrize("op, label", [case for case in FIRST_SAMPLES if case in DIFFERENTIABLE])
+def test_a_gradient_asked_for_alone_is_the_same_on_the_triton_backend(op, label):
+    skip_unless_it_runs(op, "triton")
+    with rk.backend("triton"):
+        check_gradients_alone(op, sample(op, label, **few_queries("triton")))
+
+
+def check_gradients_alone(op, arguments):
     everything = public_outcome(op, arguments)
     for name, tensor in named_tensors(arguments):
         if not tensor.requires_grad:
