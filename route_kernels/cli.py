@@ -1,4 +1,4 @@
-"""route-kernels info | bench | doctor."""
+"""route-kernels info | bench | doctor | tune."""
 
 from __future__ import annotations
 
@@ -66,10 +66,28 @@ def doctor(arguments: argparse.Namespace) -> int:
         return UNANSWERED
 
 
+def tune(ops: Sequence[str], dtypes: Sequence[str]) -> int:
+    """Measure block sizes on the GPU at hand and keep the fastest for the launches to come."""
+    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    for op in ops:
+        runs, reason = rk.can_run(op, "triton")
+        if not runs or not torch.cuda.is_available():
+            print(f"route-kernels tune: needs a GPU: {'none was found' if runs else reason}", file=sys.stderr)
+            return 1
+    from .triton import tune, tuned
+
+    for case in tune.cases(ops, [getattr(torch, dtype) for dtype in dtypes]):
+        choices = tune.tune(case, device, tune.gpu_timer)
+        tune.keep(device, choices)
+        print("\n".join(tune.report(case, choices)), flush=True)
+    print(f"kept in {tuned.path(device)}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="route-kernels", description="Fused training kernels for DETR detectors.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | doctor | tune")
     commands.add_parser("info", help="what is installed, and which backend runs each op")
     commands.add_parser(
         "bench", help="verify, then time; options as benchmarks/run.py, for one --quick", add_help=False
@@ -89,6 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     examine.add_argument("--dtype", choices=DTYPES, help="of weights and inputs for time and memory [the model's]")
     examine.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps each way [%(default)s]")
     examine.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
+    measure = commands.add_parser(
+        "tune",
+        help="measure block sizes of the Triton kernels on this GPU and keep the fastest",
+        description="Takes minutes. The fastest settings are kept in the user's cache directory, or in the file that "
+        "ROUTE_KERNELS_TUNED names, and go before the built-in table; they are for this GPU, Triton and version only.",
+    )
+    measure.add_argument("--op", action="append", choices=OPS, help="may be repeated [all]")
+    measure.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated [all]")
     args, options = parser.parse_known_args(argv)
     if args.command == "bench":
         return bench(options)
@@ -96,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown options: {' '.join(options)}")
     if args.command == "doctor":
         return doctor(args)
+    if args.command == "tune":
+        return tune(args.op or OPS, args.dtype or DTYPES)
     print("\n".join(info()))
     return 0
 

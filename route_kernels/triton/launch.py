@@ -46,7 +46,7 @@ class Lookup:
 
 
 _recording: Recording | None = None
-_forced: dict[str, Settings] = {}  # by kernel name
+_forced: Mapping[str, Settings] = {}  # by kernel name
 _lookups: set[Lookup] | None = None
 
 
@@ -136,13 +136,14 @@ def recording(architecture: str) -> Iterator[Recording]:
 
 
 @contextmanager
-def forced(kernel_name: str, settings: Settings) -> Iterator[None]:
-    """Inside, `config` gives these settings to every launch of the kernel."""
-    _forced[kernel_name] = settings
+def forced(settings_of: Mapping[str, Settings]) -> Iterator[None]:
+    """Inside, `config` gives every launch of a kernel that is named here these settings."""
+    global _forced
+    outer, _forced = _forced, settings_of
     try:
         yield
     finally:
-        del _forced[kernel_name]
+        _forced = outer
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""`route-kernels tune`: which settings of the kernels are fastest on this GPU, kept for the launches to come.
+
+For each case, every kernel that the op launches is tried with every entry that its table has for the dtype, whatever
+the architecture, then with neighbours of the fastest; one kernel at a time, the others at their best so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import route_kernels as rk
+
+from ..testing import (
+    Arguments,
+    call,
+    ms_deform_attn_arguments,
+    ms_deform_attn_fused_arguments,
+    named_tensors,
+    query_similarity_arguments,
+    routed_attention_arguments,
+)
+from . import launch, tuned
+from .availability import DTYPES
+from .table import INTERPRETER, TABLE
+
+Timer = Callable[[Callable[[], object]], float]  # milliseconds of a call
+
+LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))  # of an 800 x 1066 image
+POSITIONS = sum(height * width for height, width in LEVELS)
+DEFORMABLE: Mapping[str, Arguments] = {
+    "decoder": dict(levels=LEVELS, batch=2, heads=8, channels=32, queries=900, points=4),
+    "encoder": dict(levels=LEVELS, batch=2, heads=8, channels=32, queries=POSITIONS, points=4),
+}
+SIZES: Mapping[str, Mapping[str, Arguments]] = {
+    "routed_attention": {
+        f"B {batch} N {queries}": dict(
+            batch=batch, heads=8, queries=queries, channels=32, rank=16, gate_rank=3, limit=5.0
+        )
+        for batch, queries in ((2, 300), (16, 1100))
+    },
+    "query_similarity": {
+        f"B {batch} N {queries}": dict(batch=batch, queries=queries, channels=256)
+        for batch, queries in ((2, 300), (16, 1100))
+    },
+    "ms_deform_attn": DEFORMABLE,
+    "ms_deform_attn_fused": DEFORMABLE,
+}
+"""By op and name, shapes that detectors have."""
+
+_MAKE_ARGUMENTS: Mapping[str, Callable[..., Arguments]] = {
+    "routed_attention": routed_attention_arguments,
+    "query_similarity": query_similarity_arguments,
+    "ms_deform_attn": ms_deform_attn_arguments,
+    "ms_deform_attn_fused": ms_deform_attn_fused_arguments,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one op, with its backward where it has one."""
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    sizes: Mapping[str, Any]
+
+    def step(self, device: torch.device) -> Callable[[], object]:
+        """Runs it on the Triton backend, on arguments that are made once."""
+        arguments = _MAKE_ARGUMENTS[self.op](**self.sizes, dtype=self.dtype, device=str(device))
+        wanted = [tensor for _, tensor in named_tensors(arguments) if tensor.requires_grad]
+
+        def run() -> object:
+            with rk.backend("triton"):
+                output = call(self.op, arguments)
+            return torch.autograd.grad(output, wanted, torch.ones_like(output)) if wanted else output
+
+        return run
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What won for one kernel, and the milliseconds of the whole step with it and before."""
+
+    key: str
+    settings: launch.Settings
+    milliseconds: float
+    before: float
+
+
+def cases(ops: Iterable[str], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:
+    """Every shape of `SIZES`, in the dtypes that the op's kernels take."""
+    for op in ops:
+        for dtype in dtypes:
+            if dtype in DTYPES[op]:
+                yield from (Case(op, name, dtype, sizes) for name, sizes in SIZES[op].items())
+
+
+def entries(lookup: launch.Lookup) -> list[launch.Settings]:
+    """The different settings that the kernel's table has for the dtype, on any architecture."""
+    fitting = [
+        entry.settings
+        for entry in TABLE[lookup.kernel_name]
+        if entry.architectures != (INTERPRETER,) and (entry.dtypes is None or lookup.dtype in entry.dtypes)
+    ]
+    return [settings for place, settings in enumerate(fitting) if settings not in fitting[:place]]
+
+
+def neighbours(settings: launch.Settings) -> list[launch.Settings]:
+    """Half and twice the warps, one pipeline stage less and more."""
+    warps, stages = settings["num_warps"], settings["num_stages"]
+    return [
+        *({**settings, "num_warps": number} for number in (warps // 2, warps * 2) if 1 <= number <= 8),
+        *({**settings, "num_stages": number} for number in (stages - 1, stages + 1) if 1 <= number <= 5),
+    ]
+
+
+def tune(case: Case, device: torch.device, timer: Timer) -> list[Choice]:
+    """The settings that are faster than those in use; a candidate that does not fit the GPU is passed over."""
+    step = case.step(device)
+    with launch.lookups() as found:
+        step()
+    best: dict[str, launch.Settings] = {}
+    choices = []
+    for lookup in sorted(found, key=repr):
+        name = lookup.kernel_name
+        with launch.forced(best):
+            before = timer(step)
+        settings, least = _fastest(step, timer, best, name, entries(lookup), None, before)
+        if settings is not None:
+            best[name], least = _fastest(step, timer, best, name, neighbours(settings), settings, least)
+            choices.append(Choice(tuned.key(name, lookup.dtype, dict(lookup.sizes)), best[name], least, before))
+    return choices
+
+
+def _fastest(step, timer: Timer, best, name: str, candidates, settings, least: float):
+    """(settings, their time): the given ones, or the candidates that are faster."""
+    for candidate in candidates:
+        with launch.forced({**best, name: candidate}):
+            milliseconds = _time(step, timer)
+        if milliseconds is not None and milliseconds < least:
+            settings, least = candidate, milliseconds
+    return settings, least
+
+
+def _time(step: Callable[[], object], timer: Timer) -> float | None:
+    """None where the settings ask for more than the GPU has, or the kernel does not compile with them."""
+    from triton import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        return timer(step)
+    except (OutOfResources, CompilationError, PTXASError):
+        return None
+
+
+def gpu_timer(step: Callable[[], object]) -> float:
+    """The median of 100 ms of calls, after the call that compiles and 25 ms of warm-up."""
+    from triton.testing import do_bench
+
+    return do_bench(step, warmup=25, rep=100, return_mode="median")
+
+
+def keep(device: torch.device, choices: Iterable[Choice]) -> None:
+    """Adds the choices to this GPU's cache file; what it had under the same keys is replaced."""
+    file, circumstances = tuned.path(device), tuned.circumstances(device)
+    rows = tuned.read(file, circumstances) if file.exists() else {}
+    tuned.write(file, circumstances, {**rows, **{choice.key: dict(choice.settings) for choice in choices}})
+
+
+def report(case: Case, choices: Iterable[Choice]) -> Iterator[str]:
+    """Lines for the terminal."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    yield f"{case.op}, {case.name}, {dtype}"
+    lines = [
+        f"  {choice.before:.4f} -> {choice.milliseconds:.4f} ms  {choice.key}: "
+        + ", ".join(f"{name}={value}" for name, value in choice.settings.items())
+        for choice in choices
+    ]
+    yield from lines or ["  nothing is faster than what is in use"]
