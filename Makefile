@@ -38,6 +38,8 @@ bench: $(SET_UP)
 
 # With the PyTorch, Triton and Python that are there: a machine lent for ten minutes has no time for a set-up.
 gpu-report:
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { \
+	    echo "gpu-report: no PyTorch in '$(PYTHON)'; try make gpu-report PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) -m benchmarks.gpu_report $(GPU_REPORT_FLAGS)
 
 lint: $(SET_UP)
