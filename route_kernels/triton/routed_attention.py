@@ -15,7 +15,7 @@ import triton
 from . import launch
 from .routed_attention_backward import attention_backward_keys, attention_backward_queries, sum_groups
 from .routed_attention_forward import attention_forward
-from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, NO_MASK
+from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
 from .table import HALF
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from .variants import Variant
 
-LOG2_E = 1.4426950408889634
 SUM_BLOCK = 1024
 
 
@@ -39,7 +38,7 @@ def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
     inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
     launch.launch(
         attention_forward, grid, *inputs.tensors, output, lse,
-        heads, queries, key.shape[2], scale * LOG2_E, _limit_log2(limit), *inputs.strides,
+        heads, queries, key.shape[2], scale, _bound(limit), *inputs.strides,
         **constants, **settings,
     )  # fmt: skip
     return output, lse
@@ -55,7 +54,7 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
         return [grad.zero_() for grad in grads]
     output_dot = lse.new_empty(lse.shape)
     inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
-    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2], scale, _limit_log2(limit))
+    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2], scale, _bound(limit))
     strides = (*grad_output.stride()[:3], *inputs.strides)
     output, lse = output.contiguous(), lse.contiguous()
 
@@ -141,11 +140,12 @@ def _inputs(query, key, value, factors, attn_mask, key_ranges) -> tuple[_Inputs,
         BLOCK_D=_padded(channels), BLOCK_SUP=_padded(ranks[0]), BLOCK_DEL=_padded(ranks[1]),
         BLOCK_GATE=_padded(ranks[2]), PRECISION=precision, FACTOR_PRECISION=factor_precision,
         FAST_SIGMOID=query.dtype in HALF and launch.target(query.device).startswith("sm"),
+        UNITS=LOG2_E if query.dtype in HALF else 1.0,
     )  # fmt: skip
 
 
-def _limit_log2(limit: float | None) -> float:
-    return math.inf if limit is None else limit * LOG2_E
+def _bound(limit: float | None) -> float:
+    return math.inf if limit is None else limit
 
 
 def _precisions(dtype: torch.dtype, factor_dtype: torch.dtype) -> tuple[str, str]:

@@ -19,16 +19,16 @@ import triton.language as tl
 from .interpreter import dot, rounded
 from .routed_attention_forward import tiles_seen
 from .routed_attention_tile import (
-    LOG2_E,
     add_factor_gradients,
     add_mask,
+    exponential,
     in_ranges,
     load_ranges,
     load_rows,
-    logits_log2,
+    logits_of,
     products,
     route_adjoint,
-    routing_bias_log2,
+    routing_bias,
     store_rows,
 )
 
@@ -45,7 +45,7 @@ def attention_backward_queries(
     grad_sup, grad_del, grad_gate,  # [groups, B, N, R], [groups, B, N, R], [groups, B, N, G], contiguous
     output_dot,  # [B, H, N] float32: T, for the other pass
     batch, heads, queries, keys,
-    scale, limit_log2,
+    scale, limit,
     stride_ob, stride_oh, stride_on,  # of grad_output
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_km,
@@ -63,12 +63,13 @@ def attention_backward_queries(
     BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+    UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
 ):  # fmt: skip
     blocks, groups = tl.cdiv(queries, BLOCK_N), tl.cdiv(heads, HEADS_PER_PROGRAM)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
     b = (tl.program_id(0) // blocks // groups).to(tl.int64)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale_log2 = scale * LOG2_E
+    scale_of_logits = scale * UNITS
 
     row_factors, factor_gradients = (), ()
     if ROUTED:
@@ -82,7 +83,7 @@ def attention_backward_queries(
             tl.zeros([BLOCK_N, BLOCK_DEL], tl.float32),
             tl.zeros([BLOCK_N, BLOCK_GATE], tl.float32),
         )
-    query_rows, incoming_rows, lse_log2, dots, gradients = (), (), (), (), ()
+    query_rows, incoming_rows, lse_rows, dots, gradients = (), (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
         # A head beyond the last repeats it with lse = +inf, so that its P and dS are 0.
         h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
@@ -97,7 +98,7 @@ def attention_backward_queries(
         query_head = query + b * stride_qb + h * stride_qh
         query_rows = query_rows + (load_rows(query_head, stride_qn, rows, queries, D, BLOCK_D),)
         incoming_rows = incoming_rows + (incoming,)
-        lse_log2 = lse_log2 + (natural * LOG2_E,)
+        lse_rows = lse_rows + (natural * UNITS,)
         dots = dots + (output_dot_row,)
         gradients = gradients + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
 
@@ -114,27 +115,27 @@ def attention_backward_queries(
             tile = tl.where(step < count, first + step, second + step - count)
         columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         # [BLOCK_N, BLOCK_M]
-        bias_log2 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if ROUTED:
             column_factors = (
                 load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
                 load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
                 load_rows(gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE),
             )
-            bias_log2, open_p, difference = routing_bias_log2(
-                row_factors, column_factors, limit_log2, FACTOR_PRECISION, FAST_SIGMOID
+            bias, open_p, difference = routing_bias(
+                row_factors, column_factors, limit, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         visible = (columns < keys)[None, :]
         if RANGES:
             j = columns[None, :]
             visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
-        bias_log2 = tl.where(visible, bias_log2, float("-inf"))
+        bias = tl.where(visible, bias, float("-inf"))
         if MASK:
             inside = (rows < queries)[:, None] & (columns < keys)[None, :]
             mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_n
             mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_m
             if not MASK_OF_HEAD:
-                bias_log2 = add_mask(bias_log2, mask_pointers, inside, MASK)
+                bias = add_mask(bias, mask_pointers, inside, UNITS, MASK)
 
         grad_bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         added = ()
@@ -142,13 +143,13 @@ def attention_backward_queries(
             h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
             key_rows = load_rows(key + b * stride_kb + h * stride_kh, stride_km, columns, keys, D, BLOCK_D)
             value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
-            bias_of_head = bias_log2
+            bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias_log2, mask_pointers + h * stride_mask_h, inside, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, inside, UNITS, MASK)
             # [BLOCK_N, BLOCK_M]
             inner = products(query_rows[i], key_rows, PRECISION)
-            logits = logits_log2(inner, scale_log2, bias_of_head, MASK != 0 or RANGES)
-            weights = tl.exp2(logits - lse_log2[i][:, None])
+            logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
+            weights = exponential(logits - lse_rows[i][:, None], UNITS)
             grad_weights = products(incoming_rows[i], value_rows, PRECISION)
             grad_logits = weights * (grad_weights - dots[i][:, None])
             if ROUTED:
@@ -200,7 +201,7 @@ def attention_backward_keys(
     grad_key, grad_value,  # [B, H, M, D], contiguous
     grad_sup, grad_del, grad_gate,  # [groups, B, M, R], [groups, B, M, R], [groups, B, M, G], contiguous
     batch, heads, queries, keys,
-    scale, limit_log2,
+    scale, limit,
     stride_ob, stride_oh, stride_on,  # of grad_output
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_km,
@@ -218,12 +219,13 @@ def attention_backward_keys(
     BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+    UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
 ):  # fmt: skip
     blocks, groups = tl.cdiv(keys, BLOCK_M), tl.cdiv(heads, HEADS_PER_PROGRAM)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
     b = (tl.program_id(0) // blocks // groups).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    scale_log2 = scale * LOG2_E
+    scale_of_logits = scale * UNITS
 
     row_factors, factor_gradients = (), ()
     if ROUTED:
@@ -255,27 +257,27 @@ def attention_backward_keys(
     for start in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         # [BLOCK_M, BLOCK_N]
-        bias_log2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if ROUTED:
             column_factors = (
                 load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, columns, queries, SUP_RANK, BLOCK_SUP),
                 load_rows(del_q + b * stride_del_qb, stride_del_qn, columns, queries, DEL_RANK, BLOCK_DEL),
                 load_rows(gate_q + b * stride_gate_qb, stride_gate_qn, columns, queries, GATE_RANK, BLOCK_GATE),
             )
-            bias_log2, open_p, difference = routing_bias_log2(
-                row_factors, column_factors, limit_log2, FACTOR_PRECISION, FAST_SIGMOID
+            bias, open_p, difference = routing_bias(
+                row_factors, column_factors, limit, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         if RANGES:
             start0, end0, start1, end1 = load_ranges(ranges_of_image, stride_ranges_n, columns, queries)
             j = rows[:, None]
             visible = in_ranges(start0[None, :], end0[None, :], start1[None, :], end1[None, :], j)
-            bias_log2 = tl.where(visible, bias_log2, float("-inf"))
+            bias = tl.where(visible, bias, float("-inf"))
         if MASK:
             inside = (rows < keys)[:, None] & (columns < queries)[None, :]
             mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_m
             mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_n
             if not MASK_OF_HEAD:
-                bias_log2 = add_mask(bias_log2, mask_pointers, inside, MASK)
+                bias = add_mask(bias, mask_pointers, inside, UNITS, MASK)
 
         grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         added_to_key, added_to_value = (), ()
@@ -289,13 +291,13 @@ def attention_backward_keys(
             output_dot_row = tl.load(output_dot + row_of_head + columns, mask=columns < queries, other=0.0)
             query_rows = load_rows(query + b * stride_qb + h * stride_qh, stride_qn, columns, queries, D, BLOCK_D)
             incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, columns, queries, D, BLOCK_D)
-            bias_of_head = bias_log2
+            bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias_log2, mask_pointers + h * stride_mask_h, inside, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, inside, UNITS, MASK)
             # [BLOCK_M, BLOCK_N]
             inner = products(key_rows[i], query_rows, PRECISION)
-            logits = logits_log2(inner, scale_log2, bias_of_head, MASK != 0 or RANGES)
-            weights = tl.exp2(logits - (natural * LOG2_E)[None, :])
+            logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
+            weights = exponential(logits - (natural * UNITS)[None, :], UNITS)
             # [BLOCK_M, BLOCK_D]
             added_to_value = added_to_value + (
                 dot(rounded(weights, incoming.dtype), incoming, value_gradients[i], PRECISION),

@@ -12,15 +12,15 @@ import triton.language as tl
 
 from .interpreter import dot, rounded
 from .routed_attention_tile import (
-    LOG2_E,
     add_mask,
+    exponential,
     hull,
     in_ranges,
     load_ranges,
     load_rows,
-    logits_log2,
+    logits_of,
     products,
-    routing_bias_log2,
+    routing_bias,
     store_rows,
 )
 
@@ -51,7 +51,7 @@ def attention_forward(
     output,  # [B, H, N, D], contiguous
     lse,  # [B, H, N] float32, contiguous
     heads, queries, keys,
-    scale_log2, limit_log2,
+    scale, limit,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_km,
     stride_vb, stride_vh, stride_vm,
@@ -68,11 +68,13 @@ def attention_forward(
     BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+    UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
 ):  # fmt: skip
     blocks, groups = tl.cdiv(queries, BLOCK_N), tl.cdiv(heads, HEADS_PER_PROGRAM)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
     b = (tl.program_id(0) // blocks // groups).to(tl.int64)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale_of_logits = scale * UNITS
 
     row_factors = ()
     if ROUTED:
@@ -103,41 +105,41 @@ def attention_forward(
             tile = tl.where(step < count, first + step, second + step - count)
         columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         # [BLOCK_N, BLOCK_M]
-        bias_log2 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if ROUTED:
             column_factors = (
                 load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
                 load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
                 load_rows(gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE),
             )
-            bias_log2, _, _ = routing_bias_log2(row_factors, column_factors, limit_log2, FACTOR_PRECISION, FAST_SIGMOID)
+            bias, _, _ = routing_bias(row_factors, column_factors, limit, UNITS, FACTOR_PRECISION, FAST_SIGMOID)
         visible = (columns < keys)[None, :]
         if RANGES:
             j = columns[None, :]
             visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
-        bias_log2 = tl.where(visible, bias_log2, float("-inf"))
+        bias = tl.where(visible, bias, float("-inf"))
         if MASK:
             inside = (rows < queries)[:, None] & (columns < keys)[None, :]
             mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_n
             mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_m
             if not MASK_OF_HEAD:
-                bias_log2 = add_mask(bias_log2, mask_pointers, inside, MASK)
+                bias = add_mask(bias, mask_pointers, inside, UNITS, MASK)
 
         new_max, new_sum, new_attended = (), (), ()
         for i in tl.static_range(HEADS_PER_PROGRAM):
             h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
             key_rows = load_rows(key + b * stride_kb + h * stride_kh, stride_km, columns, keys, D, BLOCK_D)
             value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
-            bias_of_head = bias_log2
+            bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias_log2, mask_pointers + h * stride_mask_h, inside, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, inside, UNITS, MASK)
             # [BLOCK_N, BLOCK_M]
             inner = products(query_rows[i], key_rows, PRECISION)
-            logits = logits_log2(inner, scale_log2, bias_of_head, MASK != 0 or RANGES)
+            logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
             largest = tl.maximum(row_max[i], tl.max(logits, axis=1))
             shift = tl.where(largest == float("-inf"), 0.0, largest)
-            weights = tl.exp2(logits - shift[:, None])
-            correction = tl.exp2(row_max[i] - shift)
+            weights = exponential(logits - shift[:, None], UNITS)
+            correction = exponential(row_max[i] - shift, UNITS)
             # [BLOCK_N, BLOCK_D]
             corrected = attended[i] * correction[:, None]
             corrected = dot(rounded(weights, value_rows.dtype), value_rows, corrected, PRECISION)
@@ -153,6 +155,6 @@ def attention_forward(
         total = row_sum[i]
         # A query that attended nothing gives 0, and lse = +inf makes exp(S - lse) 0 in backward.
         average = attended[i] * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-        natural = tl.where(row_max[i] > -1.0e30, row_max[i] / LOG2_E + tl.log(total), float("inf"))
+        natural = tl.where(row_max[i] > -1.0e30, row_max[i] / UNITS + tl.log(total), float("inf"))
         store_rows(output + row_of_head * D, D, rows, count_of_head, average, D, BLOCK_D)
         tl.store(lse + row_of_head + rows, natural, mask=rows < count_of_head)

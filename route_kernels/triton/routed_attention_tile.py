@@ -2,8 +2,9 @@
 
     p = sigmoid(gate_q . gate_k)      r = p (sup_q . sup_k) + (1 - p)(del_q . del_k)      b = clamp(r, -limit, limit)
 
-Logits are kept in units of log 2 (`_log2` in a name), so that exp is one exp2 instruction. A tile has queries for rows
-and keys for columns, or the other way round: the formulas are symmetric, and the callers say which is which by strides.
+Logits are kept times UNITS: log2(e) for short dtypes, so that exp is one exp2 instruction, and 1 for float32, where the
+rounding of that product would show. A tile has queries for rows and keys for columns, or the other way round: the
+formulas are symmetric, and the callers say which is which by strides.
 """
 
 # ruff: noqa: RUF005 (a Triton kernel joins tuples with +)
@@ -16,8 +17,8 @@ from .interpreter import INTERPRETED, dot, rounded
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# Far below every logit, yet finite: an additive mask of finfo.min stays one instead of becoming -inf in units of log 2.
+LOG2_E = 1.4426950408889634
+# Far below every logit, yet finite: an additive mask of finfo.min stays one instead of becoming -inf times UNITS.
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 
 
@@ -63,19 +64,20 @@ def products(rows, columns, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def routing_bias_log2(
-    row_factors, column_factors, limit_log2, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr
+def routing_bias(
+    row_factors, column_factors, limit,
+    UNITS: tl.constexpr, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """b of a tile; for backward also p, or -1 where the clamp bites, and sup - del. Factors are (sup, del, gate)."""
+    """UNITS b of a tile; for backward also p (-1 where the clamp bites) and sup - del. Factors are (sup, del, gate)."""
     # [ROWS, COLUMNS]
     p = sigmoid(products(row_factors[2], column_factors[2], PRECISION), FAST_SIGMOID)
     suppressor = products(row_factors[0], column_factors[0], PRECISION)
     delegator = products(row_factors[1], column_factors[1], PRECISION)
-    route_log2 = (p * suppressor + (delegator - p * delegator)) * LOG2_E
+    route = p * suppressor + (delegator - p * delegator)
     # A NaN stays one.
-    bias_log2 = tl.clamp(route_log2, -limit_log2, limit_log2, propagate_nan=tl.PropagateNan.ALL)
-    open_p = tl.where(tl.abs(route_log2) <= limit_log2, p, -1.0)
-    return bias_log2, open_p, suppressor - delegator
+    bias = tl.clamp(route, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    open_p = tl.where(tl.abs(route) <= limit, p, -1.0)
+    return bias * UNITS, open_p, suppressor - delegator
 
 
 @triton.jit
@@ -127,24 +129,30 @@ def in_ranges(start0, end0, start1, end1, j):
 
 
 @triton.jit
-def add_mask(bias_log2, pointers, inside, MASK: tl.constexpr):
+def add_mask(bias, pointers, inside, UNITS: tl.constexpr, MASK: tl.constexpr):
     """The bias of a tile with attn_mask applied: bool hides a pair, float is added to its logit."""
     # [ROWS, COLUMNS]
     if MASK == 1:
         hidden = tl.load(pointers, mask=inside, other=0) == 0
-        masked = tl.where(hidden, float("-inf"), bias_log2)
+        masked = tl.where(hidden, float("-inf"), bias)
     else:
         mask = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        finite = tl.maximum(mask * LOG2_E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        masked = bias_log2 + tl.where(mask == float("-inf"), mask, finite)
+        finite = tl.maximum(mask * UNITS, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        masked = bias + tl.where(mask == float("-inf"), mask, finite)
     return masked
 
 
 @triton.jit
-def logits_log2(inner_products, scale_log2, bias_log2, HIDDEN: tl.constexpr):
-    """S = scale q . k + b + mask in units of log 2. HIDDEN: what a mask hides is hidden whatever the key holds."""
+def exponential(logits, UNITS: tl.constexpr):
+    """exp of logits that are kept times UNITS."""
+    return tl.exp(logits) if UNITS == 1.0 else tl.exp2(logits)
+
+
+@triton.jit
+def logits_of(inner_products, scale, bias, HIDDEN: tl.constexpr):
+    """S = scale q . k + b + mask, all times UNITS. HIDDEN: what a mask hides is hidden whatever the key holds."""
     # [ROWS, COLUMNS]
-    logits = inner_products * scale_log2 + bias_log2
+    logits = inner_products * scale + bias
     if HIDDEN:
-        logits = tl.where(bias_log2 == float("-inf"), bias_log2, logits)
+        logits = tl.where(bias == float("-inf"), bias, logits)
     return logits
