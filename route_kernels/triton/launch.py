@@ -136,10 +136,10 @@ def recording(architecture: str) -> Iterator[Recording]:
 
 
 @contextmanager
-def forced(settings_of: Mapping[str, Settings]) -> Iterator[None]:
-    """Inside, `config` gives every launch of a kernel that is named here these settings."""
+def forced(kernel_name: str, settings: Settings) -> Iterator[None]:
+    """Inside, `config` gives these settings to every launch of the kernel; may be nested, for one kernel in another."""
     global _forced
-    outer, _forced = _forced, settings_of
+    outer, _forced = _forced, {**_forced, kernel_name: settings}
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ the architecture, then with neighbours of the fastest; one kernel at a time, the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,8 +128,7 @@ def tune(case: Case, device: torch.device, timer: Timer) -> list[Choice]:
     choices = []
     for lookup in sorted(found, key=repr):
         name = lookup.kernel_name
-        with launch.forced(best):
-            before = timer(step)
+        before = _time(step, timer, best)
         settings, least = _fastest(step, timer, best, name, entries(lookup), None, before)
         if settings is not None:
             best[name], least = _fastest(step, timer, best, name, neighbours(settings), settings, least)
@@ -139,20 +139,27 @@ def tune(case: Case, device: torch.device, timer: Timer) -> list[Choice]:
 def _fastest(step, timer: Timer, best, name: str, candidates, settings, least: float):
     """(settings, their time): the given ones, or the candidates that are faster."""
     for candidate in candidates:
-        with launch.forced({**best, name: candidate}):
-            milliseconds = _time(step, timer)
+        milliseconds = _time_or_none(step, timer, {**best, name: candidate})
         if milliseconds is not None and milliseconds < least:
             settings, least = candidate, milliseconds
     return settings, least
 
 
-def _time(step: Callable[[], object], timer: Timer) -> float | None:
-    """None where the settings ask for more than the GPU has, or the kernel does not compile with them."""
+def _time(step: Callable[[], object], timer: Timer, settings_of: Mapping[str, launch.Settings]) -> float:
+    """Of the step with these settings, by kernel name."""
+    with ExitStack() as stack:
+        for name, settings in settings_of.items():
+            stack.enter_context(launch.forced(name, settings))
+        return timer(step)
+
+
+def _time_or_none(step, timer: Timer, settings_of: Mapping[str, launch.Settings]) -> float | None:
+    """None where the settings ask for more than the GPU has, or a kernel does not compile with them."""
     from triton import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     try:
-        return timer(step)
+        return _time(step, timer, settings_of)
     except (OutOfResources, CompilationError, PTXASError):
         return None
 
