@@ -100,6 +100,13 @@ def test_levels_may_lie_apart_or_overlap(deterministic):
     assert_as_reference("ms_deform_attn", arguments | {"level_start_index": (3, 15)})
 
 
+def test_softmax_of_more_points_than_are_unrolled(monkeypatch):
+    from route_kernels.triton import ms_deform_attn_arguments as settings
+
+    monkeypatch.setattr(settings, "MOST_POINTS_UNROLLED", 3)
+    assert_as_reference("ms_deform_attn_fused", ms_deform_attn_fused_arguments(dtype=torch.float64, **FEW))
+
+
 def test_softmax_adjoint_of_more_points_than_a_tile_holds():
     from route_kernels.triton.ms_deform_attn_fused import softmax_backward
 
@@ -302,6 +309,26 @@ def test_the_gradient_of_value_is_summed_in_a_fixed_order_where_asked_for(op, mo
     for name, tensor in once.items():
         assert torch.equal(again[name], tensor), name
         torch.testing.assert_close(by_atomics[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@each_op
+def test_compiled_for_any_size(op):
+    compiled = torch.compile(on_triton(op), fullgraph=True, dynamic=True, backend="aot_eager")
+    for levels in (((3, 4), (1, 2)), ((2, 5), (4, 3))):
+        arguments = ARGUMENTS[op](**FEW | {"levels": levels})
+        grad_output = torch.randn(1, 5, 16)
+        expected = outcome(on_triton(op), arguments, grad_output)
+        for name, tensor in outcome(compiled, arguments, grad_output).items():
+            torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("sizes", [(1, 0, 16, 2**24), (2**31, 7, 48, 3)], ids=str)
+def test_no_size_of_a_level_makes_triton_compile_anew(sizes):
+    from route_kernels.triton.ms_deform_attn_arguments import Points
+
+    points = Points(torch.empty(0), torch.empty(0), None, None, sizes, (0, 2**33), (4, 0))
+    assert all(number % 16 and number != 1 for number in points.levels())
+    assert [(number >> 1) - 1 for number in points.levels()] == [*sizes[:2], 0, 4, *sizes[2:], 2**33, 0]
 
 
 @each_op

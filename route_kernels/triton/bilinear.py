@@ -44,7 +44,7 @@ def frame_of(reference, level, in_block, points, ACCUMULATE: tl.constexpr, COORD
     if COORDINATES == 4:
         extent_x = tl.load(reference + level + 2, in_block, other=0).to(ACCUMULATE)
         extent_y = tl.load(reference + level + 3, in_block, other=0).to(ACCUMULATE)
-    return x, y, extent_x, extent_y, 0.5 / tl.cast(points, ACCUMULATE)
+    return x, y, extent_x, extent_y, 0.5 / tl.cast(tl.maximum(points, 1), ACCUMULATE)
 
 
 @triton.jit
@@ -136,22 +136,32 @@ def sample_adjoint(s00, s01, s10, s11, fraction_x, fraction_y):
 
 
 @triton.jit
-def softmax_of(weight, in_block, points, ACCUMULATE: tl.constexpr, COORDINATES: tl.constexpr):
+def softmax_of(
+    weight, in_block, points, ACCUMULATE: tl.constexpr, COORDINATES: tl.constexpr, ALL_POINTS: tl.constexpr
+):  # fmt: skip
     """Shift and factor with which exp(logit - shift) factor is the softmax; weight: pointers to the first of K logits.
 
-    A logit at a time, in the layout of the loops over points: a tile [BLOCK_N, BLOCK_K] would have another one, and
-    bring the compiler to compute every location in both.
+    Where K is known (ALL_POINTS) there is no loop: its result would bind every tensor of a query to another layout than
+    that of the rows of channels, and the compiler would compute the locations in both.
     """
     shift, factor = 0.0, 1.0
     if COORDINATES > 0:
         # [BLOCK_N]
         largest = tl.full(weight.shape, float("-inf"), ACCUMULATE)
-        for k in tl.range(0, points):
-            largest = tl.maximum(largest, tl.load(weight + k, in_block, other=0).to(ACCUMULATE))
-        shift = tl.where(largest == float("-inf"), 0.0, largest)  # exp(-inf - -inf) would be NaN
         total = tl.zeros(weight.shape, ACCUMULATE)
-        for k in tl.range(0, points):
-            total += tl.exp(tl.load(weight + k, in_block, other=0).to(ACCUMULATE) - shift)
+        if ALL_POINTS > 0:
+            for k in tl.static_range(ALL_POINTS):
+                largest = tl.maximum(largest, tl.load(weight + k, in_block, other=0).to(ACCUMULATE))
+        else:
+            for k in range(points):
+                largest = tl.maximum(largest, tl.load(weight + k, in_block, other=0).to(ACCUMULATE))
+        shift = tl.where(largest == float("-inf"), 0.0, largest)  # exp(-inf - -inf) would be NaN
+        if ALL_POINTS > 0:
+            for k in tl.static_range(ALL_POINTS):
+                total += tl.exp(tl.load(weight + k, in_block, other=0).to(ACCUMULATE) - shift)
+        else:
+            for k in range(points):
+                total += tl.exp(tl.load(weight + k, in_block, other=0).to(ACCUMULATE) - shift)
         factor = 1.0 / total
     return shift, factor
 

@@ -9,6 +9,8 @@ import torch
 
 from .launch import config
 
+MOST_POINTS_UNROLLED = 32
+
 Strides = tuple[int, ...]
 
 
@@ -56,6 +58,7 @@ class Points(NamedTuple):
             "CHANNELS": channels,
             "LEVELS": len(counts),
             "POINTS": counts[0] if all(count == counts[0] for count in counts) else 0,
+            "ALL_POINTS": sum(counts) if self.reference is not None and sum(counts) <= MOST_POINTS_UNROLLED else 0,
             "COORDINATES": self.coordinates,
         }
 

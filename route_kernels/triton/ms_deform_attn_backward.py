@@ -66,10 +66,10 @@ def ms_deform_attn_backward(
     stride_wb, stride_wn, stride_wh,
     stride_rb, stride_rn, stride_rl,
     stride_mb, stride_ms,
-    CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, COORDINATES: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, ALL_POINTS: tl.constexpr,
+    COORDINATES: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient but that of the softmax; POINTS is of each level, 0 where they differ."""
+    """Every gradient but that of the softmax; POINTS and ALL_POINTS as in the forward kernel."""
     ACCUMULATE: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     batch, head, rows = program_block(queries, heads, BLOCK_N)
     in_block = rows < queries
@@ -91,7 +91,7 @@ def ms_deform_attn_backward(
         grad_reference += row * LEVELS * COORDINATES
     if COORDINATES > 0:
         reference += batch * stride_rb + rows * stride_rn
-    shift, factor = softmax_of(weight, in_block, points, ACCUMULATE, COORDINATES)
+    shift, factor = softmax_of(weight, in_block, points, ACCUMULATE, COORDINATES, ALL_POINTS)
     addresses, mask = rows_at(
         grad_output + head * CHANNELS, (batch * stride_gb + rows * stride_gn) * ALIGN, in_block, CHANNELS, BLOCK_D
     )
@@ -104,7 +104,7 @@ def ms_deform_attn_backward(
         height, width, start, count = level_at(levels, level, LEVELS)
         if POINTS > 0:
             count = POINTS
-        frame = frame_of(reference, level * stride_rl, in_block, count, ACCUMULATE, COORDINATES)
+        frame = frame_of(reference, level * tl.cast(stride_rl, tl.int64), in_block, count, ACCUMULATE, COORDINATES)
         extent_x, extent_y, half_step = frame[2], frame[3], frame[4]
         # [BLOCK_N]
         sum_x = tl.zeros([BLOCK_N], ACCUMULATE)

@@ -48,10 +48,13 @@ def ms_deform_attn_forward(
     stride_wb, stride_wn, stride_wh,
     stride_rb, stride_rn, stride_rl,
     stride_mb, stride_ms,
-    CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, COORDINATES: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, ALL_POINTS: tl.constexpr,
+    COORDINATES: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """output = sum over points of weight times the bilinear sample; POINTS is of each level, 0 where they differ."""
+    """output = sum over points of weight times the bilinear sample.
+
+    POINTS is of each level, 0 where they differ; ALL_POINTS is K, 0 where it is large or there is no softmax.
+    """
     ACCUMULATE: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32
     batch, head, rows = program_block(queries, heads, BLOCK_N)
     in_block = rows < queries
@@ -63,7 +66,7 @@ def ms_deform_attn_forward(
         value_mask += batch * stride_mb
     if COORDINATES > 0:
         reference += batch * stride_rb + rows * stride_rn
-    shift, factor = softmax_of(weight, in_block, points, ACCUMULATE, COORDINATES)
+    shift, factor = softmax_of(weight, in_block, points, ACCUMULATE, COORDINATES, ALL_POINTS)
     # [BLOCK_N, BLOCK_D]
     sampled = tl.zeros([BLOCK_N, BLOCK_D], ACCUMULATE)
     first = 0
@@ -71,7 +74,7 @@ def ms_deform_attn_forward(
         height, width, start, count = level_at(levels, level, LEVELS)
         if POINTS > 0:
             count = POINTS
-        frame = frame_of(reference, level * stride_rl, in_block, count, ACCUMULATE, COORDINATES)
+        frame = frame_of(reference, level * tl.cast(stride_rl, tl.int64), in_block, count, ACCUMULATE, COORDINATES)
         for k in tl.range(first, first + count, loop_unroll_factor=UNROLL):
             # [BLOCK_N]
             _, _, inside, row, column, fraction_x, fraction_y = located(

@@ -70,13 +70,16 @@ TABLE: dict[str, tuple[Entry, ...]] = {
     # a row of value is read 16 bytes a thread, by the threads of one warp: nothing to exchange, no barrier
     "ms_deform_attn_forward": (
         Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=1), architectures=("gfx942",), dtypes=DOUBLE),
         Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=2), architectures=("gfx942",)),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=4)),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=4), at_most={"rows": 65536}),  # too few warps to hide latency
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=2)),
     ),
     "ms_deform_attn_backward": (
         Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
-        Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=("gfx942",)),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=2)),
+        Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=("gfx942",), dtypes=(*FULL, *DOUBLE)),
+        Entry(_settings(1, 1, BLOCK_BYTES=256, UNROLL=1), architectures=("sm86",), dtypes=HALF),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=1)),
     ),
     "ms_deform_attn_gather": (
         Entry(_settings(1, 1, BLOCK_T=4), architectures=(INTERPRETER,)),
@@ -84,6 +87,7 @@ TABLE: dict[str, tuple[Entry, ...]] = {
     ),
     "softmax_adjoint": (
         Entry(_settings(4, 1, BLOCK_NK=128), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_NK=256), dtypes=DOUBLE),
         Entry(_settings(4, 1, BLOCK_NK=1024)),
     ),
 }
