@@ -65,6 +65,11 @@ def test_every_codebase_has_a_page(codebase):
     assert named, f"no page in docs/ tells of {codebase}"
 
 
+def test_a_command_may_go_on_in_the_next_line():
+    page = "```bash\nmake demo  # all\nroute-detr train \\\n    --epochs 1\n```\n"
+    assert commands(page) == [["make", "demo"], ["route-detr", "train", "--epochs", "1"]]
+
+
 def test_a_block_is_known_by_what_it_needs():
     assert missing_packages("import torch, not_there.at_all\nfrom nor_this import that") == ["nor_this", "not_there"]
     assert missing_packages("import MultiScaleDeformableAttention") == []
