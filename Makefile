@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -q
+PYTEST_FLAGS ?= -q -n auto --dist loadfile
 BENCH_FLAGS ?=
 GPU_REPORT_FLAGS ?=
 DEMO_RUN := runs/demo
