@@ -142,6 +142,11 @@ def test_products_of_float32_round_to_tf32_only_where_pytorch_s_do():
     assert launch.input_precision() == "ieee"
 
 
+def test_blocks_and_padding():
+    assert [launch.blocks(size, 16) for size in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    assert [launch.padded(width) for width in (0, 1, 16, 17, 64, 65)] == [16, 16, 16, 32, 64, 128]
+
+
 # ---- tuned settings ------------------------------------------------------------------------------------------------
 
 

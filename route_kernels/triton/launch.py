@@ -124,6 +124,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
         kernel.run(*arguments, grid=grid, warmup=False, **settings)
 
 
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`; `triton.cdiv` takes ten times as long on the host."""
+    return -(-size // block)
+
+
+def padded(width: int) -> int:
+    """The power of two, from 16, that `tl.dot` takes for `width` channels."""
+    return 1 << max(width - 1, 15).bit_length()
+
+
 @contextmanager
 def recording(architecture: str) -> Iterator[Recording]:
     """Inside, `config` answers for `architecture` and `launch` notes its calls instead of running them."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .interpreter import dot, rounded
-from .launch import config, input_precision, launch
+from .launch import blocks, config, input_precision, launch, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,13 +124,11 @@ def forward(x: torch.Tensor) -> torch.Tensor:
     inverse_norms = torch.empty((batch, queries), dtype=torch.float32, device=x.device)
     sizes = (*x.stride()[:2], queries, channels)
     settings = _settings("query_inverse_norms", x)
-    launch(
-        query_inverse_norms, (triton.cdiv(queries, settings["BLOCK_N"]), batch), x, inverse_norms, *sizes, **settings
-    )
+    launch(query_inverse_norms, (blocks(queries, settings["BLOCK_N"]), batch), x, inverse_norms, *sizes, **settings)
     settings = _settings("query_similarity_relu", x)
     chunk = settings["BLOCK_C"]
     launch(
-        query_similarity_relu, (triton.cdiv(queries, settings["BLOCK_N"]), batch), x, inverse_norms, output, *sizes,
+        query_similarity_relu, (blocks(queries, settings["BLOCK_N"]), batch), x, inverse_norms, output, *sizes,
         input_precision(), channels <= chunk, channels > 0 and channels % chunk == 0, **settings,
     )  # fmt: skip
     return output
@@ -140,7 +138,7 @@ def _settings(kernel_name: str, x: torch.Tensor) -> dict[str, int]:
     """The table's, with no wider a chunk than C takes."""
     _, queries, channels = x.shape
     settings = config(kernel_name, x.device, x.dtype, N=queries, C=channels)
-    return {**settings, "BLOCK_C": min(settings["BLOCK_C"], max(triton.next_power_of_2(channels), 16))}
+    return {**settings, "BLOCK_C": min(settings["BLOCK_C"], padded(channels))}
 
 
 def variants(architecture: str) -> Iterator[Variant]:
