@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,16 +34,8 @@ class Points(NamedTuple):
         return self.point, self.weight, self.reference, self.value_mask
 
     def levels(self) -> tuple[int, ...]:
-        """(height, width, start, points) of each level, x as 2 x + 3.
-
-        These are odd numbers above 1: Triton compiles a kernel anew for integers that are 1 or multiples of 16.
-        """
-        sizes = self.sizes
-        return tuple(
-            2 * number + 3
-            for level, (start, count) in enumerate(zip(self.starts, self.counts, strict=True))
-            for number in (sizes[2 * level], sizes[2 * level + 1], start, count)
-        )
+        """(height, width, start, points) of each level, x as 2 x + 3."""
+        return _levels(tuple(self.sizes), tuple(self.starts), tuple(self.counts))
 
     def strides(self) -> Strides:
         """Of points, weights, references and mask, as the kernels' arguments end."""
@@ -53,14 +46,27 @@ class Points(NamedTuple):
 
     def constants(self, channels: int) -> dict[str, int]:
         """What a kernel is compiled for."""
-        counts = self.counts
+        every, total = _known_counts(tuple(self.counts))
         return {
             "CHANNELS": channels,
-            "LEVELS": len(counts),
-            "POINTS": counts[0] if all(count == counts[0] for count in counts) else 0,
-            "ALL_POINTS": sum(counts) if self.reference is not None and sum(counts) <= MOST_POINTS_UNROLLED else 0,
+            "LEVELS": len(self.counts),
+            "POINTS": every,
+            "ALL_POINTS": total if self.reference is not None and total <= MOST_POINTS_UNROLLED else 0,
             "COORDINATES": self.coordinates,
         }
+
+
+@functools.lru_cache(maxsize=4096)
+def _levels(sizes: tuple[int, ...], starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
+    # 2 x + 3 is odd and above 1: Triton compiles a kernel anew for integers that are 1 or multiples of 16.
+    rows = zip(sizes[::2], sizes[1::2], starts, counts, strict=True)
+    return tuple(2 * number + 3 for row in rows for number in row)
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_counts(counts: tuple[int, ...]) -> tuple[int, int]:
+    """The points of every level, 0 where they differ, and of all together."""
+    return counts[0] if len(set(counts)) == 1 else 0, sum(counts)
 
 
 def _strides_of_reference(reference: torch.Tensor) -> Strides:

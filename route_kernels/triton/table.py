@@ -20,6 +20,9 @@ FULL = (torch.float32,)
 HALF = (torch.float16, torch.bfloat16)
 DOUBLE = (torch.float64,)
 
+MMA2 = ("sm80", "sm86", "sm120")
+"""Tensor cores whose operands lie in registers."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -42,6 +45,10 @@ def _settings(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
+def _attention(block_n: int, block_m: int, heads: int, num_warps: int = 4, num_stages: int = 2) -> dict[str, int]:
+    return _settings(num_warps, num_stages, BLOCK_N=block_n, BLOCK_M=block_m, HEADS_PER_PROGRAM=heads)
+
+
 TABLE: dict[str, tuple[Entry, ...]] = {
     "query_inverse_norms": (
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
@@ -55,22 +62,43 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), architectures=("sm86", "sm120")),
         Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=256)),
     ),
+    # R is the widest rank (0: plain), MASKED 2 with a mask and 1 without, F the bytes of a factor's element. Most heads a
+    # program that no register is spilled for: the bias of 4 heads costs 15 instructions a pair and head, of 1 head 27.
     "routed_attention_forward": (
-        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=32, HEADS_PER_PROGRAM=4)),
+        Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
+        Entry(_attention(64, 64, 1), dtypes=HALF, at_most={"D": 64, "R": 0, "MASKED": 1}),
+        Entry(_attention(64, 32, 4), ("sm90", "sm100"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 64, 2), ("sm90", "sm100"), HALF, {"D": 64, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 64, 2), MMA2, HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 32, 2), MMA2, HALF, {"D": 64, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 32, 1), dtypes=HALF),
+        Entry(_attention(32, 32, 1), dtypes=FULL, at_most={"D": 64}),
+        Entry(_attention(32, 16, 1)),
     ),
     "routed_attention_backward_queries": (
-        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_M=32, HEADS_PER_PROGRAM=4)),
+        Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
+        Entry(_attention(64, 32, 2), dtypes=HALF, at_most={"D": 32, "R": 0, "MASKED": 1}),
+        Entry(_attention(64, 16, 4), dtypes=HALF, at_most={"D": 16, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 16, 4), ("sm80", "sm86", "sm100"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 16, 2), dtypes=HALF, at_most={"D": 64, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 16, 1), dtypes=HALF),
+        Entry(_attention(32, 32, 1), dtypes=FULL, at_most={"D": 64, "R": 16, "MASKED": 1}),
+        Entry(_attention(32, 16, 1)),
     ),
     "routed_attention_backward_keys": (
-        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_M=16, HEADS_PER_PROGRAM=2), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 2, BLOCK_N=32, BLOCK_M=64, HEADS_PER_PROGRAM=2)),
+        Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
+        Entry(_attention(32, 64, 2), dtypes=HALF, at_most={"D": 32, "R": 0, "MASKED": 1}),
+        Entry(_attention(16, 64, 4), ("sm90", "sm100"), HALF, {"D": 16, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(16, 64, 2), ("sm90", "sm100"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(32, 64, 1), MMA2, HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(16, 64, 1), dtypes=HALF),
+        Entry(_attention(32, 32, 1), dtypes=FULL, at_most={"D": 64, "R": 16, "MASKED": 1}),
+        Entry(_attention(16, 32, 1)),
     ),
     # a row of value is read 16 bytes a thread, by the threads of one warp: nothing to exchange, no barrier
     "ms_deform_attn_forward": (
         Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=1), architectures=("gfx942",), dtypes=DOUBLE),
+        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=1), dtypes=DOUBLE),
         Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=2), architectures=("gfx942",)),
         Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=4), at_most={"rows": 65536}),  # too few warps to hide latency
         Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=2)),
