@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +26,12 @@ from route_kernels.testing import call, named_tensors, sample_arguments
 from .device import circumstances
 
 ARCHITECTURE = "sm90"
+BATCH = 50
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call in microseconds; `wrapper` is the part between the torch op's schema and Triton's launch."""
+    """Of one call in microseconds, the least mean of a batch; `wrapper` is the part between the torch op's schema and Triton's launch."""
 
     op: str
     direction: str
@@ -129,20 +129,18 @@ def _cost(driver: StubbedDriver, op: str, direction: str, step: Callable[[], Non
     before = driver.launches
     step()
     launches = driver.launches - before
-    whole = statistics.median(_microseconds(step) for _ in range(repeat))
     with mock.patch.dict(table, {"triton": timed}):
-        wrappers = []
-        for _ in range(repeat):
-            within[0] = 0.0
-            step()
-            wrappers.append(within[0] * 1e6)
-    return Cost(op, direction, launches, round(whole, 1), round(statistics.median(wrappers), 1))
+        wrapper = min(_batch(step, lambda: within[0]) for _ in range(repeat))
+    whole = min(_batch(step, time.perf_counter) for _ in range(repeat))
+    return Cost(op, direction, launches, round(whole, 1), round(wrapper, 1))
 
 
-def _microseconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return (time.perf_counter() - start) * 1e6
+def _batch(step: Callable[[], None], clock: Callable[[], float]) -> float:
+    """Microseconds of a step by this clock, the mean of a batch."""
+    start = clock()
+    for _ in range(BATCH):
+        step()
+    return (clock() - start) / BATCH * 1e6
 
 
 def table(found: Sequence[Cost]) -> Iterator[str]:
@@ -157,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_cost", description=__doc__)
     parser.add_argument("--op", action="append", choices=rk.backends.OPS, help="may be repeated [all]")
-    parser.add_argument("--repeat", type=int, default=2000, metavar="N", help="timed calls [%(default)s]")
+    parser.add_argument("--repeat", type=int, default=40, metavar="N", help="timed batches [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
