@@ -31,13 +31,13 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call in microseconds, the least mean of a batch; `wrapper` is the part between the torch op's schema and Triton's launch."""
+    """Of one call in microseconds, the least mean of a batch."""
 
     op: str
     direction: str
     launches: int  # kernels of the call
     microseconds: float  # of the public call
-    wrapper: float  # of the op's function in `route_kernels.triton`, launches included
+    wrapper: float  # of it in the op's function in `route_kernels.triton`, launches included
 
 
 class StubbedDriver:

@@ -71,7 +71,7 @@ def row(variant: Variant) -> Row:
     compiled = variant.compile()
     code = machine_code(compiled)
     parameters = [parameter.name for parameter in variant.kernel.params]
-    constants = {parameters[place[0]]: value for place, value in variant.constexprs.items()}
+    constants = {parameters[place[0]]: value for place, value in variant.constexprs.items() if len(place) == 1}
     processor, metadata = PROCESSORS[variant.architecture], compiled.metadata
     occupied = (code.registers, metadata.shared, metadata.num_warps)
 
@@ -121,8 +121,8 @@ def covering(variants: Iterable[Variant]) -> Iterator[Variant]:
     seen: set[Any] = set()
     for variant in variants:
         kernel = variant.kernel.fn.__name__
-        types = [kind for kind in variant.signature.values() if kind.startswith("*")]
-        reached = {(kernel, entry) for entry in variant.entries} | {(kernel, types[0])}
+        pointers = [kind for kind in variant.signature.values() if str(kind).startswith("*")]
+        reached = {(kernel, entry) for entry in variant.entries} | {(kernel, pointers[0])}
         if not reached <= seen:
             seen |= reached
             yield variant
