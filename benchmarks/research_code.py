@@ -1,6 +1,6 @@
 """Two models of research code, in their names and calling conventions: what `codebases.py` trains a step of.
 
-Their modules are those that the tests of the integrations are made with (`tests/research_modules.py`).
+Their modules are those that the tests of the integrations are made with (`research_modules.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .device import ROOT
-
-sys.path.append(str(ROOT / "tests"))
-import research_modules as published
+from . import research_modules as published
 
 Shapes = list[tuple[int, int]]
 STRENGTH = 0.3  # lambda at the end of its schedule

@@ -117,7 +117,7 @@ FAMILIES = """
 
 RESEARCH = """
     import torch
-    from research_modules import MSDeformAttn
+    from benchmarks.research_modules import MSDeformAttn
 
     class Detector(torch.nn.Module):
         def __init__(self):
@@ -296,7 +296,7 @@ def test_a_part_of_another_codebase_in_a_model_of_ones_own(capsys):
 
 
 EXTENSIONS = {  # how the reader's program comes to its extension, and whose ops its own code then calls
-    "compiled": ("import research_modules, sys\n"
+    "compiled": ("import sys\nfrom benchmarks import research_modules\n"
                  "sys.modules[research_modules.EXTENSION] = research_modules.compiled_extension()\n", False),
     "ours": ("import route_kernels.integrations.deformable_detr\n", True),
 }  # fmt: skip
@@ -306,7 +306,7 @@ EXTENSIONS = {  # how the reader's program comes to its extension, and whose ops
 def test_research_code(extension, folder):
     provided, calls_ours = EXTENSIONS[extension]
     (folder / "research_model.py").write_text(provided + textwrap.dedent(RESEARCH))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "route_kernels.cli", "doctor", "research_model:build", "--repeat", "1"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == AGREE, done.stdout + done.stderr

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 from integration_checks import check_integration
-from research_modules import BRICKS, MultiScaleDeformableAttention, bricks_module, compiled_extension
 
+from benchmarks.research_modules import BRICKS, MultiScaleDeformableAttention, bricks_module, compiled_extension
 from route_kernels.integrations import bricks
 from route_kernels.testing import counted_calls
 

@@ -6,12 +6,12 @@ import sys
 import warnings
 
 import pytest
-import research_modules
 import torch
 from integration_checks import align_corners_mistaken, assert_agree, check_integration
-from research_modules import EXTENSION, MSDeformAttn, MSDeformAttnFunction, compiled_extension
 
 import route_kernels as rk
+from benchmarks import research_modules
+from benchmarks.research_modules import EXTENSION, MSDeformAttn, MSDeformAttnFunction, compiled_extension
 from route_kernels.integrations import deformable_detr
 from route_kernels.integrations.extension import ms_deform_attn_backward, ms_deform_attn_forward
 from route_kernels.testing import counted_calls, training_step

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from integration_checks import assert_agree
-from research_modules import Decoder, DecoderLayer, QueryRouter, bricks_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.research_modules import Decoder, DecoderLayer, QueryRouter, bricks_module
 from route_kernels.integrations import bricks, dual_r_detr
 from route_kernels.integrations.routed_mask import RoutedMask
 from route_kernels.testing import counted_calls, training_step
