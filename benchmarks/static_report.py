@@ -117,15 +117,31 @@ def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool
 
 
 def covering(variants: Iterable[Variant]) -> Iterator[Variant]:
-    """Those that bring a new dtype of a kernel or a new entry of the table: together they reach every one."""
+    """Those that bring a new dtype of a kernel or a new entry of the table, every one on some chip.
+
+    What is much the same on all chips is divided among them: of float16 and bfloat16 each chip takes one, and of the
+    entries for every architecture the even or the odd ones.
+    """
+    from route_kernels.triton.table import TABLE
+
     seen: set[Any] = set()
     for variant in variants:
-        kernel = variant.kernel.fn.__name__
-        pointers = [kind for kind in variant.signature.values() if str(kind).startswith("*")]
-        reached = {(kernel, entry) for entry in variant.entries} | {(kernel, pointers[0])}
+        kernel, dtype = variant.kernel.fn.__name__, _dtype(variant)
+        turn = sorted(PROCESSORS).index(variant.architecture) % 2
+        if dtype == ("fp16", "bf16")[turn]:
+            continue
+        reached: set[Any] = {(kernel, dtype)}
+        for name, place in variant.entries:
+            if TABLE[name][place].architectures is not None or place % 2 == turn:
+                reached.add((kernel, name, place))
         if not reached <= seen:
             seen |= reached
             yield variant
+
+
+def _dtype(variant: Variant) -> str:
+    """Of the first tensor: "bf16"."""
+    return next(kind[1:] for kind in variant.signature.values() if str(kind).startswith("*"))
 
 
 HEADINGS = (

@@ -50,14 +50,13 @@ def test_nothing_spills_and_everything_fits(rows, chip):
     assert rows[chip] and not faults(rows[chip])
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_entry_of_the_table_is_compiled(rows, chip):
-    used = {tuple(entry) for row in rows[chip] for entry in row["entries"]}
+def test_every_entry_of_the_table_is_compiled(rows):
+    used = {tuple(entry) for of_chip in rows.values() for row in of_chip for entry in row["entries"]}
     left_out = [
         f"{kernel}: entry {place} {entry}"
         for kernel, entries in TABLE.items()
         for place, entry in enumerate(entries)
-        if (entry.architectures is None or chip in entry.architectures) and (kernel, place) not in used
+        if (entry.architectures is None or set(entry.architectures) & set(CHIPS)) and (kernel, place) not in used
     ]
     assert not left_out, "\n".join(left_out)
 
@@ -80,7 +79,7 @@ def test_float32_takes_no_tensor_core_that_rounds(rows):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_products_of_short_floats_take_the_tensor_cores(rows, chip):
-    products = [row for row in rows[chip] if "similarity_relu" in row["variant"] and "float16" in row["variant"]]
+    products = [row for row in rows[chip] if "similarity_relu" in row["variant"] and "float32" not in row["variant"]]
     assert products and all(row["tensor_core_in_loops"] for row in products)
 
 

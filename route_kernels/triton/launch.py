@@ -25,6 +25,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
+    entries: frozenset[tuple[str, int]]  # (kernel name, place in its table) looked up since the launch before
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Recording:
 
     architecture: str
     launches: list[Launch] = field(default_factory=list)
-    entries: set[tuple[str, int]] = field(default_factory=set)  # (kernel name, place in its table) looked up
+    entries: set[tuple[str, int]] = field(default_factory=set)  # for the next launch
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
     if 0 in grid:
         return
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, settings))
+        _recording.launches.append(Launch(kernel, grid, arguments, settings, frozenset(_recording.entries)))
+        _recording.entries.clear()
         return
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():

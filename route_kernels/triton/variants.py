@@ -45,7 +45,7 @@ class Variant:
     constexprs: dict[tuple[int, ...], Any]  # by place of the parameter
     attributes: dict[tuple[int, ...], Any]  # divisibility by 16, likewise
     options: dict[str, Any]  # num_warps, num_stages, ...
-    entries: frozenset[tuple[str, int]]  # (kernel name, place) of the table's entries that the call looked up
+    entries: frozenset[tuple[str, int]]  # (kernel name, place) of the table's entries that the settings are
 
     def compile(self) -> CompiledKernel:
         """The machine code, from Triton's cache where it has it."""
@@ -57,7 +57,7 @@ def recorded(op: str, direction: str, label: str, architecture: str, call: Calla
     """The variants that `call`, on tensors of the meta device, would launch on this architecture."""
     with launch.recording(architecture) as record:
         call()
-    return [_variant(op, direction, label, architecture, item, frozenset(record.entries)) for item in record.launches]
+    return [_variant(op, direction, label, architecture, item) for item in record.launches]
 
 
 def of_op(op: str, architecture: str) -> Iterator[Variant]:
@@ -73,9 +73,7 @@ def of_op(op: str, architecture: str) -> Iterator[Variant]:
             yield variant
 
 
-def _variant(
-    op: str, direction: str, label: str, architecture: str, item: launch.Launch, entries: frozenset
-) -> Variant:
+def _variant(op: str, direction: str, label: str, architecture: str, item: launch.Launch) -> Variant:
     kernel, backend = item.kernel, make_backend(TARGETS[architecture])
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     settings = {**item.settings, "debug": False}
@@ -83,5 +81,5 @@ def _variant(
     parsed, signature, constexprs, attributes = kernel._pack_args(backend, settings, bound, specialization, options)
     return Variant(
         op, direction, f"{kernel.fn.__name__} {label}", architecture, kernel, item.grid, signature, constexprs,
-        attributes, dict(parsed.__dict__), entries,
+        attributes, dict(parsed.__dict__), item.entries,
     )  # fmt: skip
