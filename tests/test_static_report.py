@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,6 +140,29 @@ def test_faults_stand_under_their_row():
     ]
 
 
+def test_a_few_variants_reach_every_dtype_and_entry(monkeypatch):
+    pytest.importorskip("triton")
+    from route_kernels.triton.table import TABLE, Entry
+
+    monkeypatch.setitem(TABLE, "kernel", (Entry({}, ("interpreter",)), Entry({}, ("sm80",)), Entry({}), Entry({})))
+
+    def variant(dtype, place, chip):
+        kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"))
+        return SimpleNamespace(
+            kernel=kernel, signature={"n": "i32", "x_ptr": f"*{dtype}"}, architecture=chip,
+            entries=frozenset({("kernel", place)}),
+        )  # fmt: skip
+
+    taken = set()
+    for chip in ("sm80", "sm86"):
+        found = [variant(dtype, place, chip) for dtype in ("fp16", "bf16", "fp32") for place in (1, 1, 2, 3)]
+        few = [(static_report._dtype(one), *dict(one.entries).values()) for one in static_report.covering(found)]
+        assert len(few) == len(set(few)) < 5
+        taken |= set(few)
+    assert {dtype for dtype, _ in taken} == {"fp16", "bf16", "fp32"}
+    assert {place for _, place in taken} == {1, 2, 3}
+
+
 def without_interpreter(module, *options):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
@@ -150,8 +174,8 @@ def test_the_command_prints_a_table_and_writes_every_count(tmp_path):
     pytest.importorskip("triton")
     file = tmp_path / "report.json"
     finished = without_interpreter(
-        "benchmarks.static_report", "--op", "query_similarity", "--chip", "sm90", "--match", "norms bfloat16",
-        "--json", str(file), "--few",
+        "benchmarks.static_report", "--op", "query_similarity", "--chip", "sm90", "--match", "norms bfloat16 C=32",
+        "--json", str(file),
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (row,) = json.loads(file.read_text())["rows"]
