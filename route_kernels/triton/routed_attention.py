@@ -33,7 +33,8 @@ def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
     _, heads, queries, _ = query.shape
     if heads == 0:
         return output, lse
-    settings = _settings("routed_attention_forward", query, key, factors)
+    masked = attn_mask is not None or key_ranges is not None
+    settings = _settings("routed_attention_forward", query, key, factors, masked)
     grid = _grid(query, queries, settings, "BLOCK_N")
     inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
     launch.launch(
@@ -57,8 +58,9 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2], scale, _bound(limit))
     strides = (*grad_output.stride()[:3], *inputs.strides)
     output, lse = output.contiguous(), lse.contiguous()
+    masked = attn_mask is not None or key_ranges is not None
 
-    settings = _settings("routed_attention_backward_queries", query, key, factors)
+    settings = _settings("routed_attention_backward_queries", query, key, factors, masked)
     to_factors = _FactorGradients(grads[3::2], query.shape[1], settings)
     launch.launch(
         attention_backward_queries, _grid(query, query.shape[2], settings, "BLOCK_N"),
@@ -67,7 +69,7 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     )  # fmt: skip
     to_factors.sum()
 
-    settings = _settings("routed_attention_backward_keys", query, key, factors)
+    settings = _settings("routed_attention_backward_keys", query, key, factors, masked)
     to_factors = _FactorGradients(grads[4::2], query.shape[1], settings)
     launch.launch(
         attention_backward_keys, _grid(query, key.shape[2], settings, "BLOCK_M"),
@@ -101,13 +103,15 @@ def _grid(query, rows: int, settings, block: str) -> tuple[int]:
     return (triton.cdiv(rows, settings[block]) * groups * query.shape[0],)
 
 
-def _settings(kernel_name: str, query, key, factors) -> dict[str, int]:
+def _settings(kernel_name: str, query, key, factors, masked: bool) -> dict[str, int]:
     """The table's, with the heads spread evenly over the programs: 5 heads in groups of at most 4 are 3 and 2."""
-    heads, queries, channels = query.shape[1:]
-    widest = 0 if factors[0] is None else max(factor.shape[-1] for factor in factors)
+    _, heads, queries, channels = query.shape
+    routed = factors[0] is not None
     settings = launch.config(
-        kernel_name, query.device, query.dtype, H=heads, N=queries, M=key.shape[2], D=channels, R=widest
-    )
+        kernel_name, query.device, query.dtype, H=heads, N=queries, M=key.shape[2], D=channels,
+        R=max(factor.shape[-1] for factor in factors) if routed else 0, MASKED=2 if masked else 1,
+        F=factors[0].element_size() if routed else query.element_size(),
+    )  # fmt: skip
     groups = triton.cdiv(heads, settings["HEADS_PER_PROGRAM"])
     return {**settings, "HEADS_PER_PROGRAM": triton.cdiv(heads, groups)}
 
@@ -124,7 +128,7 @@ def _inputs(query, key, value, factors, attn_mask, key_ranges) -> tuple[_Inputs,
         mask_kind = BOOL_MASK if attn_mask.dtype == torch.bool else FLOAT_MASK
         attn_mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK else attn_mask
     tensors = (query, key, value, *factors, attn_mask, key_ranges)
-    wanted = (3, 3, 3, *(2,) * 6, 4, 2)
+    wanted = (3, 3, 3, *(2,) * 6, 4, 1)
     strides = tuple(
         stride
         for tensor, count in zip(tensors, wanted, strict=True)

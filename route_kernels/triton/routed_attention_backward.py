@@ -26,6 +26,7 @@ from .routed_attention_tile import (
     load_ranges,
     load_rows,
     logits_of,
+    mask_pointers_of,
     products,
     route_adjoint,
     routing_bias,
@@ -40,7 +41,7 @@ def attention_backward_queries(
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
-    key_ranges,  # [B, N, 2, 2] int32
+    key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     grad_query,  # [B, H, N, D], contiguous
     grad_sup, grad_del, grad_gate,  # [groups, B, N, R], [groups, B, N, R], [groups, B, N, G], contiguous
     output_dot,  # [B, H, N] float32: T, for the other pass
@@ -54,7 +55,7 @@ def attention_backward_queries(
     stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
     stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
     stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
-    stride_ranges_b, stride_ranges_n,
+    stride_ranges_b,
     ROUTED: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
@@ -104,7 +105,7 @@ def attention_backward_queries(
 
     if RANGES:
         ranges_of_image = key_ranges + b * stride_ranges_b
-        start0, end0, start1, end1 = load_ranges(ranges_of_image, stride_ranges_n, rows, queries)
+        start0, end0, start1, end1 = load_ranges(ranges_of_image, rows, queries)
         first, count, second, tiles = tiles_seen(start0, end0, start1, end1, keys, BLOCK_M)
     else:
         tiles = tl.cdiv(keys, BLOCK_M)
@@ -131,11 +132,11 @@ def attention_backward_queries(
             visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
         bias = tl.where(visible, bias, float("-inf"))
         if MASK:
-            inside = (rows < queries)[:, None] & (columns < keys)[None, :]
-            mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_n
-            mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_m
+            mask_pointers = mask_pointers_of(
+                attn_mask + b * stride_mask_b, rows, queries, stride_mask_n, columns, keys, stride_mask_m
+            )
             if not MASK_OF_HEAD:
-                bias = add_mask(bias, mask_pointers, inside, UNITS, MASK)
+                bias = add_mask(bias, mask_pointers, UNITS, MASK)
 
         grad_bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         added = ()
@@ -145,7 +146,7 @@ def attention_backward_queries(
             value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
             bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, inside, UNITS, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, UNITS, MASK)
             # [BLOCK_N, BLOCK_M]
             inner = products(query_rows[i], key_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
@@ -176,12 +177,12 @@ def attention_backward_queries(
 
 
 @triton.jit
-def queries_seeing(key_ranges, stride_query, first_key, end_key, queries, BLOCK: tl.constexpr):
+def queries_seeing(key_ranges, first_key, end_key, queries, BLOCK: tl.constexpr):
     """[first, last) around the queries with an interval that meets keys [first_key, end_key); (queries, 0) if none."""
     first, last = queries, queries * 0
     for start in range(0, queries, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        start0, end0, start1, end1 = load_ranges(key_ranges, stride_query, rows, queries)
+        rows = tl.minimum(start + tl.arange(0, BLOCK), queries - 1)
+        start0, end0, start1, end1 = load_ranges(key_ranges, rows, queries)
         # [BLOCK]
         meets = tl.maximum(start0, first_key) < tl.minimum(end0, end_key)
         meets = meets | (tl.maximum(start1, first_key) < tl.minimum(end1, end_key))
@@ -197,7 +198,7 @@ def attention_backward_keys(
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
-    key_ranges,  # [B, N, 2, 2] int32
+    key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     grad_key, grad_value,  # [B, H, M, D], contiguous
     grad_sup, grad_del, grad_gate,  # [groups, B, M, R], [groups, B, M, R], [groups, B, M, G], contiguous
     batch, heads, queries, keys,
@@ -210,7 +211,7 @@ def attention_backward_keys(
     stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
     stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
     stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
-    stride_ranges_b, stride_ranges_n,
+    stride_ranges_b,
     ROUTED: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
@@ -252,7 +253,7 @@ def attention_backward_keys(
     if RANGES:
         ranges_of_image = key_ranges + b * stride_ranges_b
         end_key = tl.minimum((block + 1) * BLOCK_M, keys)
-        first, last = queries_seeing(ranges_of_image, stride_ranges_n, block * BLOCK_M, end_key, queries, 256)
+        first, last = queries_seeing(ranges_of_image, block * BLOCK_M, end_key, queries, 128)
 
     for start in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -268,16 +269,16 @@ def attention_backward_keys(
                 row_factors, column_factors, limit, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         if RANGES:
-            start0, end0, start1, end1 = load_ranges(ranges_of_image, stride_ranges_n, columns, queries)
+            start0, end0, start1, end1 = load_ranges(ranges_of_image, columns, queries)
             j = rows[:, None]
             visible = in_ranges(start0[None, :], end0[None, :], start1[None, :], end1[None, :], j)
             bias = tl.where(visible, bias, float("-inf"))
         if MASK:
-            inside = (rows < keys)[:, None] & (columns < queries)[None, :]
-            mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_m
-            mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_n
+            mask_pointers = mask_pointers_of(
+                attn_mask + b * stride_mask_b, rows, keys, stride_mask_m, columns, queries, stride_mask_n
+            )
             if not MASK_OF_HEAD:
-                bias = add_mask(bias, mask_pointers, inside, UNITS, MASK)
+                bias = add_mask(bias, mask_pointers, UNITS, MASK)
 
         grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         added_to_key, added_to_value = (), ()
@@ -293,7 +294,7 @@ def attention_backward_keys(
             incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, columns, queries, D, BLOCK_D)
             bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, inside, UNITS, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, UNITS, MASK)
             # [BLOCK_M, BLOCK_N]
             inner = products(key_rows[i], query_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)

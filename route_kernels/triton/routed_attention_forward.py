@@ -19,6 +19,7 @@ from .routed_attention_tile import (
     load_ranges,
     load_rows,
     logits_of,
+    mask_pointers_of,
     products,
     routing_bias,
     store_rows,
@@ -47,7 +48,7 @@ def attention_forward(
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
-    key_ranges,  # [B, N, 2, 2] int32
+    key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     output,  # [B, H, N, D], contiguous
     lse,  # [B, H, N] float32, contiguous
     heads, queries, keys,
@@ -59,7 +60,7 @@ def attention_forward(
     stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
     stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
     stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
-    stride_ranges_b, stride_ranges_n,
+    stride_ranges_b,
     ROUTED: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
@@ -94,7 +95,7 @@ def attention_forward(
 
     if RANGES:
         ranges_of_image = key_ranges + b * stride_ranges_b
-        start0, end0, start1, end1 = load_ranges(ranges_of_image, stride_ranges_n, rows, queries)
+        start0, end0, start1, end1 = load_ranges(ranges_of_image, rows, queries)
         first, count, second, tiles = tiles_seen(start0, end0, start1, end1, keys, BLOCK_M)
     else:
         tiles = tl.cdiv(keys, BLOCK_M)
@@ -119,11 +120,11 @@ def attention_forward(
             visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
         bias = tl.where(visible, bias, float("-inf"))
         if MASK:
-            inside = (rows < queries)[:, None] & (columns < keys)[None, :]
-            mask_pointers = attn_mask + b * stride_mask_b + rows.to(tl.int64)[:, None] * stride_mask_n
-            mask_pointers += columns.to(tl.int64)[None, :] * stride_mask_m
+            mask_pointers = mask_pointers_of(
+                attn_mask + b * stride_mask_b, rows, queries, stride_mask_n, columns, keys, stride_mask_m
+            )
             if not MASK_OF_HEAD:
-                bias = add_mask(bias, mask_pointers, inside, UNITS, MASK)
+                bias = add_mask(bias, mask_pointers, UNITS, MASK)
 
         new_max, new_sum, new_attended = (), (), ()
         for i in tl.static_range(HEADS_PER_PROGRAM):
@@ -132,7 +133,7 @@ def attention_forward(
             value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
             bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, inside, UNITS, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, UNITS, MASK)
             # [BLOCK_N, BLOCK_M]
             inner = products(query_rows[i], key_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)

@@ -102,16 +102,11 @@ def add_factor_gradients(gradients, tiles, column_factors, PRECISION: tl.constex
 
 
 @triton.jit
-def load_ranges(key_ranges, stride_query, rows, count):
-    """start0, end0, start1, end1 of queries, each [BLOCK] int32; nothing is visible beyond the last query."""
+def load_ranges(key_ranges, rows, count):
+    """start0, end0, start1, end1 of queries, each [BLOCK] int32; rows beyond the last query read it again."""
     # [BLOCK]
-    pointers = key_ranges + rows.to(tl.int64) * stride_query
-    inside = rows < count
-    start0 = tl.load(pointers, mask=inside, other=0)
-    end0 = tl.load(pointers + 1, mask=inside, other=0)
-    start1 = tl.load(pointers + 2, mask=inside, other=0)
-    end1 = tl.load(pointers + 3, mask=inside, other=0)
-    return start0, end0, start1, end1
+    pointers = key_ranges + tl.minimum(rows, count - 1).to(tl.int64) * 4
+    return tl.load(pointers), tl.load(pointers + 1), tl.load(pointers + 2), tl.load(pointers + 3)
 
 
 @triton.jit
@@ -124,19 +119,34 @@ def hull(starts, ends, keys):
 
 @triton.jit
 def in_ranges(start0, end0, start1, end1, j):
-    """Whether key j lies in one of a query's two intervals; the arguments broadcast to a tile."""
-    return ((start0 <= j) & (j < end0)) | ((start1 <= j) & (j < end1))
+    """Whether key j lies in one of a query's two intervals; the arguments broadcast to a tile.
+
+    start <= j < end is one comparison of unsigned numbers: j - start < max(end - start, 0).
+    """
+    length0 = tl.where(start0 < end0, end0 - start0, 0).to(tl.uint32, bitcast=True)
+    length1 = tl.where(start1 < end1, end1 - start1, 0).to(tl.uint32, bitcast=True)
+    in_first = (j - start0).to(tl.uint32, bitcast=True) < length0
+    return in_first | ((j - start1).to(tl.uint32, bitcast=True) < length1)
 
 
 @triton.jit
-def add_mask(bias, pointers, inside, UNITS: tl.constexpr, MASK: tl.constexpr):
+def mask_pointers_of(attn_mask, rows, row_count, stride_row, columns, column_count, stride_column):
+    """[ROWS, COLUMNS] within the mask: rows and columns beyond its end read the last one, and count nowhere."""
+    rows = tl.minimum(rows, row_count - 1).to(tl.int64)
+    columns = tl.minimum(columns, column_count - 1).to(tl.int64)
+    # [ROWS, COLUMNS]
+    return attn_mask + rows[:, None] * stride_row + columns[None, :] * stride_column
+
+
+@triton.jit
+def add_mask(bias, pointers, UNITS: tl.constexpr, MASK: tl.constexpr):
     """The bias of a tile with attn_mask applied: bool hides a pair, float is added to its logit."""
     # [ROWS, COLUMNS]
     if MASK == 1:
-        hidden = tl.load(pointers, mask=inside, other=0) == 0
+        hidden = tl.load(pointers) == 0
         masked = tl.where(hidden, float("-inf"), bias)
     else:
-        mask = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        mask = tl.load(pointers).to(tl.float32)
         finite = tl.maximum(mask * UNITS, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         masked = bias + tl.where(mask == float("-inf"), mask, finite)
     return masked

@@ -20,6 +20,8 @@ FULL = (torch.float32,)
 HALF = (torch.float16, torch.bfloat16)
 DOUBLE = (torch.float64,)
 
+NVIDIA = ("sm80", "sm86", "sm90", "sm100", "sm120")
+AMD = ("gfx942",)
 MMA2 = ("sm80", "sm86", "sm120")
 """Tensor cores whose operands lie in registers."""
 
@@ -62,38 +64,51 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), architectures=("sm86", "sm120")),
         Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=256)),
     ),
-    # R is the widest rank (0: plain), MASKED 2 with a mask and 1 without, F the bytes of a factor's element. Most heads a
-    # program that no register is spilled for: the bias of 4 heads costs 15 instructions a pair and head, of 1 head 27.
+    # R is the widest rank (0: plain), MASKED 2 with a mask and 1 without, F the bytes of a factor's element. As many
+    # heads a program as spill no register: on sm90, D 32, forward takes 15 instructions a pair and head with 4, 27 with
+    # one.
     "routed_attention_forward": (
         Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
-        Entry(_attention(64, 64, 1), dtypes=HALF, at_most={"D": 64, "R": 0, "MASKED": 1}),
+        Entry(_attention(64, 64, 1), NVIDIA, HALF, {"D": 64, "R": 0, "MASKED": 1}),
         Entry(_attention(64, 32, 4), ("sm90", "sm100"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
         Entry(_attention(64, 64, 2), ("sm90", "sm100"), HALF, {"D": 64, "R": 16, "MASKED": 1, "F": 2}),
         Entry(_attention(64, 64, 2), MMA2, HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
         Entry(_attention(64, 32, 2), MMA2, HALF, {"D": 64, "R": 16, "MASKED": 1, "F": 2}),
-        Entry(_attention(64, 32, 1), dtypes=HALF),
-        Entry(_attention(32, 32, 1), dtypes=FULL, at_most={"D": 64}),
-        Entry(_attention(32, 16, 1)),
+        Entry(_attention(64, 32, 1), NVIDIA, HALF, {"R": 16}),
+        Entry(_attention(64, 32, 1), AMD, HALF, {"R": 16, "MASKED": 1}),
+        Entry(_attention(64, 16, 1), dtypes=HALF),
+        Entry(_attention(64, 32, 1), NVIDIA, FULL, {"D": 32, "R": 16, "MASKED": 1}),
+        Entry(_attention(32, 16, 1), dtypes=FULL, at_most={"D": 64}),
+        Entry(_attention(16, 16, 1)),
     ),
     "routed_attention_backward_queries": (
         Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
-        Entry(_attention(64, 32, 2), dtypes=HALF, at_most={"D": 32, "R": 0, "MASKED": 1}),
+        Entry(_attention(64, 32, 2), NVIDIA, HALF, {"D": 32, "R": 0, "MASKED": 1}),
         Entry(_attention(64, 16, 4), dtypes=HALF, at_most={"D": 16, "R": 16, "MASKED": 1, "F": 2}),
-        Entry(_attention(64, 16, 4), ("sm80", "sm86", "sm100"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(64, 16, 4), ("sm80", "sm100"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
         Entry(_attention(64, 16, 2), dtypes=HALF, at_most={"D": 64, "R": 16, "MASKED": 1, "F": 2}),
-        Entry(_attention(64, 16, 1), dtypes=HALF),
-        Entry(_attention(32, 32, 1), dtypes=FULL, at_most={"D": 64, "R": 16, "MASKED": 1}),
-        Entry(_attention(32, 16, 1)),
+        Entry(_attention(64, 16, 1), NVIDIA, HALF),
+        Entry(_attention(64, 16, 1, num_stages=1), AMD, HALF),
+        Entry(_attention(32, 32, 1), NVIDIA, FULL, {"D": 64, "R": 16, "MASKED": 1}),
+        Entry(_attention(32, 16, 1), dtypes=FULL, at_most={"MASKED": 1}),
+        Entry(_attention(32, 16, 1, num_stages=1)),
     ),
     "routed_attention_backward_keys": (
         Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
-        Entry(_attention(32, 64, 2), dtypes=HALF, at_most={"D": 32, "R": 0, "MASKED": 1}),
+        Entry(_attention(32, 64, 2), NVIDIA, HALF, {"D": 32, "R": 0, "MASKED": 1}),
         Entry(_attention(16, 64, 4), ("sm90", "sm100"), HALF, {"D": 16, "R": 16, "MASKED": 1, "F": 2}),
         Entry(_attention(16, 64, 2), ("sm90", "sm100"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
-        Entry(_attention(32, 64, 1), MMA2, HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
-        Entry(_attention(16, 64, 1), dtypes=HALF),
-        Entry(_attention(32, 32, 1), dtypes=FULL, at_most={"D": 64, "R": 16, "MASKED": 1}),
-        Entry(_attention(16, 32, 1)),
+        Entry(_attention(32, 64, 1), ("sm80", "sm86"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
+        Entry(_attention(16, 64, 1), ("sm80", "sm86", "sm90", "sm100"), HALF, {"R": 16}),
+        Entry(_attention(16, 64, 1), ("sm120",), HALF, {"D": 64, "R": 16}),
+        # Rows of 128 in the registers of every warp leave room for no more.
+        Entry(_attention(16, 16, 1, num_warps=8), ("sm120",), HALF, {"R": 16}),
+        Entry(_attention(32, 16, 1), NVIDIA, HALF),
+        Entry(_attention(16, 64, 1, num_stages=1), AMD, HALF, {"MASKED": 1}),
+        Entry(_attention(16, 16, 1, num_warps=2, num_stages=1), AMD, HALF),
+        Entry(_attention(32, 32, 1), ("sm80", "sm86", "sm90", "sm100"), FULL, {"D": 64, "R": 16, "MASKED": 1}),
+        Entry(_attention(16, 32, 1), dtypes=FULL, at_most={"MASKED": 1}),
+        Entry(_attention(16, 32, 1, num_stages=1)),
     ),
     # a row of value is read 16 bytes a thread, by the threads of one warp: nothing to exchange, no barrier
     "ms_deform_attn_forward": (
