@@ -59,6 +59,7 @@ TABLE: dict[str, tuple[Entry, ...]] = {
     "query_similarity_relu": (
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
         Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=32), architectures=("gfx942",), dtypes=FULL),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=16), architectures=("sm100",), dtypes=FULL),
         Entry(_settings(8, 2, BLOCK_N=64, BLOCK_C=16), dtypes=FULL),
         Entry(_settings(4, 1, BLOCK_N=64, BLOCK_C=256), architectures=("gfx942",)),
         Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), architectures=("sm86", "sm120")),
