@@ -14,6 +14,7 @@ from benchmarks.codebases import BEFORE, CODEBASES, Codebase, _applying
 from benchmarks.registry import Unavailable
 from benchmarks.research_code import DeformableTransformer, published
 from route_kernels.doctor.fitting import applied
+from route_kernels.integrations import deformable_detr
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,8 @@ TINY = Codebase(
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The row of a codebase, steps taken in this process."""
+    """The row of a codebase, steps taken in this process, in which no extension is provided beforehand."""
+    deformable_detr.revert()
 
     def row(codebase):
         monkeypatch.setitem(CODEBASES, "tiny", codebase)
