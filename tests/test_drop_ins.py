@@ -68,10 +68,14 @@ TINY = Codebase(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_extension_provided_beforehand():
+    deformable_detr.revert()  # which its import, here or in another test file, provides
+
+
 @pytest.fixture
 def measured(monkeypatch):
-    """The row of a codebase, steps taken in this process, in which no extension is provided beforehand."""
-    deformable_detr.revert()
+    """The row of a codebase, steps taken in this process."""
 
     def row(codebase):
         monkeypatch.setitem(CODEBASES, "tiny", codebase)
