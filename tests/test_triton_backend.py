@@ -163,7 +163,9 @@ def tuned_file(monkeypatch, tmp_path, compiled):
     return device, tuned.path(device)
 
 
-ROWS = {"query_similarity_relu bfloat16 C=256 N=1024": {"BLOCK_N": 32, "BLOCK_C": 64, "num_warps": 2, "num_stages": 4}}
+ROWS = {
+    "query_similarity_relu bfloat16 C=256 N=1024 ODD=1": {"BLOCK_N": 32, "BLOCK_C": 64, "num_warps": 2, "num_stages": 4}
+}
 
 
 def test_tuned_settings_go_before_the_table(tuned_file):
@@ -171,8 +173,8 @@ def test_tuned_settings_go_before_the_table(tuned_file):
     tuned.write(file, tuned.circumstances(device), ROWS)
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
     config = launch.config
-    assert config("query_similarity_relu", device, torch.bfloat16, N=900, C=256) == next(iter(ROWS.values()))
-    other = config("query_similarity_relu", device, torch.bfloat16, N=1025, C=256)
+    assert config("query_similarity_relu", device, torch.bfloat16, N=900, C=256, ODD=0) == next(iter(ROWS.values()))
+    other = config("query_similarity_relu", device, torch.bfloat16, N=1025, C=256, ODD=0)
     assert other in [entry.settings for entry in TABLE["query_similarity_relu"]]
 
 
@@ -183,7 +185,7 @@ def test_a_file_of_other_circumstances_is_ignored_with_a_warning(tuned_file, nam
     device, file = tuned_file
     tuned.write(file, {**tuned.circumstances(device), name: value}, ROWS)
     with pytest.warns(UserWarning, match=rf"{name} {value}, now .* run `route-kernels tune` again or delete it"):
-        found = launch.config("query_similarity_relu", device, torch.bfloat16, N=900, C=256)
+        found = launch.config("query_similarity_relu", device, torch.bfloat16, N=900, C=256, ODD=0)
     assert found in [entry.settings for entry in TABLE["query_similarity_relu"]]
 
 
@@ -193,14 +195,14 @@ def test_a_broken_file_is_ignored_with_a_warning(tuned_file, content):
     file.parent.mkdir()
     file.write_text(content)
     with pytest.warns(UserWarning, match="cannot be read"):
-        assert tuned.settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256}) is None
+        assert tuned.settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256, "ODD": 0}) is None
 
 
 def test_settings_that_are_no_integers_are_ignored_with_a_warning(tuned_file):
     device, file = tuned_file
     tuned.write(file, tuned.circumstances(device), {next(iter(ROWS)): {"BLOCK_N": "64"}})
     with pytest.warns(UserWarning, match="settings that are no integers"):
-        assert tuned.settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256}) is None
+        assert tuned.settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256, "ODD": 0}) is None
 
 
 def test_a_write_that_fails_leaves_the_old_file(tuned_file):

@@ -41,7 +41,7 @@ def fake_timer(cost, seen):
 
     def timer(step):
         step()
-        found = launch.config(KERNEL, CPU, torch.float32, N=5, C=4)
+        found = launch.config(KERNEL, CPU, torch.float32, N=5, C=4, ODD=1)
         seen.append(found)
         return cost(found)
 
@@ -68,7 +68,7 @@ def test_the_fastest_is_chosen_and_its_neighbours_are_tried(table):
         return times.get((found["num_warps"], found["num_stages"], found["BLOCK_N"]), 3.0)
 
     (choice,) = tune.tune(CASE, CPU, fake_timer(cost, seen))
-    assert choice == tune.Choice("query_similarity_relu float32 C=4 N=8", settings(2, 3, 32), 1.0, 3.0)
+    assert choice == tune.Choice("query_similarity_relu float32 C=4 N=8 ODD=1", settings(2, 3, 32), 1.0, 3.0)
     assert settings(4, 2) in seen and settings(8, 2) not in seen
     assert launch._forced == {}
 

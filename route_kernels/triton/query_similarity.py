@@ -137,16 +137,17 @@ def forward(x: torch.Tensor) -> torch.Tensor:
 def _settings(kernel_name: str, x: torch.Tensor) -> dict[str, int]:
     """The table's, with no wider a chunk than C takes."""
     _, queries, channels = x.shape
-    settings = config(kernel_name, x.device, x.dtype, N=queries, C=channels)
+    odd = int((channels | x.stride(0) | x.stride(1)) % 16 != 0)
+    settings = config(kernel_name, x.device, x.dtype, N=queries, C=channels, ODD=odd)
     return {**settings, "BLOCK_C": min(settings["BLOCK_C"], padded(channels))}
 
 
 def variants(architecture: str) -> Iterator[Variant]:
-    """C of one and of several chunks, whole and ragged ones, every dtype."""
+    """C of one and of several chunks, aligned and not, every dtype."""
     from .variants import DTYPES, recorded
 
     for dtype in DTYPES["query_similarity"]:
-        for channels in (32, 256, 1000):
+        for channels in (32, 250, 256, 1024):
             x = torch.empty(2, 1100, channels, dtype=dtype, device="meta")
             label = f"{str(dtype).removeprefix('torch.')} C={channels}"
             yield from recorded("query_similarity", "forward", label, architecture, lambda x=x: forward(x))

@@ -56,14 +56,18 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=256)),
     ),
+    # ODD is 1 where rows are not 16 elements apart: they are read element by element.
     "query_similarity_relu": (
         Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
         Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=32), architectures=("gfx942",), dtypes=FULL),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=16), architectures=("sm100",), dtypes=FULL),
-        Entry(_settings(8, 2, BLOCK_N=64, BLOCK_C=16), dtypes=FULL),
-        Entry(_settings(4, 1, BLOCK_N=64, BLOCK_C=256), architectures=("gfx942",)),
-        Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), architectures=("sm86", "sm120")),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=256)),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=16), architectures=("sm100",), dtypes=FULL, at_most={"ODD": 0}),
+        Entry(_settings(8, 2, BLOCK_N=64, BLOCK_C=16), architectures=NVIDIA, dtypes=FULL, at_most={"ODD": 0}),
+        Entry(_settings(8, 2, BLOCK_N=32, BLOCK_C=16), dtypes=FULL),
+        Entry(_settings(4, 1, BLOCK_N=64, BLOCK_C=256), ("gfx942",), at_most={"ODD": 0, "C": 256}),
+        Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), ("sm86", "sm120"), at_most={"ODD": 0}),
+        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=256), at_most={"ODD": 0, "C": 256}),
+        Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), at_most={"ODD": 0}),
+        Entry(_settings(8, 2, BLOCK_N=64, BLOCK_C=32)),
     ),
     # R is the widest rank (0: plain), MASKED 2 with a mask and 1 without, F the bytes of a factor's element. As many
     # heads a program as spill no register: on sm90, D 32, forward takes 15 instructions a pair and head with 4, 27 with
