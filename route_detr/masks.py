@@ -1,0 +1,158 @@
+"""Instance masks: dot products of a query's mask embedding with pixel embeddings at a quarter of the resolution.
+
+The head is Mask DINO's (arXiv 2206.02777); cost and losses on points are Mask2Former's (arXiv 2112.01527, section 3.3),
+the choice of uncertain points PointRend's (arXiv 1912.08193). Points are fractions (x, y) of an image without padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+MASK_STRIDE = 4
+OVERSAMPLING = 3  # candidates a point, of which the most uncertain are kept
+UNCERTAIN_SHARE = 0.75  # of the points; the others are uniform
+
+
+class PixelEmbedding(nn.Module):
+    """Backbone map [B, F, H/4, W/4] and finest encoded level [B, C, h, w] -> pixel embeddings [B, C, H/4, W/4]."""
+
+    def __init__(self, channels: int, embed_dim: int) -> None:
+        super().__init__()
+        groups = math.gcd(32, embed_dim // 4)
+        self.lateral = nn.Sequential(nn.Conv2d(channels, embed_dim, 1), nn.GroupNorm(groups, embed_dim))
+        self.project = nn.Sequential(
+            nn.Conv2d(embed_dim, embed_dim, 3, padding=1),
+            nn.GroupNorm(groups, embed_dim),
+            nn.ReLU(),
+            nn.Conv2d(embed_dim, embed_dim, 1),
+        )
+
+    def forward(self, fine: Tensor, encoded: Tensor) -> Tensor:
+        encoded = functional.interpolate(encoded, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return self.project(self.lateral(fine) + encoded)
+
+
+class MaskHead(nn.Sequential):
+    """Query content [..., C] -> mask embedding [..., C]."""
+
+    def __init__(self, embed_dim: int) -> None:
+        layers = [nn.Linear(embed_dim, embed_dim) for _ in range(3)]
+        super().__init__(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+class MaskTargets(NamedTuple):
+    """True masks of a batch, each image without padding, and what of the padded pixel embeddings its image covers."""
+
+    masks: Sequence[Tensor]  # [T, h, w] bool of each image
+    extents: Tensor  # [B, 2] (x, y) in (0, 1]
+
+    def at(self, image: int, points: Tensor, target: Tensor | None = None) -> Tensor:
+        """Whether points are inside, as 0 and 1: [P, 2] -> [T, P], or with `target` [M]: [M, P, 2] -> [M, P]."""
+        masks = self.masks[image]
+        column, row = (
+            (points[..., axis] * side).clamp_max(side - 1).long() for axis, side in enumerate(masks.shape[:0:-1])
+        )
+        return (masks[:, row, column] if target is None else masks[target[:, None], row, column]).to(points.dtype)
+
+
+def mask_targets(targets: Sequence, pixels: Tensor) -> MaskTargets:
+    """Of targets with `masks` [T, h, w] bool, on the device of the pixel embeddings [B, C, H, W].
+
+    Raises ValueError for a target without masks.
+    """
+    for image, target in enumerate(targets):
+        if getattr(target, "masks", None) is None:
+            raise ValueError(f"targets[{image}].masks: expected bool [T, h, w] for a detector with masks, got none")
+    height, width = (MASK_STRIDE * side for side in pixels.shape[-2:])
+    extents = [(target.masks.shape[2] / width, target.masks.shape[1] / height) for target in targets]
+    masks = [target.masks.to(pixels.device, non_blocking=True) for target in targets]
+    return MaskTargets(masks, torch.tensor(extents, dtype=pixels.dtype).to(pixels.device, non_blocking=True))
+
+
+def sampled(maps: Tensor, points: Tensor) -> Tensor:
+    """Maps [M, C, H, W] at points [M, P, 2], by bilinear interpolation: [M, C, P]."""
+    grid = 2 * points[:, None] - 1
+    return functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)[:, :, 0]
+
+
+def mask_cost(embeddings: Tensor, pixels: Tensor, targets: MaskTargets, count: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice cost [B, G, N, T], T the most of an image, at `count` random points of each image.
+
+    Sampling and the dot product are linear, so the embeddings are sampled: no query's mask is formed. With logits x and
+    truth t, the mean of softplus(x) - x t; and 1 - (2 sum sigmoid(x) t + 1) / (sum sigmoid(x) + sum t + 1).
+    """
+    shape = (*embeddings.shape[:3], max(len(masks) for masks in targets.masks))
+    cross_entropy, dice = embeddings.new_zeros(shape), embeddings.new_zeros(shape)
+    for image, masks in enumerate(targets.masks):
+        points = torch.rand(count, 2, dtype=pixels.dtype, device=pixels.device)
+        truth = targets.at(image, points)
+        logits = embeddings[image] @ sampled(pixels[image, None], (points * targets.extents[image])[None])[0]
+        inside = logits.sigmoid()
+        losses = functional.softplus(logits).sum(-1, keepdim=True) - logits @ truth.T
+        cross_entropy[image, ..., : len(masks)] = losses / count
+        overlap = (2 * inside @ truth.T + 1) / (inside.sum(-1, keepdim=True) + truth.sum(1) + 1)
+        dice[image, ..., : len(masks)] = 1 - overlap
+    return cross_entropy, dice
+
+
+def mask_losses(
+    embeddings: Tensor, pixels: Tensor, targets: MaskTargets, pairs: Sequence[tuple[Tensor, Tensor]], count: int
+) -> Tensor:
+    """Cross-entropy (mean over points) and dice loss of each row, summed over the matched pairs: [G, 2].
+
+    Args:
+        embeddings: [B, G, N, C].
+        pairs: (query, target), each [G, M] int64, of every image.
+        count: points a mask, chosen for each anew: the most uncertain of a uniform draw, and some uniform.
+    """
+    losses = embeddings.new_zeros(embeddings.shape[1], 2)
+    for image, (query, target) in enumerate(pairs):
+        if query.numel() == 0:
+            continue
+        chosen = embeddings[image].gather(1, query[..., None].expand(-1, -1, embeddings.shape[-1]))
+        maps = (chosen.flatten(0, 1) @ pixels[image].flatten(1)).unflatten(1, (1, *pixels.shape[-2:]))
+        points = uncertain_points(maps, targets.extents[image], count)
+        truth = targets.at(image, points, target.flatten())
+        logits = sampled(maps, points * targets.extents[image])[:, 0]
+        inside = logits.sigmoid()
+        cross_entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+        dice = 1 - (2 * (inside * truth).sum(1) + 1) / (inside.sum(1) + truth.sum(1) + 1)
+        losses = losses + torch.stack([cross_entropy, dice], 1).unflatten(0, query.shape).sum(1)
+    return losses
+
+
+@torch.no_grad()
+def uncertain_points(maps: Tensor, extent: Tensor, count: int) -> Tensor:
+    """Points [M, count, 2]: UNCERTAIN_SHARE of them where logits [M, 1, H, W] are closest to 0, the others uniform."""
+    certain = count - round(UNCERTAIN_SHARE * count)
+    candidates = torch.rand(len(maps), OVERSAMPLING * count + certain, 2, dtype=maps.dtype, device=maps.device)
+    uniform, candidates = candidates[:, :certain], candidates[:, certain:]
+    uncertainty = -sampled(maps, candidates * extent)[:, 0].abs()
+    best = uncertainty.topk(count - certain, dim=1).indices
+    return torch.cat([candidates.gather(1, best[..., None].expand(-1, -1, 2)), uniform], 1)
+
+
+def image_mask_logits(embeddings: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits [K, h/4, w/4] of one image, rounded up, over its extent without padding.
+
+    Args:
+        embeddings: [K, C].
+        pixels: [C, H/4, W/4], padding included.
+        size: (h, w) of the image without padding.
+    """
+    height, width = (-(-side // MASK_STRIDE) for side in size)
+    extent = pixels.new_tensor([size[1], size[0]]) / (MASK_STRIDE * pixels.new_tensor(pixels.shape[:0:-1]))
+    y, x = ((torch.arange(n, dtype=pixels.dtype, device=pixels.device) + 0.5) / n for n in (height, width))
+    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1) * extent
+    return (embeddings @ sampled(pixels[None], points[None])[0]).unflatten(1, (height, width))
+
+
+def full_masks(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits [K, h, w] over a whole image -> bool [K, *size], by bilinear interpolation."""
+    return functional.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
