@@ -10,7 +10,7 @@ from torch import Tensor
 from .boxes import corners, generalized_iou
 from .config import TrainConfig
 from .detector import DetectorOutput
-from .heads import Predictions
+from .heads import Predictions, side_by_side
 from .matcher import Matcher, Matches, PaddedTargets, padded_targets
 
 
@@ -79,8 +79,7 @@ def stacked_layers(output: DetectorOutput) -> tuple[list[str], Tensor, Predictio
         else:
             names += [f"layer{index}.main", f"layer{index}.aux"]
             weights += [torch.ones_like(alpha), alpha]
-    stacked = Predictions(*(torch.cat(parts, 1) for parts in zip(*output.layers, strict=True)))
-    return names, torch.stack(weights), stacked
+    return names, torch.stack(weights), side_by_side(output.layers)
 
 
 def focal_loss(logits: Tensor, truth: Tensor, alpha: float, gamma: float) -> Tensor:

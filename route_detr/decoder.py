@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import route_kernels as rk
 from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
 
+from .blocks import AddNorm, FeedForward
 from .config import DetectorConfig
 from .encoder import Memory
-from .heads import PredictionHead, Predictions, feed_forward, joined_branches
+from .heads import PredictionHead, Predictions, side_by_side
 from .proposals import Queries
 
 MIN_AREA = 1e-6  # of a reference box, before the logarithm
@@ -30,17 +31,18 @@ class DecoderLayer(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.self_attention = RoutedSelfAttention(dim, config.num_heads)
-        self.self_norm = nn.LayerNorm(dim)
+        self.self_norm = AddNorm(dim)
         self.cross_attention = MSDeformAttn(dim, config.num_levels, config.num_heads, config.num_points)
-        self.cross_norm = nn.LayerNorm(dim)
-        self.ffn = feed_forward(dim, config.ffn_dim)
-        self.ffn_norm = nn.LayerNorm(dim)
+        self.cross_norm = AddNorm(dim)
+        self.ffn = FeedForward(dim, config.ffn_dim)
+        self.ffn_norm = AddNorm(dim)
 
     def forward(self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""
-        x = self.self_norm(queries.content + self._self_attention(queries, routing, keep_main))
-        x = self.cross_norm(x + self._cross_attention(x, queries, memory))
-        return self.ffn_norm(x + self.ffn(x))
+        attended = self._self_attention(queries, routing, keep_main)
+        x = self.self_norm(attended, queries.content.expand_as(attended))
+        x = self.cross_norm(self._cross_attention(x, queries, memory), x)
+        return self.ffn_norm(self.ffn(x), x)
 
     def _self_attention(self, queries: Queries, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         content, position = queries.content, queries.position.expand_as(queries.content)
@@ -98,7 +100,7 @@ class Decoder(nn.Module):
             return self._run(queries, memory, strength) if strength > 0 else self._run(queries, memory)
         main = self._run(queries, memory)
         aux = self._run(queries, memory, strength, keep_main=False)
-        return [joined_branches(*pair) for pair in zip(main, aux, strict=True)]
+        return [side_by_side(pair) for pair in zip(main, aux, strict=True)]
 
     def _run(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .backbone import Backbone, FeatureLevels
 from .boxes import corners
 from .config import DetectorConfig, TrainConfig
 from .decoder import Decoder, best_class_probability
+from .denoising import Denoised
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
 from .proposals import Proposals, Queries
@@ -23,12 +25,15 @@ from .proposals import Proposals, Queries
 class DetectorOutput(NamedTuple):
     """Predictions of every decoder layer [B, G, N, .], of the first stage [B, 1, S, .], and alpha.
 
-    G = 2 holds (main, auxiliary); G = 1 is one result that stands for both branches.
+    G = 2 holds (main, auxiliary); G = 1 is one result that stands for both branches. In training a detector with
+    denoising adds the predictions of the denoising queries, one that segments the pixel embeddings.
     """
 
     layers: list[Predictions]
     proposals: Predictions
     aux_weight: Tensor  # 0-dim; 0 where there is no auxiliary branch
+    denoising: Denoised | None = None
+    pixel_embeddings: Tensor | None = None  # [B, E, h, w] at 1/4 of the images' size
 
     @property
     def logits(self) -> Tensor:
@@ -86,7 +91,10 @@ class Detector(nn.Module):
         self.routing.strength.fill_(strength)
         self.routing.aux_weight.fill_(aux_weight)
 
-    def forward(self, images: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
+    def forward(
+        self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence | None = None
+    ) -> DetectorOutput:
+        """targets (objects with boxes [T, 4] and labels [T], one an image) are what denoising queries start from."""
         dual = self.training and self.config.route
         strength = float(self.routing.strength) if dual else None
         memory = self._memory(images, padding_mask)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from route_kernels.nn import MSDeformAttn
 
+from .blocks import AddNorm, FeedForward
 from .config import DetectorConfig
-from .heads import feed_forward
 from .position import image_embedding, image_positions, valid_extent
 
 
@@ -60,15 +60,15 @@ class EncoderLayer(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.attention = MSDeformAttn(dim, config.num_levels, config.num_heads, config.num_points)
-        self.attention_norm = nn.LayerNorm(dim)
-        self.ffn = feed_forward(dim, config.ffn_dim)
-        self.ffn_norm = nn.LayerNorm(dim)
+        self.attention_norm = AddNorm(dim)
+        self.ffn = FeedForward(dim, config.ffn_dim)
+        self.ffn_norm = AddNorm(dim)
 
     def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Tensor:
         x = memory.features
         attended = self.attention(x + position, reference, x, memory.spatial_shapes, padding_mask=memory.padding)
-        x = self.attention_norm(x + attended)
-        return self.ffn_norm(x + self.ffn(x))
+        x = self.attention_norm(attended, x)
+        return self.ffn_norm(self.ffn(x), x)
 
 
 class Encoder(nn.Module):

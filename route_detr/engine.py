@@ -88,7 +88,7 @@ def train_one_epoch(
 
         batch = batch.to(device)
         try:
-            losses = criterion(detector(batch.images, batch.padding_mask), batch.targets)
+            losses = criterion(detector(batch.images, batch.padding_mask, batch.targets), batch.targets)
         except FloatingPointError as error:
             raise NonFiniteLoss(f"no finite loss at step {progress.step + 1}: {error}") from error
         values = dict(zip(losses, torch.stack([part.detach() for part in losses.values()]).tolist(), strict=True))

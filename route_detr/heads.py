@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,14 @@ PRIOR_PROBABILITY = 0.01  # of each class at the start (focal loss, arXiv 1708.0
 
 
 class Predictions(NamedTuple):
-    """Class logits [B, G, N, K] and boxes [B, G, N, 4] as (cx, cy, w, h) in [0, 1] of G branches."""
+    """Class logits [B, G, N, K] and boxes [B, G, N, 4] as (cx, cy, w, h) in [0, 1] of G branches.
+
+    mask_embeddings [B, G, N, E], where the detector segments: a query's mask is sigmoid(embedding . pixel embedding).
+    """
 
     logits: Tensor
     boxes: Tensor
+    mask_embeddings: Tensor | None = None
 
 
 class PredictionHead(nn.Module):
@@ -42,15 +47,7 @@ class PredictionHead(nn.Module):
         return self.classify(content), refined
 
 
-def feed_forward(embed_dim: int, hidden_dim: int) -> nn.Sequential:
-    """The feed-forward block of a transformer layer, Xavier-initialised."""
-    block = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim))
-    for linear in (block[0], block[2]):
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    return block
-
-
-def joined_branches(main: Predictions, aux: Predictions) -> Predictions:
-    """Two single-branch predictions side by side on the branch axis."""
-    return Predictions(*(torch.cat(pair, 1) for pair in zip(main, aux, strict=True)))
+def side_by_side(predictions: Sequence[Predictions]) -> Predictions:
+    """Predictions of the same queries, one after another on the branch axis."""
+    fields = zip(*predictions, strict=True)
+    return Predictions(*(None if parts[0] is None else torch.cat(parts, 1) for parts in fields))

@@ -24,6 +24,7 @@ class Queries(NamedTuple):
     position: Tensor  # [B, G, N, C], the same for all branches
     box_logits: Tensor  # [B, G, N, 4] inverse sigmoid of the reference boxes, detached
     logits: Tensor | None = None  # [B, G, N, K] class logits of the layer before; None before the first
+    key_ranges: Tensor | None = None  # [B, N, 2, 2] int32: which queries each may see; None: all
 
 
 class Proposals(nn.Module):

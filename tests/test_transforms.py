@@ -183,13 +183,13 @@ def test_collate_pads_right_and_bottom_with_zeros_and_marks_the_padding():
 
 def test_collate_of_equal_sizes_has_no_padding_and_of_nothing_is_an_error():
     batch = collate([(torch.rand(3, 4, 4), target(1, 4, 4))] * 3)
-    assert batch.images.shape == (3, 3, 4, 4) and not batch.padding_mask.any()
+    assert batch.images.shape == (3, 3, 4, 4) and batch.padding_mask is None
     with pytest.raises(ValueError, match="at least one"):
         collate([])
 
 
 def test_a_batch_moves_with_its_targets():
-    moved = collate([(torch.rand(3, 4, 4), target(1, 4, 4))]).to("meta")
+    moved = collate([(torch.rand(3, 4, 4), target(1, 4, 4)), (torch.rand(3, 5, 4), target(2, 5, 4))]).to("meta")
     tensors = [moved.images, moved.padding_mask, moved.targets[0].boxes, moved.targets[0].labels]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.targets[0].size == (4, 4)
@@ -197,7 +197,7 @@ def test_a_batch_moves_with_its_targets():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
 def test_a_batch_pins_all_its_tensors():
-    pinned = collate([(torch.rand(3, 4, 4), target(1, 4, 4))]).pin_memory()
+    pinned = collate([(torch.rand(3, 4, 4), target(1, 4, 4)), (torch.rand(3, 5, 4), target(2, 5, 4))]).pin_memory()
     assert all(
         t.is_pinned() for t in (pinned.images, pinned.padding_mask, pinned.targets[0].boxes, pinned.targets[0].labels)
     )

@@ -42,12 +42,12 @@ class Batch:
     """Images of one step, padded with zeros at the right and the bottom.
 
     images        [B, 3, Hmax, Wmax] float32, normalised with ImageNet's mean and standard deviation
-    padding_mask  [B, Hmax, Wmax] bool, True where there is padding
+    padding_mask  [B, Hmax, Wmax] bool, True where there is padding; None where there is none in the whole batch
     targets       one ``Target`` an image
     """
 
     images: Tensor
-    padding_mask: Tensor
+    padding_mask: Tensor | None
     targets: list[Target]
 
     def __len__(self) -> int:
@@ -56,13 +56,14 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return Batch(
             self.images.to(device, non_blocking=non_blocking),
-            self.padding_mask.to(device, non_blocking=non_blocking),
+            None if self.padding_mask is None else self.padding_mask.to(device, non_blocking=non_blocking),
             [target.to(device, non_blocking) for target in self.targets],
         )
 
     def pin_memory(self) -> Batch:
         """Called by ``DataLoader(pin_memory=True)``."""
-        return Batch(self.images.pin_memory(), self.padding_mask.pin_memory(), [t.pin_memory() for t in self.targets])
+        padding_mask = None if self.padding_mask is None else self.padding_mask.pin_memory()
+        return Batch(self.images.pin_memory(), padding_mask, [t.pin_memory() for t in self.targets])
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
@@ -73,7 +74,7 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
     heights, widths = [image.shape[1] for image in images], [image.shape[2] for image in images]
     height, width = max(heights), max(widths)
     if min(heights) == height and min(widths) == width:
-        return Batch(torch.stack(images), torch.zeros(len(images), height, width, dtype=torch.bool), targets)
+        return Batch(torch.stack(images), None, targets)
     padded = images[0].new_zeros(len(images), 3, height, width)
     padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for row, image in enumerate(images):
