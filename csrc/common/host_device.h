@@ -11,6 +11,6 @@
 
 namespace rk {
 
-enum class DType : int32_t { float64, float32, float16, bfloat16, boolean, int32, none };
+enum class DType : int32_t { float64, float32, float16, bfloat16, boolean, int32, int64, none };
 
 }  // namespace rk
