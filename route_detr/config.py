@@ -134,6 +134,11 @@ class TrainConfig:
     match_class_weight: float = 2.0
     match_l1_weight: float = 5.0
     match_giou_weight: float = 2.0
+    mask_weight: float = 5.0  # weights and points of masks (Mask2Former's), for a detector that has them
+    dice_weight: float = 5.0
+    match_mask_weight: float = 5.0
+    match_dice_weight: float = 5.0
+    mask_points: int = 12544  # at which a mask is compared
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     strength_max: float = 0.3  # lambda(t): 0, then a cosine up to this
@@ -144,13 +149,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "epochs", "batch_size", "learning_rate", "clip_norm")
-        _require_positive(self, "eval_every", "log_every", "checkpoint_every", "top_k")
+        _require_positive(self, "eval_every", "log_every", "checkpoint_every", "top_k", "mask_points")
         _require_non_negative(
             self,
             *("backbone_learning_rate_scale", "sampling_learning_rate_scale", "weight_decay", "workers", "seed"),
             "warmup_steps",
             *("class_weight", "l1_weight", "giou_weight"),
             *("match_class_weight", "match_l1_weight", "match_giou_weight", "focal_gamma"),
+            *("mask_weight", "dice_weight", "match_mask_weight", "match_dice_weight"),
             *("strength_max", "strength_warmup_epochs", "strength_ramp_epochs", "aux_start", "aux_max"),
         )
         spendable = self.time_budget is None or self.time_budget > 0

@@ -1,4 +1,4 @@
-"""Losses of Deformable DETR (focal, L1, GIoU) over all layers and branches, L = L_main + alpha(t) L_aux."""
+"""Losses of Deformable DETR (focal, L1, GIoU), of masks and of denoising; L = L_main + alpha(t) L_aux in each layer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .boxes import corners, generalized_iou
 from .config import TrainConfig
+from .denoising import DenoisingTargets
 from .detector import DetectorOutput
 from .heads import Predictions, side_by_side
+from .masks import mask_losses, mask_targets
 from .matcher import Matcher, Matches, PaddedTargets, padded_targets
 
 
@@ -18,8 +21,9 @@ class Criterion:
     """DetectorOutput and targets -> {"loss": total, and every weighted part by name, detached; the parts sum to it}.
 
     Parts are "proposals/class", "layer0/l1" where the branches share a result (counted 1 + alpha times), and
-    "layer2.main/giou", "layer2.aux/giou" (counted alpha times) after the fork. All are divided by the number of target
-    boxes (averaged over the ranks of a distributed run, at least 1).
+    "layer2.main/giou", "layer2.aux/giou" (counted alpha times) after the fork; "layer0.denoising/l1" of denoising
+    queries; "layer0/mask" (cross-entropy) and "layer0/dice" of a detector with masks. All are divided by the number of
+    target boxes (averaged over the ranks of a distributed run, at least 1), those of denoising by its groups too.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -27,72 +31,117 @@ class Criterion:
         self.matcher = Matcher(config)
 
     def __call__(self, output: DetectorOutput, targets: Sequence) -> dict[str, Tensor]:
-        """targets: one object an image with boxes [T, 4] (cx, cy, w, h) in [0, 1] and labels [T] int64.
+        """targets: one an image: boxes [T, 4] (cx, cy, w, h) in [0, 1], labels [T] int64, and masks [T, h, w] bool
+        where the detector has masks. The only wait for the device is the copy of the costs: labels are checked where
+        they lie on the host.
 
-        Raises ValueError for a wrong number of targets or a label out of range, FloatingPointError for a matching cost
-        that is not finite.
+        Raises ValueError for a wrong number of targets, missing masks, or a label out of range, FloatingPointError for
+        a matching cost that is not finite.
         """
         _check_targets(targets, *output.logits.shape[::2])
-        padded = padded_targets(targets, like=output.boxes)
-        names, weights, decoder = stacked_layers(output)
-        sets = [output.proposals, decoder]
-        matches = self.matcher(sets, padded, [["proposals"], names])
-        rows = torch.cat([self._losses(*pair, padded) for pair in zip(sets, matches, strict=True)])
-        rows = rows * torch.cat([weights.new_ones(1), weights])[:, None] / _box_count(padded)
-        losses = {"loss": rows.sum()}
-        for name, row in zip(["proposals", *names], rows.detach().unbind(), strict=True):
-            for kind, part in zip(("class", "l1", "giou"), row.unbind(), strict=True):
-                losses[f"{name}/{kind}"] = part
+        pixels = output.pixel_embeddings if output.pixel_embeddings is None else _precise(output.pixel_embeddings)
+        names, weights, decoder = _stacked(output.layers, output.aux_weight)
+        sets = [Predictions(_precise(output.proposals.logits), _precise(output.proposals.boxes)), decoder]
+        padded = padded_targets(targets, like=decoder.boxes)
+        if pixels is not None:
+            padded = padded._replace(masks=mask_targets(targets, pixels))
+        parts: dict[str, Tensor] = {}
+
+        def add(names: Sequence[str], weights: Tensor, losses: dict[str, Tensor]) -> None:
+            for kind, rows in losses.items():
+                parts.update(zip((f"{name}/{kind}" for name in names), (rows * weights).unbind(), strict=True))
+
+        with torch.autocast(decoder.boxes.device.type, enabled=False):
+            share = 1 / _box_count(padded)
+            matches = self.matcher(sets, padded, [["proposals"], names], pixels)
+            add(["proposals"], share, self._matched(sets[0], matches[0], padded))
+            add(names, weights * share, self._matched(decoder, matches[1], padded, pixels))
+            if output.denoising is not None:
+                names, weights, denoised = _stacked(output.denoising.layers, output.aux_weight)
+                known = output.denoising.targets
+                losses = self._denoised(denoised, known, padded)
+                add([f"{name}.denoising" for name in names], weights * share / known.groups, losses)
+        return {"loss": torch.stack(list(parts.values())).sum()} | {name: part.detach() for name, part in parts.items()}
+
+    def _matched(
+        self, predictions: Predictions, matches: Matches, targets: PaddedTargets, pixels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted losses [G] of each kind, summed over images."""
+        rows = torch.arange(predictions.logits.shape[1], device=matches.image.device)[:, None]
+        background = predictions.logits.shape[-1]
+        classes = matches.image.new_full(predictions.logits.shape[:3], background)
+        labels = targets.labels[matches.image, matches.target]
+        classes[matches.image, rows, matches.query] = labels if background > 1 else 0
+        predicted = predictions.boxes[matches.image, rows, matches.query]
+        losses = {
+            "class": self._class_loss(predictions.logits, classes).sum((0, 2)),
+            **{
+                k: v.sum(1)
+                for k, v in self._box_losses(predicted, targets.boxes[matches.image, matches.target]).items()
+            },
+        }
+        if predictions.mask_embeddings is not None and pixels is not None:
+            pairs = zip(matches.query.split(matches.counts, 1), matches.target.split(matches.counts, 1), strict=True)
+            masks = (predictions.mask_embeddings, pixels, targets.masks, list(pairs), self.config.mask_points)
+            mask, dice = mask_losses(*masks).unbind(1)
+            losses |= {"mask": self.config.mask_weight * mask, "dice": self.config.dice_weight * dice}
         return losses
 
-    def _losses(self, predictions: Predictions, matches: Matches, targets: PaddedTargets) -> Tensor:
-        """Weighted class, L1 and GIoU losses of each row, summed over images: [G, 3]."""
-        config = self.config
-        rows = torch.arange(predictions.logits.shape[1], device=matches.image.device)[:, None]
-        labels = targets.labels[matches.image, matches.target]
-        if predictions.logits.shape[-1] == 1:
-            labels = torch.zeros_like(labels)
-        truth = torch.zeros_like(predictions.logits)
-        truth[matches.image, rows, matches.query, labels] = 1
-        class_loss = focal_loss(predictions.logits, truth, config.focal_alpha, config.focal_gamma)
-        predicted = predictions.boxes[matches.image, rows, matches.query]
-        true = targets.boxes[matches.image, matches.target]
-        return torch.stack(
-            [
-                config.class_weight * class_loss.sum((0, 2, 3)),
-                config.l1_weight * (predicted - true).abs().sum((1, 2)),
-                config.giou_weight * (1 - generalized_iou(corners(predicted), corners(true))).sum(1),
-            ],
-            1,
-        )
+    def _denoised(self, predictions: Predictions, known: DenoisingTargets, targets: PaddedTargets) -> dict[str, Tensor]:
+        """Weighted losses [G] of each kind of queries whose targets are known, summed over images."""
+        background = predictions.logits.shape[-1]
+        classes = targets.labels.gather(1, known.target).masked_fill(~known.positive, background)[:, None]
+        class_loss = self._class_loss(predictions.logits, classes.expand(predictions.logits.shape[:3]))
+        true = targets.boxes.gather(1, known.target[..., None].expand(-1, -1, 4))[:, None].expand_as(predictions.boxes)
+        losses = {"class": class_loss * known.present[:, None]}
+        losses |= {k: v * known.positive[:, None] for k, v in self._box_losses(predictions.boxes, true).items()}
+        return {kind: loss.sum((0, 2)) for kind, loss in losses.items()}
+
+    def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
+        return self.config.class_weight * focal_loss(logits, classes, self.config.focal_alpha, self.config.focal_gamma)
+
+    def _box_losses(self, predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
+        """Boxes [..., 4] -> losses [...]."""
+        l1 = (predicted - true).abs().sum(-1)
+        giou = 1 - generalized_iou(corners(predicted), corners(true))
+        return {"l1": self.config.l1_weight * l1, "giou": self.config.giou_weight * giou}
 
 
-def stacked_layers(output: DetectorOutput) -> tuple[list[str], Tensor, Predictions]:
-    """All decoder rows side by side: their names [R], loss weights [R] and predictions [B, R, N, .]."""
+def focal_loss(logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> Tensor:
+    """-alpha_t (1 - p_t)^gamma log p_t, summed over the classes (arXiv 1708.02002): [..., K] -> [...].
+
+    classes: [...] int64, K where there is none of them.
+    """
+    truth = (classes[..., None] == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
+    p = logits.sigmoid()
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    p_t = p * truth + (1 - p) * (1 - truth)
+    alpha_t = alpha * truth + (1 - alpha) * (1 - truth)
+    return (alpha_t * (1 - p_t) ** gamma * cross_entropy).sum(-1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _stacked(layers: Sequence[Predictions], aux_weight: Tensor) -> tuple[list[str], Tensor, Predictions]:
+    """All rows of a decoder side by side: their names [R], loss weights [R] and predictions [B, R, N, .]."""
+    stacked = Predictions(*(None if part is None else _precise(part) for part in side_by_side(layers)))
     names: list[str] = []
     weights: list[Tensor] = []
-    alpha = output.aux_weight.to(output.boxes.dtype)
-    for index, predictions in enumerate(output.layers):
+    alpha = aux_weight.to(stacked.boxes.dtype)
+    for index, predictions in enumerate(layers):
         if predictions.boxes.shape[1] == 1:
             names.append(f"layer{index}")
             weights.append(1 + alpha)
         else:
             names += [f"layer{index}.main", f"layer{index}.aux"]
             weights += [torch.ones_like(alpha), alpha]
-    return names, torch.stack(weights), side_by_side(output.layers)
-
-
-def focal_loss(logits: Tensor, truth: Tensor, alpha: float, gamma: float) -> Tensor:
-    """-alpha_t (1 - p_t)^gamma log p_t elementwise (arXiv 1708.02002); truth holds 0 and 1."""
-    p = logits.sigmoid()
-    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    p_t = p * truth + (1 - p) * (1 - truth)
-    alpha_t = alpha * truth + (1 - alpha) * (1 - truth)
-    return alpha_t * (1 - p_t) ** gamma * cross_entropy
+    return names, torch.stack(weights), stacked
 
 
 def _box_count(targets: PaddedTargets) -> Tensor:
-    count = targets.boxes.new_tensor(float(sum(targets.counts)))
+    count = torch.full((), sum(targets.counts), dtype=targets.boxes.dtype, device=targets.boxes.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count = count / torch.distributed.get_world_size()
@@ -104,7 +153,7 @@ def _check_targets(targets: Sequence, batch: int, num_classes: int) -> None:
         raise ValueError(f"targets: expected one for each of {batch} images, got {len(targets)}")
     for image, target in enumerate(targets):
         labels = target.labels
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(
                 f"targets[{image}].labels: expected numbers from 0 to {num_classes - 1}, "
                 f"got {int(labels.min())} to {int(labels.max())}"

@@ -68,7 +68,8 @@ def test_focal_loss_is_the_formula(logit, truth):
     p_t, alpha_t, sign = (p, 0.25, 1) if truth else (1 - p, 0.75, -1)
     log_p_t = -math.log1p(math.exp(-sign * logit))
     expected = -alpha_t * (1 - p_t) ** 2 * log_p_t
-    computed = focal_loss(*(torch.tensor(x, dtype=torch.float64) for x in (logit, truth)), 0.25, 2.0)
+    logits = torch.tensor([-100.0, logit], dtype=torch.float64)  # another class, surely absent, adds nothing
+    computed = focal_loss(logits, torch.tensor(1 if truth else 2), 0.25, 2.0)
     assert computed.item() == pytest.approx(expected, rel=1e-9, abs=1e-30)
 
 
@@ -148,10 +149,11 @@ def test_losses_equal_a_plain_loop_over_layers_branches_and_images():
             labels = torch.zeros_like(target.labels) if name == "proposals" else target.labels
             one = padded_targets([SimpleNamespace(boxes=target.boxes, labels=labels)], like=boxes)
             alone = Predictions(logits[None, None], boxes[None, None])
-            _, query, matched = (x.flatten() for x in Matcher(config)([alone], one, [["alone"]])[0])
-            truth = torch.zeros_like(logits)
-            truth[query, labels[matched]] = 1
-            expected["class"] += 1.5 * focal_loss(logits, truth, 0.25, 2.0).sum().item()
+            found = Matcher(config)([alone], one, [["alone"]])[0]
+            query, matched = found.query[0], found.target[0]
+            classes = torch.full((len(logits),), logits.shape[-1])
+            classes[query] = labels[matched]
+            expected["class"] += 1.5 * focal_loss(logits, classes, 0.25, 2.0).sum().item()
             for q, t in zip(query, matched, strict=True):
                 expected["l1"] += 3.0 * (boxes[q] - target.boxes[t]).abs().sum().item()
                 expected["giou"] += 0.5 * (1 - generalized_iou(corners(boxes[q]), corners(target.boxes[t])).item())
