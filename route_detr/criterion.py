@@ -23,17 +23,19 @@ class Criterion:
     Parts are "proposals/class", "layer0/l1" where the branches share a result (counted 1 + alpha times), and
     "layer2.main/giou", "layer2.aux/giou" (counted alpha times) after the fork; "layer0.denoising/l1" of denoising
     queries; "layer0/mask" (cross-entropy) and "layer0/dice" of a detector with masks. All are divided by the number of
-    target boxes (averaged over the ranks of a distributed run, at least 1), those of denoising by its groups too.
+    target boxes (at least 1), those of denoising by its groups too.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.matcher = Matcher(config)
 
-    def __call__(self, output: DetectorOutput, targets: Sequence) -> dict[str, Tensor]:
+    def __call__(self, output: DetectorOutput, targets: Sequence, box_count: Tensor | None = None) -> dict[str, Tensor]:
         """targets: one an image: boxes [T, 4] (cx, cy, w, h) in [0, 1], labels [T] int64, and masks [T, h, w] bool
         where the detector has masks. The only wait for the device is the copy of the costs: labels are checked where
         they lie on the host.
+
+        box_count: 0-dim, the number of boxes to divide by, for a batch that is part of a larger one.
 
         Raises ValueError for a wrong number of targets, missing masks, or a label out of range, FloatingPointError for
         a matching cost that is not finite.
@@ -52,7 +54,7 @@ class Criterion:
                 parts.update(zip((f"{name}/{kind}" for name in names), (rows * weights).unbind(), strict=True))
 
         with torch.autocast(decoder.boxes.device.type, enabled=False):
-            share = 1 / _box_count(padded)
+            share = 1 / (padded.boxes.new_full((), max(sum(padded.counts), 1)) if box_count is None else box_count)
             matches = self.matcher(sets, padded, [["proposals"], names], pixels)
             add(["proposals"], share, self._matched(sets[0], matches[0], padded))
             add(names, weights * share, self._matched(decoder, matches[1], padded, pixels))
@@ -138,14 +140,6 @@ def _stacked(layers: Sequence[Predictions], aux_weight: Tensor) -> tuple[list[st
             names += [f"layer{index}.main", f"layer{index}.aux"]
             weights += [torch.ones_like(alpha), alpha]
     return names, torch.stack(weights), stacked
-
-
-def _box_count(targets: PaddedTargets) -> Tensor:
-    count = torch.full((), sum(targets.counts), dtype=targets.boxes.dtype, device=targets.boxes.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
-    return count.clamp_min(1)
 
 
 def _check_targets(targets: Sequence, batch: int, num_classes: int) -> None:
