@@ -1,4 +1,4 @@
-"""Image to feature levels: a ResNet of `transformers`, projections to one width, extra stride-2 levels."""
+"""Image to feature levels: a backbone of `transformers`, projections to one width, extra stride-2 levels."""
 
 from __future__ import annotations
 
@@ -6,53 +6,70 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import ResNetConfig
-from transformers.models.resnet.modeling_resnet import ResNetBackbone
+from transformers import AutoBackbone, AutoConfig
 
 from .config import BackboneConfig
 
 
-class Backbone(nn.Module):
-    """[B, 3, H, W] -> the last `used_stages` feature maps, finest first; strides 4, 8, 16, ... by stage.
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm2d with fixed statistics and affine map: [B, C, H, W] -> the same shape, in the input's dtype.
 
-    Runs in channels-last memory format, so that a map flattens to tokens without a transposition.
+    Its tensors are buffers under BatchNorm2d's names.
     """
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        stages = len(config.channels)
-        out_features = [f"stage{stage}" for stage in range(stages - config.used_stages + 1, stages + 1)]
+        self.eps = norm.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+
+
+class Backbone(nn.Module):
+    """[B, 3, H, W] -> the last `stages` feature maps [B, channels[i], H / stride, W / stride], finest first.
+
+    Runs in channels-last memory format, so that a map flattens to tokens without a transposition.
+
+    Raises ValueError for a model type without backbone, more stages than there are, or a `frozen` name of nothing.
+    """
+
+    def __init__(self, config: BackboneConfig, stages: int) -> None:
+        super().__init__()
+        try:
+            if config.weights is None:
+                model = AutoConfig.for_model(config.model, **config.settings)
+            else:
+                model = AutoConfig.from_pretrained(config.weights, **config.settings)
+            names = [name for name in model.stage_names if name != "stem"]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"backbone: expected a model of transformers with an AutoBackbone: {error}") from error
+        if stages > len(names):
+            raise ValueError(f"used_stages: expected at most {len(names)} for {model.model_type}, got {stages}")
+        model.out_features = names[-stages:]
         if config.weights is None:
-            self.body = ResNetBackbone(
-                ResNetConfig(
-                    embedding_size=config.stem_channels,
-                    hidden_sizes=list(config.channels),
-                    depths=list(config.depths),
-                    layer_type=config.block,
-                    out_features=out_features,
-                )
-            )
+            self.body = AutoBackbone.from_config(model)
         else:
-            self.body = ResNetBackbone.from_pretrained(config.weights, out_features=out_features)
+            self.body = AutoBackbone.from_pretrained(config.weights, config=model, dtype=torch.float32)
         self.body.to(memory_format=torch.channels_last)
         self.channels = list(self.body.channels)
-        self.fine_tune = config.fine_tune
-        if self.fine_tune:
-            self.body.embedder.requires_grad_(False)
-            self.body.encoder.stages[0].requires_grad_(False)
-            for norm in self._norms():
-                norm.requires_grad_(False)
+        if config.fine_tune:
+            self._freeze(config.frozen)
 
-    def _norms(self) -> list[nn.BatchNorm2d]:
-        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-
-    def train(self, mode: bool = True) -> Backbone:
-        """As in any module, but fixed statistics stay fixed when fine-tuning."""
-        super().train(mode)
-        if self.fine_tune:
-            for norm in self._norms():
-                norm.eval()
-        return self
+    def _freeze(self, prefixes: tuple[str, ...]) -> None:
+        for prefix in prefixes:
+            matching = [p for name, p in self.body.named_parameters() if name.startswith(prefix)]
+            if not matching:
+                raise ValueError(f"frozen: expected the beginning of a parameter's name in the backbone, got {prefix!r}")
+            for parameter in matching:
+                parameter.requires_grad_(False)
+        for module in list(self.body.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, FrozenBatchNorm(child))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return list(self.body(images.contiguous(memory_format=torch.channels_last)).feature_maps)

@@ -233,7 +233,7 @@ def inspect_routing(args: argparse.Namespace) -> int:
 
 
 def inspect_schedule(args: argparse.Namespace) -> int:
-    plot_schedule(_updated(preset(args.preset), _overrides(args)).train, args.out)
+    plot_schedule(_updated(preset(args.preset), _overrides(args)), args.out)
     print(f"written to {args.out}")
     return 0
 

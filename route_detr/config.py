@@ -1,269 +1,274 @@
-"""Frozen configuration of the detector and of its training, with the named presets."""
+"""Frozen, validated configuration of the detector and of its training; presets are the YAML files in `presets`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from dataclasses import field
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from .data.transforms import TransformConfig
 
-
-def _require(condition: bool, field_name: str, expected: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{field_name}: expected {expected}, got {value!r}")
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) > 0, name, "a positive number", getattr(config, name))
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+FORBID_OTHERS = ConfigDict(extra="forbid")
 
 
-def _require_non_negative(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_OTHERS)
 class BackboneConfig:
-    """A residual network of the `transformers` ResNet family; its last stages feed the detector."""
+    """A backbone of `transformers`; its last stages feed the detector."""
 
-    block: str = "bottleneck"  # "basic" or "bottleneck"
-    stem_channels: int = 64
-    channels: tuple[int, ...] = (256, 512, 1024, 2048)
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    used_stages: int = 3  # the last so many stages become feature levels
-    fine_tune: bool = False  # BatchNorm fixed, stem and first stage not trained: for pretrained weights
+    model: str = "resnet"  # model type that has an `AutoBackbone`: resnet, swin, convnext, ...
+    settings: dict[str, Any] = field(default_factory=dict)  # of that type's configuration; {} is ResNet-50 for resnet
+    used_stages: PositiveInt = 3  # the last so many stages become feature levels
+    fine_tune: bool = False  # for pretrained weights: BatchNorm fixed, `frozen` parameters not trained
+    frozen: tuple[str, ...] = ("embedder.", "encoder.stages.0.")  # how names of parameters begin
     weights: str | None = None  # model name or folder for `from_pretrained`; None: initialised at random
 
-    def __post_init__(self) -> None:
-        _require(self.block in ("basic", "bottleneck"), "block", "'basic' or 'bottleneck'", self.block)
-        _require_positive(self, "stem_channels")
-        _require(len(self.channels) > 0 and min(self.channels) > 0, "channels", "positive numbers", self.channels)
-        same_length = len(self.depths) == len(self.channels) and min(self.depths) > 0
-        _require(same_length, "depths", f"{len(self.channels)} positive numbers, one a stage", self.depths)
-        in_range = 1 <= self.used_stages <= len(self.channels)
-        _require(in_range, "used_stages", f"a number from 1 to {len(self.channels)}", self.used_stages)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_OTHERS)
 class DetectorConfig:
-    """Two-stage Deformable-DETR++ with routed decoder layers."""
+    """Two-stage Deformable DETR, DAB or DINO, with routed decoder layers. docs/variants.md says who uses what."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    num_classes: int = 91
-    embed_dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    num_levels: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    num_queries: int = 300
-    query_content: str = "learned"  # or "encoded": the feature of the query's proposal
-    ffn_dim: int = 2048
+    num_classes: PositiveInt = 91
+    embed_dim: Annotated[int, Field(gt=0, multiple_of=4)] = 256
+    num_heads: PositiveInt = 8
+    num_points: PositiveInt = 4
+    num_levels: PositiveInt = 4
+    encoder_layers: PositiveInt = 6
+    decoder_layers: PositiveInt = 6
+    num_queries: PositiveInt = 300
+    ffn_dim: PositiveInt = 2048
+    position_temperature: Positive = 10000.0  # of the image's sine embedding
+    position_offset: float = 0.5  # of its pixels: 0.5 is their centre
+    proposal_classes: Literal["agnostic", "all"] = "agnostic"  # what the first stage tells apart
+    # Content of the first queries: a parameter (mixed query selection), the proposal's feature, a layer on the
+    # proposal's box, or that layer jointly with the position.
+    query_content: Literal["learned", "encoded", "box", "joint"] = "learned"
+    # From the proposal's box, from each layer's reference box, or from that scaled by the content (DAB).
+    query_position: Literal["proposal", "anchor", "scaled_anchor"] = "proposal"
+    look_forward_twice: bool = False  # a layer's box loss reaches the layer before (DINO)
+    decoder_norm: bool = False  # one LayerNorm before all heads (DINO)
+    share_heads: bool = False  # one head for all decoder layers (DINO)
+    denoising_pairs: NonNegativeInt = 0  # about so many noisy (positive, negative) queries an image; 0: none
+    denoising_label_noise: Probability = 0.5  # half of it is the share of labels drawn anew
+    denoising_box_noise: NonNegative = 1.0  # of half a side, for positives; negatives are 1 to 2 times as far
+    masks: bool = False
     route: bool = True
-    routed_layers: str | tuple[int, ...] = "last:2"  # "last:K", "all" or layer numbers from 0
-    branches: str = "packed"  # "packed": fork late, pack the branches; "two_pass": run the whole decoder twice
-    router_rank: int = 16
-    router_hidden_dim: int = 64
-    router_gate_rank: int = 32
-    router_limit: float = 5.0
+    routed_layers: str | tuple[NonNegativeInt, ...] = "last:2"  # "last:K", "all" or layer numbers from 0
+    routed_queries: Literal["matching", "denoising", "both"] = "matching"  # whose attention gets the bias
+    branches: Literal["packed", "two_pass"] = "packed"  # fork late, pack the branches; or run the decoder twice
+    router_rank: PositiveInt = 16
+    router_hidden_dim: PositiveInt = 64
+    router_gate_rank: PositiveInt = 32
+    router_limit: Positive = 5.0
     router_nonnegative: bool = False
 
-    def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            *("num_classes", "embed_dim", "num_heads", "num_points", "encoder_layers", "decoder_layers"),
-            *("num_queries", "ffn_dim", "router_rank", "router_hidden_dim", "router_gate_rank", "router_limit"),
-        )
-        _require(self.embed_dim % 4 == 0, "embed_dim", "a multiple of 4", self.embed_dim)
-        divides = self.embed_dim % self.num_heads == 0
-        _require(divides, "num_heads", f"a divisor of embed_dim = {self.embed_dim}", self.num_heads)
-        enough_levels = self.num_levels >= self.backbone.used_stages
-        _require(enough_levels, "num_levels", f"at least used_stages = {self.backbone.used_stages}", self.num_levels)
-        _require(self.branches in ("packed", "two_pass"), "branches", "'packed' or 'two_pass'", self.branches)
-        _require(
-            self.query_content in ("learned", "encoded"), "query_content", "'learned' or 'encoded'", self.query_content
-        )
+    @field_validator("routed_layers", mode="before")
+    @classmethod
+    def _listed_layers(cls, value: Any) -> Any:
+        """Layer numbers may be one number, or text such as "3,4"."""
+        numbers = str(value).split(",") if isinstance(value, str | int) else [""]
+        return tuple(map(int, numbers)) if all(map(str.isdecimal, numbers)) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DetectorConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim = {self.embed_dim}, got {self.num_heads}")
+        used = self.backbone.used_stages
+        if self.num_levels < used:
+            raise ValueError(f"num_levels: expected at least used_stages = {used}, got {self.num_levels}")
+        if self.denoising_pairs and self.query_position == "proposal":
+            raise ValueError("query_position: expected 'anchor' or 'scaled_anchor' with denoising, got 'proposal'")
         self.routed_layer_indices  # noqa: B018  (raises for a bad `routed_layers`)
+        return self
 
     @property
     def routed_layer_indices(self) -> tuple[int, ...]:
         """The routed decoder layers, ascending; empty without routing."""
         routed, total = self.routed_layers, self.decoder_layers
-        if routed == "all":
-            indices = tuple(range(total))
-        elif isinstance(routed, str):
-            prefix, _, count = routed.partition(":")
-            valid = prefix == "last" and count.isdecimal() and 1 <= int(count) <= total
-            _require(valid, "routed_layers", f"'all', 'last:1' to 'last:{total}' or layer numbers", routed)
-            indices = tuple(range(total - int(count), total))
-        else:
-            indices = tuple(sorted(set(routed)))
-            valid = bool(indices) and all(type(i) is int and 0 <= i < total for i in indices)
-            _require(valid, "routed_layers", f"one or more layer numbers from 0 to {total - 1}", routed)
-        return indices if self.route else ()
+        by_text = {"all": range(total), **{f"last:{count}": range(total - count, total) for count in range(1, total + 1)}}
+        indices = by_text.get(routed, ()) if isinstance(routed, str) else sorted(set(routed))
+        if not indices or max(indices) >= total:
+            numbers = f"layer numbers from 0 to {total - 1}"
+            raise ValueError(f"routed_layers: expected 'all', 'last:1' to 'last:{total}' or {numbers}, got {routed!r}")
+        return tuple(indices) if self.route else ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_OTHERS)
+class ScheduleConfig:
+    """lambda(t), the strength of the routing bias, and alpha(t), the weight of the auxiliary branch's losses.
+
+    lambda is 0 through the warm-up, then rises over the ramp; alpha goes from its start to its end with it.
+    """
+
+    shape: Literal["constant", "linear", "cosine"] = "cosine"  # of the rise; constant: no ramp
+    unit: Literal["epoch", "step"] = "epoch"  # of the four times below
+    warmup: NonNegative = 1.0
+    ramp: NonNegative = 4.0
+    suppressor_until: NonNegative = 0.0  # the bias is the suppressor's alone until here,
+    delegator_until: NonNegative = 0.0  # then the delegator's alone until here, then gated between them
+    strength: NonNegative = 0.3
+    layer_strengths: tuple[NonNegative, ...] = ()  # factor of each routed layer, first to last; (): 1 for all
+    aux_start: NonNegative = 0.3
+    aux_end: NonNegative = 0.7
+
+
+@dataclass(frozen=True, config=FORBID_OTHERS)
 class TrainConfig:
-    """The public recipe: focal, L1 and GIoU losses, AdamW, and the two routing schedules."""
+    """The public recipe: focal, L1 and GIoU losses, AdamW."""
 
-    epochs: int = 12
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    backbone_learning_rate_scale: float = 0.1
-    sampling_learning_rate_scale: float = 0.1  # layers that give sampling offsets
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.1
-    warmup_steps: int = 0  # the learning rate rises linearly over so many steps
-    drop_at: float = 10 / 12  # fraction of the run after which the learning rate is x0.1
-    seed: int = 0
-    workers: int = 2
-    time_budget: float | None = None  # seconds after which training ends, whatever `epochs` says
-    eval_every: int = 1  # epochs
-    log_every: int = 20  # steps
-    checkpoint_every: int = 200  # steps; and at the end of each epoch
-    top_k: int = 100  # detections of an image
-    class_weight: float = 1.0
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    match_class_weight: float = 2.0
-    match_l1_weight: float = 5.0
-    match_giou_weight: float = 2.0
-    mask_weight: float = 5.0  # weights and points of masks (Mask2Former's), for a detector that has them
-    dice_weight: float = 5.0
-    match_mask_weight: float = 5.0
-    match_dice_weight: float = 5.0
-    mask_points: int = 12544  # at which a mask is compared
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    strength_max: float = 0.3  # lambda(t): 0, then a cosine up to this
-    strength_warmup_epochs: float = 1.0
-    strength_ramp_epochs: float = 4.0
-    aux_start: float = 0.3  # alpha(t): from this, a cosine over the same epochs
-    aux_max: float = 0.7
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "epochs", "batch_size", "learning_rate", "clip_norm")
-        _require_positive(self, "eval_every", "log_every", "checkpoint_every", "top_k", "mask_points")
-        _require_non_negative(
-            self,
-            *("backbone_learning_rate_scale", "sampling_learning_rate_scale", "weight_decay", "workers", "seed"),
-            "warmup_steps",
-            *("class_weight", "l1_weight", "giou_weight"),
-            *("match_class_weight", "match_l1_weight", "match_giou_weight", "focal_gamma"),
-            *("mask_weight", "dice_weight", "match_mask_weight", "match_dice_weight"),
-            *("strength_max", "strength_warmup_epochs", "strength_ramp_epochs", "aux_start", "aux_max"),
-        )
-        spendable = self.time_budget is None or self.time_budget > 0
-        _require(spendable, "time_budget", "a positive number of seconds, or None", self.time_budget)
-        _require(0 < self.drop_at <= 1, "drop_at", "a fraction in (0, 1]", self.drop_at)
-        _require(0 <= self.focal_alpha <= 1, "focal_alpha", "a number in [0, 1]", self.focal_alpha)
+    epochs: PositiveInt = 12
+    batch_size: PositiveInt = 16
+    learning_rate: Positive = 1e-4
+    backbone_learning_rate_scale: NonNegative = 0.1
+    sampling_learning_rate_scale: NonNegative = 0.1  # layers that give sampling offsets
+    weight_decay: NonNegative = 1e-4
+    clip_norm: Positive = 0.1
+    warmup_steps: NonNegativeInt = 0  # the learning rate rises linearly over so many steps
+    drop_at: Annotated[float, Field(gt=0, le=1)] = 10 / 12  # fraction of the run after which the rate is x0.1
+    seed: NonNegativeInt = 0
+    workers: NonNegativeInt = 2
+    time_budget: Positive | None = None  # seconds after which training ends, whatever `epochs` says
+    eval_every: PositiveInt = 1  # epochs
+    log_every: PositiveInt = 20  # steps
+    checkpoint_every: PositiveInt = 200  # steps; and at the end of each epoch
+    top_k: PositiveInt = 100  # detections of an image
+    class_weight: NonNegative = 1.0
+    l1_weight: NonNegative = 5.0
+    giou_weight: NonNegative = 2.0
+    match_class_weight: NonNegative = 2.0
+    match_l1_weight: NonNegative = 5.0
+    match_giou_weight: NonNegative = 2.0
+    mask_weight: NonNegative = 5.0  # weights and points of masks (Mask2Former's), for a detector that has them
+    dice_weight: NonNegative = 5.0
+    match_mask_weight: NonNegative = 5.0
+    match_dice_weight: NonNegative = 5.0
+    mask_points: PositiveInt = 12544  # at which a mask is compared
+    focal_alpha: Probability = 0.25
+    focal_gamma: NonNegative = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID_OTHERS)
 class Config:
-    """Everything that decides a run; a round trip through JSON gives an equal object."""
+    """Everything that decides a run; a round trip through JSON or YAML gives an equal object."""
 
     detector: DetectorConfig = field(default_factory=DetectorConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     transforms: TransformConfig = field(default_factory=TransformConfig)
 
+    @model_validator(mode="after")
+    def _a_strength_for_each_routed_layer(self) -> Config:
+        given, routed = len(self.schedule.layer_strengths), len(self.detector.routed_layer_indices)
+        if given not in (0, routed) and self.detector.route:
+            raise ValueError(f"schedule.layer_strengths: expected none or {routed} numbers, got {given}")
+        return self
+
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionary that `json` can write."""
+        """Nested dictionary that `json` and `yaml` can write."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Inverse of `to_dict`; missing keys take the defaults, an unknown key raises ValueError."""
-        return _from_dict(cls, values, "config")
+        """Inverse of `to_dict`; missing keys take the defaults. ValueError names a bad value, or the key nearest to
+        an unknown one."""
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise ValueError(_first_error(error)) from None
 
     def updated(self, changes: Mapping[str, Any]) -> Config:
-        """A copy with dotted keys replaced, as `{"train.epochs": 3}`; an unknown key raises ValueError."""
+        """A copy with dotted keys replaced, as `{"train.epochs": 3}`; ValueError as `from_dict`."""
         values = self.to_dict()
         for dotted, value in changes.items():
             *parents, last = dotted.split(".")
             section = values
             for parent in parents:
-                section = section.get(parent) if isinstance(section, dict) else None
-            if not isinstance(section, dict) or last not in section:
-                raise ValueError(f"config: unknown key {dotted!r}")
+                section = section.setdefault(parent, {}) if isinstance(section, dict) else None
+            if not isinstance(section, dict):
+                raise ValueError(_unknown_key(dotted))
             section[last] = value
         return Config.from_dict(values)
 
 
-def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    _require(isinstance(values, Mapping), where, "a mapping of field names to values", values)
-    types = get_type_hints(cls)
-    unknown = sorted(set(values) - set(types))
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(types))}")
-    return cls(**{name: _converted(types[name], value, f"{where}.{name}") for name, value in values.items()})
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    # A union adds the types that it tried to the location; the names of fields are what a reader looks for.
+    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part != "str")
+    if first["type"] == "unexpected_keyword_argument":
+        return _unknown_key(key)
+    if first["type"] == "value_error":
+        return f"{key}{'.' if key else ''}{first['ctx']['error']}"
+    return f"{key or 'config'}: {first['msg']}, got {first['input']!r}"
 
 
-def _converted(expected: Any, value: Any, where: str) -> Any:
-    """`value` as the type that a field declares: JSON has lists for tuples, and ints where floats are meant."""
-    if dataclasses.is_dataclass(expected):
-        return _from_dict(expected, value, where)
-    if isinstance(value, list | tuple):
-        value = tuple(value)
-        valid = expected in (tuple[int, ...], str | tuple[int, ...]) and all(type(item) is int for item in value)
-    elif expected in (float, float | None):
-        valid = type(value) in (int, float) or (value is None and expected is not float)
-        value = float(value) if type(value) is int else value
-    else:
-        valid = {
-            int: type(value) is int,
-            bool: type(value) is bool,
-            str: isinstance(value, str),
-            str | None: value is None or isinstance(value, str),
-            str | tuple[int, ...]: isinstance(value, str),
-        }.get(expected, False)
-    _require(valid, where, str(getattr(expected, "__name__", expected)), value)
-    return value
+def _unknown_key(key: str) -> str:
+    """What to say of a dotted key that is no field: the nearest, by its last name or as a whole."""
+    known = list(_dotted_keys(Config().to_dict()))
+    by_name = {name.rpartition(".")[2]: name for name in known}
+    names = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1)
+    nearest = [by_name[name] for name in names] or difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else f"; keys: {', '.join(known)}")
 
 
-PRESETS = {
-    # For 128 x 128 images of digits on two CPU cores, from scratch. In so short a training the classes come last, hence
-    # their weight; a mirrored digit is none, hence no flips.
-    "tiny": Config(
-        DetectorConfig(
-            backbone=BackboneConfig(block="basic", stem_channels=32, channels=(32, 64, 128, 256), depths=(1, 1, 1, 1)),
-            num_classes=10,
-            embed_dim=128,
-            num_heads=4,
-            num_levels=3,
-            encoder_layers=2,
-            decoder_layers=3,
-            num_queries=60,
-            query_content="encoded",
-            ffn_dim=256,
-            routed_layers="last:1",
-        ),
-        TrainConfig(
-            batch_size=8,
-            learning_rate=8e-4,
-            warmup_steps=50,
-            backbone_learning_rate_scale=1.0,
-            sampling_learning_rate_scale=1.0,
-            drop_at=0.8,
-            class_weight=4.0,
-            workers=0,
-            strength_warmup_epochs=0.4,  # an epoch of the 5000 bundled images has 625 steps
-            strength_ramp_epochs=1.6,
-        ),
-        TransformConfig.single_scale(128, flip=0.0),
-    ),
-    # The paper's Deformable-DETR++ with ResNet-50, 12 epochs, 300 queries.
-    "deformable-detr-pp-r50": Config(DetectorConfig(backbone=BackboneConfig(fine_tune=True)), TrainConfig()),
-}
+def _dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Any:
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{name}.")
+
+
+PRESETS = tuple(sorted(file.name.removesuffix(".yaml") for file in (files(__package__) / "presets").iterdir()))
 
 
 def preset(name: str) -> Config:
     """The named configuration; ValueError lists the names that exist."""
-    _require(name in PRESETS, "preset", f"one of {', '.join(PRESETS)}", name)
-    return PRESETS[name]
+    return Config.from_dict(_preset_values(name))
+
+
+def load_config(path: str | Path) -> Config:
+    """A YAML file of sections and fields; `base: PRESET` names what it changes (without: the defaults).
+
+    Raises FileNotFoundError, or ValueError that names the file and the key.
+    """
+    try:
+        return Config.from_dict(_with_base(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _preset_values(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return _with_base(yaml.safe_load((files(__package__) / "presets" / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def _with_base(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"expected sections such as 'detector:' with fields below, got {values!r}")
+    base = values.pop("base", None)
+    return values if base is None else _merged(_preset_values(base), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = [key for key in changes if isinstance(base.get(key), dict) and isinstance(changes[key], dict)]
+    return {**base, **changes, **{key: _merged(base[key], changes[key]) for key in both}}

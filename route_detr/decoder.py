@@ -20,6 +20,7 @@ from .config import DetectorConfig
 from .encoder import Memory
 from .heads import PredictionHead, Predictions, side_by_side
 from .proposals import Queries
+from .schedule import RouteType, RoutingValues
 
 MIN_AREA = 1e-6  # of a reference box, before the logarithm
 
@@ -92,49 +93,56 @@ class Decoder(nn.Module):
             }
         )
 
-    def forward(self, queries: Queries, memory: Memory, strength: float | None = None) -> list[Predictions]:
-        """Main branch alone (strength None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""
-        if strength is None:
-            return self._run(queries, memory)
-        if self.packed:
-            return self._run(queries, memory, strength) if strength > 0 else self._run(queries, memory)
+    def forward(self, queries: Queries, memory: Memory, routing: RoutingValues | None = None) -> list[Predictions]:
+        """Main branch alone (routing None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""
+        if routing is None or self.packed:
+            return self._run(queries, memory, routing)
         main = self._run(queries, memory)
-        aux = self._run(queries, memory, strength, keep_main=False)
+        aux = self._run(queries, memory, routing, keep_main=False)
         return [side_by_side(pair) for pair in zip(main, aux, strict=True)]
 
     def _run(
         self,
         queries: Queries,
         memory: Memory,
-        strength: float | None = None,
+        values: RoutingValues | None = None,
         keep_main: bool = True,
         observe: Callable[[int, Queries], None] | None = None,
     ) -> list[Predictions]:
         predictions = []
+        strengths = {} if values is None else dict(zip(self.routers, values.strengths, strict=True))
         for index, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
             if observe is not None:
                 observe(index, queries)
-            routed = strength is not None and str(index) in self.routers
-            routing = self.routing(index, queries, strength) if routed else None
+            strength = strengths.get(str(index), 0.0)
+            routing = self.routing(index, queries, strength, values.route_type) if strength > 0 else None
             content = layer(queries, memory, routing, keep_main)
             logits, box_logits = head(content, queries.box_logits)
             predictions.append(Predictions(logits, box_logits.sigmoid()))
             queries = Queries(content, queries.position, box_logits.detach(), logits.detach())
         return predictions
 
-    def routing(self, index: int, queries: Queries, strength: float) -> rk.RoutingFactors:
-        """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`."""
+    def routing(self, index: int, queries: Queries, strength: float, route_type: RouteType) -> rk.RoutingFactors:
+        """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`.
+
+        One route type alone takes the place of the other too: p r + (1 - p) r = r, and the gate has no gradient.
+        """
         content = queries.content[:, -1]
         similarity = rk.query_similarity(content.detach())
         confidence = None if queries.logits is None else best_class_probability(queries.logits[:, -1])
         area = queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1)
-        return self.routers[str(index)](
+        factors = self.routers[str(index)](
             content + queries.position[:, -1],
             similarity=similarity,
             confidence=confidence,
             geometry=area.clamp_min(MIN_AREA).log(),
             strength=strength,
         )
+        if route_type == "suppressor":
+            return factors._replace(del_q=factors.sup_q, del_k=factors.sup_k)
+        if route_type == "delegator":
+            return factors._replace(sup_q=factors.del_q, sup_k=factors.del_k)
+        return factors
 
     @torch.no_grad()
     def observed_queries(self, queries: Queries, memory: Memory) -> dict[int, Queries]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .denoising import Denoised
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
 from .proposals import Proposals, Queries
+from .schedule import ROUTE_TYPES, RouteType, RoutingValues
 
 
 class DetectorOutput(NamedTuple):
@@ -55,12 +56,36 @@ class RoutedLayerView(NamedTuple):
 
 
 class RoutingState(nn.Module):
-    """lambda and alpha as buffers: a reloaded run goes on where it stopped."""
+    """lambda of each routed layer, alpha and the route type as buffers: a reloaded run goes on where it stopped.
 
-    def __init__(self) -> None:
+    The host keeps a copy of what it wrote, so that a step need not wait for the device to read it back.
+    """
+
+    def __init__(self, layers: int) -> None:
         super().__init__()
-        self.register_buffer("strength", torch.zeros(()))
+        self.register_buffer("strength", torch.zeros(layers))
         self.register_buffer("aux_weight", torch.zeros(()))
+        self.register_buffer("route_type", torch.zeros((), dtype=torch.int64))  # index in ROUTE_TYPES
+        self._on_host: RoutingValues | None = None
+
+    @torch.no_grad()
+    def write(self, values: RoutingValues) -> None:
+        if values == self._on_host:
+            return
+        self.strength.copy_(torch.tensor(values.strengths))
+        self.aux_weight.fill_(values.aux_weight)
+        self.route_type.fill_(ROUTE_TYPES.index(values.route_type))
+        self._on_host = values
+
+    def read(self) -> RoutingValues:
+        if self._on_host is None:
+            strengths, alpha = tuple(self.strength.tolist()), self.aux_weight.item()
+            self._on_host = RoutingValues(strengths, alpha, ROUTE_TYPES[int(self.route_type)])
+        return self._on_host
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._on_host = None
 
 
 class Detector(nn.Module):
@@ -73,33 +98,42 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config.backbone)
+        self.backbone = Backbone(config.backbone, config.backbone.used_stages)
         self.feature_levels = FeatureLevels(self.backbone.channels, config.embed_dim, config.num_levels)
         self.encoder = Encoder(config)
         self.proposals = Proposals(config)
         self.decoder = Decoder(config)
-        self.routing = RoutingState()
+        self.routing = RoutingState(len(config.routed_layer_indices))
 
-    @torch.no_grad()
-    def set_routing(self, strength: float, aux_weight: float) -> None:
-        """Sets lambda and alpha, both >= 0. ValueError for other values, and for non-zero ones without routing."""
-        for name, value in (("strength", strength), ("aux_weight", aux_weight)):
+    def set_routing(
+        self, strength: float | Sequence[float], aux_weight: float, route_type: RouteType = "gated"
+    ) -> None:
+        """Sets lambda (one for all routed layers, or one each), alpha and the route type.
+
+        ValueError for negative or non-finite numbers, non-zero ones without routing, and a wrong number of strengths.
+        """
+        layers = len(self.config.routed_layer_indices)
+        strengths = tuple(strength) if isinstance(strength, Sequence) else (strength,) * max(1, layers)
+        if isinstance(strength, Sequence) and len(strengths) != layers:
+            raise ValueError(f"strength: expected one number or {layers}, one a routed layer, got {len(strengths)}")
+        for name, value in (*(("strength", value) for value in strengths), ("aux_weight", aux_weight)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
             if value and not self.config.route:
                 raise ValueError(f"{name}: expected 0 in a detector without routing, got {value!r}")
-        self.routing.strength.fill_(strength)
-        self.routing.aux_weight.fill_(aux_weight)
+        if route_type not in ROUTE_TYPES:
+            raise ValueError(f"route_type: expected one of {', '.join(ROUTE_TYPES)}, got {route_type!r}")
+        self.routing.write(RoutingValues(strengths[:layers], aux_weight, route_type))
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence | None = None
     ) -> DetectorOutput:
         """targets (objects with boxes [T, 4] and labels [T], one an image) are what denoising queries start from."""
         dual = self.training and self.config.route
-        strength = float(self.routing.strength) if dual else None
+        routing = self.routing.read() if dual else None
         memory = self._memory(images, padding_mask)
         proposals, queries = self.proposals(memory)
-        layers = self.decoder(queries, memory, strength)
+        layers = self.decoder(queries, memory, routing)
         aux_weight = self.routing.aux_weight if dual else torch.zeros_like(self.routing.aux_weight)
         return DetectorOutput(layers, proposals, aux_weight)
 
@@ -128,7 +162,7 @@ class Detector(nn.Module):
             confidence = boxes.new_zeros(boxes.shape[:2])
         else:
             confidence = best_class_probability(queries.logits[:, 0])
-        return RoutedLayerView(self.decoder.routing(index, queries, strength=1.0), boxes, confidence)
+        return RoutedLayerView(self.decoder.routing(index, queries, strength=1.0, route_type="gated"), boxes, confidence)
 
 
 def _check_images(images: Tensor, padding_mask: Tensor | None) -> None:

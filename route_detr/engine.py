@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from route_detr.config import TrainConfig
+from route_detr.config import Config, TrainConfig
 from route_detr.criterion import Criterion
 from route_detr.data import CocoDetection, collate
 from route_detr.detector import Detector, detections
 from route_detr.errors import NonFiniteLoss
 from route_detr.evaluation import average_precision, coco_results
 from route_detr.progress import Progress
-from route_detr.schedule import aux_weight, routing_strength
+from route_detr.schedule import routing_values
 
 
 def epoch_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -58,7 +58,7 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     dataset: CocoDetection,
     progress: Progress,
-    config: TrainConfig,
+    run_config: Config,
     device: torch.device,
 ) -> Iterator[dict[str, float]]:
     """Train from ``progress`` to the end of its epoch, or of the time budget; yields after each step.
@@ -70,6 +70,7 @@ def train_one_epoch(
     Raises:
         NonFiniteLoss: before anything is written to the parameters.
     """
+    config = run_config.train
     dataset.set_epoch(progress.epoch)
     batches = epoch_batches(len(dataset), config.batch_size, config.seed, progress.epoch)
     loader = batch_loader(dataset, batches[progress.step_in_epoch :], config.workers)
@@ -80,11 +81,8 @@ def train_one_epoch(
         factor = progress.learning_rate_factor(len(batches), config)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        when = progress.epoch + progress.step_in_epoch / len(batches)
-        strength, weight = 0.0, 0.0
-        if detector.config.route:
-            strength, weight = routing_strength(when, config), aux_weight(when, config)
-        detector.set_routing(strength, weight)
+        routing = routing_values(run_config, progress.step, len(batches))
+        detector.set_routing(*routing)
 
         batch = batch.to(device)
         try:
@@ -102,8 +100,9 @@ def train_one_epoch(
         now = time.perf_counter()
         progress.count_step(values, now - started)
         started = now
-        rate = optimizer.param_groups[0]["lr"]
-        yield {**values, "grad_norm": norm, "learning_rate": rate, "routing_strength": strength, "aux_weight": weight}
+        rate, strength = optimizer.param_groups[0]["lr"], max(routing.strengths, default=0.0)
+        scheduled = {"learning_rate": rate, "routing_strength": strength, "aux_weight": routing.aux_weight}
+        yield {**values, "grad_norm": norm, **scheduled}
         if progress.out_of_time(config):
             return
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from route_detr.checkpoint import write_atomically
-from route_detr.config import TrainConfig
-from route_detr.schedule import aux_weight, routing_strength
+from route_detr.config import Config
+from route_detr.schedule import sampled_schedule
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -80,14 +80,17 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def plot_schedule(config: TrainConfig, path: str | Path) -> None:
+def plot_schedule(config: Config, path: str | Path) -> None:
     """lambda(t) and alpha(t) over the epochs of a run."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    when = np.linspace(0, config.epochs, 400)
-    axes.plot(when, [routing_strength(t, config) for t in when], color=RED, lw=2, label="routing strength λ(t)")
-    axes.plot(when, [aux_weight(t, config) for t in when], color=GREY, lw=2, ls="--", label="auxiliary weight α(t)")
-    axes.axvline(config.drop_at * config.epochs, color=PURPLE, lw=1, ls=":", label="learning rate × 0.1")
+    when, values = zip(*sampled_schedule(config, steps_per_epoch=1000), strict=True)
+    for index, layer in enumerate(config.detector.routed_layer_indices):
+        strengths = [each.strengths[index] for each in values]
+        axes.plot(when, strengths, color=RED, lw=2, alpha=0.5, label=f"routing strength λ(t), layer {layer}")
+    alphas = [each.aux_weight for each in values]
+    axes.plot(when, alphas, color=GREY, lw=2, ls="--", label="auxiliary weight α(t)")
+    axes.axvline(config.train.drop_at * config.train.epochs, color=PURPLE, lw=1, ls=":", label="learning rate × 0.1")
     _style(axes, "Dual-branch schedule: L = L_main + α(t) L_aux, bias λ(t) B", "epoch")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

@@ -1,27 +1,60 @@
-"""The two schedules of dual-branch training: lambda(t) and alpha(t), pure functions of the epoch."""
+"""The schedules of dual-branch training, pure functions of time: lambda(t), alpha(t) and the route type.
+
+The paper's (arXiv 2512.13876) is a cosine by epochs, one strength for all layers, both route types from the start; it
+names other schedules as open.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
-from .config import TrainConfig
+from .config import Config, ScheduleConfig
+
+RouteType = Literal["gated", "suppressor", "delegator"]
+ROUTE_TYPES: tuple[RouteType, ...] = ("gated", "suppressor", "delegator")
 
 
-def _cosine_rise(epoch: float, config: TrainConfig) -> float:
-    """From 0 to 1: 0 through the warm-up, then half a cosine over the ramp, then 1."""
-    since_warmup = epoch - config.strength_warmup_epochs
-    if since_warmup >= config.strength_ramp_epochs:
+class RoutingValues(NamedTuple):
+    """What `Detector.set_routing` takes."""
+
+    strengths: tuple[float, ...]  # lambda of each routed layer, first to last
+    aux_weight: float  # alpha
+    route_type: RouteType  # which products make up the bias
+
+
+def rise(time: float, config: ScheduleConfig) -> float:
+    """From 0 to 1: 0 through the warm-up, then the ramp's shape, then 1; `time` in the schedule's unit."""
+    since_warmup = time - config.warmup
+    if since_warmup >= config.ramp or (config.shape == "constant" and since_warmup >= 0):
         return 1.0
-    if since_warmup <= 0:
+    share = max(0.0, since_warmup / config.ramp)
+    if config.shape == "constant":
         return 0.0
-    return 0.5 * (1.0 - math.cos(math.pi * since_warmup / config.strength_ramp_epochs))
+    return share if config.shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * share))
 
 
-def routing_strength(epoch: float, config: TrainConfig) -> float:
-    """lambda(t) in [0, strength_max] at `epoch` (from 0, fractions allowed): the scale of the routing bias."""
-    return config.strength_max * _cosine_rise(epoch, config)
+def route_type(time: float, config: ScheduleConfig) -> RouteType:
+    """The suppressor alone, later the delegator alone, then both, gated."""
+    if time < config.suppressor_until:
+        return "suppressor"
+    return "delegator" if time < config.delegator_until else "gated"
 
 
-def aux_weight(epoch: float, config: TrainConfig) -> float:
-    """alpha(t), from aux_start to aux_max at `epoch`: the weight of the auxiliary branch's losses."""
-    return config.aux_start + (config.aux_max - config.aux_start) * _cosine_rise(epoch, config)
+def routing_values(config: Config, step: int, steps_per_epoch: int) -> RoutingValues:
+    """The values at optimizer step `step` (from 0); without routing no strengths and alpha 0."""
+    layers, schedule = len(config.detector.routed_layer_indices), config.schedule
+    if not layers:
+        return RoutingValues((), 0.0, "gated")
+    time = step if schedule.unit == "step" else step / steps_per_epoch
+    risen = rise(time, schedule)
+    strengths = tuple(schedule.strength * factor * risen for factor in schedule.layer_strengths or (1.0,) * layers)
+    alpha = schedule.aux_start + (schedule.aux_end - schedule.aux_start) * risen
+    return RoutingValues(strengths, alpha, route_type(time, schedule))
+
+
+def sampled_schedule(config: Config, steps_per_epoch: int, samples: int = 400) -> list[tuple[float, RoutingValues]]:
+    """(epoch, values) at about so many of a run's steps, evenly spread, for a plot."""
+    total = config.train.epochs * steps_per_epoch
+    steps = sorted({round(index * total / samples) for index in range(samples + 1)})
+    return [(step / steps_per_epoch, routing_values(config, step, steps_per_epoch)) for step in steps]

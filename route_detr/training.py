@@ -153,7 +153,7 @@ class Training:
         if progress.step_in_epoch == self.steps_per_epoch or progress.out_of_time(config):
             return
         steps = train_one_epoch(
-            self.detector, self.criterion, self.optimizer, self.train_set, progress, config, self.device
+            self.detector, self.criterion, self.optimizer, self.train_set, progress, self.config, self.device
         )
         for values in steps:
             if progress.step % config.log_every == 0:

@@ -9,8 +9,15 @@ from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig
 from route_detr.criterion import Criterion
 from route_detr.detector import Detector
 
+
+
+def resnet(stem, channels):
+    """Settings of a ResNet with one basic block a stage."""
+    return {"layer_type": "basic", "embedding_size": stem, "hidden_sizes": channels, "depths": [1] * len(channels)}
+
+
 SMALL = {
-    "backbone": BackboneConfig(block="basic", stem_channels=4, channels=(4, 8, 8, 12), depths=(1, 1, 1, 1)),
+    "backbone": BackboneConfig(settings=resnet(4, [4, 8, 8, 12])),
     "num_classes": 3,
     "embed_dim": 16,
     "num_heads": 2,

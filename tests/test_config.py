@@ -1,8 +1,10 @@
+import dataclasses
 import json
+import re
 
 import pytest
 
-from route_detr.config import PRESETS, Config, DetectorConfig, preset
+from route_detr.config import PRESETS, BackboneConfig, Config, DetectorConfig, load_config, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -16,57 +18,66 @@ def test_missing_keys_take_defaults():
 
 
 @pytest.mark.parametrize(
-    ("values", "key"),
+    ("values", "message"),
     [
-        ({"trian": {}}, "trian"),
-        ({"train": {"epoch": 3}}, "epoch"),
-        ({"detector": {"backbone": {"depth": [1]}}}, "depth"),
+        ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
+        ({"train": {"epoch": 3}}, "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
+        ({"epochs": 3}, "unknown key 'epochs'; did you mean 'train.epochs'?"),
+        ({"detector": {"backbone": {"modle": "swin"}}}, "did you mean 'detector.backbone.model'?"),
+        ({"transforms": {"flips": 0}}, "did you mean 'transforms.flip'?"),
+        ({"detector": {"qqq": 1}}, "unknown key 'detector.qqq'; keys: "),
     ],
 )
-def test_unknown_key_is_an_error_that_names_it(values, key):
-    with pytest.raises(ValueError, match=f"unknown key '{key}'"):
+def test_unknown_key_is_an_error_that_names_the_nearest(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Config.from_dict(values)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train.epochs": "3"}, r"config\.train\.epochs: expected int, got '3'"),
-        ({"train.epochs": 0}, "epochs: expected a positive number, got 0"),
+        ({"train.epochs": "three"}, r"train\.epochs: Input should be a valid integer.*, got 'three'"),
+        ({"train.epochs": 0}, "train.epochs: Input should be greater than 0, got 0"),
         ({"train.drop_at": 0.0}, "drop_at"),
         ({"train.drop_at": float("nan")}, "drop_at"),
         ({"train.learning_rate": float("nan")}, "learning_rate"),
         ({"train.l1_weight": -1.0}, "l1_weight"),
-        ({"detector.route": 1}, "route: expected bool"),
-        ({"detector.num_heads": 7}, "num_heads: expected a divisor of embed_dim = 256, got 7"),
-        ({"detector.num_levels": 2}, "num_levels"),
-        ({"detector.branches": "both"}, "branches"),
+        ({"detector.route": "perhaps"}, "detector.route: Input should be a valid boolean"),
+        ({"detector.num_heads": 7}, "detector.num_heads: expected a divisor of embed_dim = 256, got 7"),
+        ({"detector.embed_dim": 30}, "embed_dim: Input should be a multiple of 4"),
+        ({"detector.num_levels": 2}, "detector.num_levels: expected at least used_stages = 3, got 2"),
+        ({"detector.branches": "both"}, "detector.branches: Input should be 'packed' or 'two_pass', got 'both'"),
         ({"detector.query_content": "random"}, "query_content"),
         ({"detector.routed_layers": "last:9"}, "routed_layers"),
         ({"detector.routed_layers": "first:2"}, "routed_layers"),
-        ({"detector.routed_layers": [6]}, "routed_layers"),
+        ({"detector.routed_layers": [6]}, "routed_layers: expected 'all', 'last:1' to 'last:6' or layer numbers"),
         ({"detector.routed_layers": []}, "routed_layers"),
-        ({"detector.backbone.depths": [1, 1]}, "depths: expected 4 positive numbers"),
-        ({"detector.backbone.used_stages": 5}, "used_stages"),
+        ({"detector.denoising_pairs": 10}, "detector.query_position: expected 'anchor' or 'scaled_anchor'"),
+        ({"schedule.layer_strengths": [1, 2, 3]}, "schedule.layer_strengths: expected none or 2 numbers, got 3"),
+        ({"transforms.flip": 2}, "transforms.flip: expected a probability"),
         ({"detector.size": 5}, "unknown key 'detector.size'"),
         ({"train.epochs.more": 5}, "unknown key 'train.epochs.more'"),
+        ({"detector": 3}, "detector: Input should be a dictionary"),
     ],
 )
 def test_bad_value_is_one_error_that_names_the_field(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         Config().updated(change)
+    assert "\n" not in str(caught.value)
 
 
 def test_updated_replaces_dotted_keys():
-    config = Config().updated({"train.epochs": 3, "detector.backbone.depths": [1, 1, 1, 1], "train.l1_weight": 4})
-    assert config.train.epochs == 3
-    assert config.detector.backbone.depths == (1, 1, 1, 1)
-    assert config.train.l1_weight == 4.0
+    changes = {"train.epochs": "3", "detector.backbone.settings.depths": [1, 1], "train.learning_rate": "1e-3"}
+    config = Config().updated({**changes, "transforms.scales": [64, 96], "detector.route": "false"})
+    assert config.train.epochs == 3 and config.train.learning_rate == 1e-3
+    assert config.detector.backbone.settings == {"depths": [1, 1]}
+    assert config.transforms.scales == (64, 96) and config.detector.route is False
+    assert Config().detector.backbone.settings == {}
 
 
 @pytest.mark.parametrize(
     ("routed", "indices"),
-    [("last:2", (4, 5)), ("last:6", (0, 1, 2, 3, 4, 5)), ("all", (0, 1, 2, 3, 4, 5)), ((3, 1, 3), (1, 3))],
+    [("last:2", (4, 5)), ("last:6", (0, 1, 2, 3, 4, 5)), ("all", (0, 1, 2, 3, 4, 5)), ((3, 1, 3), (1, 3)), ("3,4", (3, 4)), (5, (5,))],
 )
 def test_routed_layers(routed, indices):
     assert DetectorConfig(routed_layers=routed).routed_layer_indices == indices
@@ -74,5 +85,42 @@ def test_routed_layers(routed, indices):
 
 
 def test_unknown_preset_lists_those_that_exist():
-    with pytest.raises(ValueError, match="tiny, deformable-detr-pp-r50"):
+    with pytest.raises(ValueError, match=r"preset: expected one of .*dino-r50.*tiny, .*, got 'huge'"):
         preset("huge")
+
+
+def test_a_preset_changes_its_base_and_a_file_may_change_a_preset(tmp_path):
+    small, dino = preset("tiny"), preset("tiny-dino")
+    assert dino.train == small.train and dino.detector.backbone == small.detector.backbone
+    assert dino.detector.denoising_pairs > 0 == small.detector.denoising_pairs
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: tiny-dino\ntrain: {epochs: 7}\n")
+    assert load_config(file) == dino.updated({"train.epochs": 7})
+    file.write_text("")
+    assert load_config(file) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epoch: 7}", r"mine\.yaml: unknown key 'train.epoch'; did you mean 'train.epochs'"),
+        ("base: huge", r"mine\.yaml: preset: expected one of "),
+        ("train: [", r"mine\.yaml: "),
+        ("- 1", r"mine\.yaml: expected sections"),
+        ("train: 3", r"mine\.yaml: train: Input should be a dictionary"),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_it(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "mine.yaml")
+
+
+def test_the_papers_recipes():
+    assert preset("deformable-detr-pp-r50").detector == dataclasses.replace(
+        DetectorConfig(), backbone=BackboneConfig(fine_tune=True)
+    )
+    assert preset("dino-r50").detector.num_queries == 900
+    assert preset("dino-swin-l").detector.backbone.model == "swin"
+    assert preset("dino-swin-l").train == preset("dino-r50").train
+    assert [preset(f"deformable-detr-pp-r50-{epochs}e").train.epochs for epochs in (24, 36)] == [24, 36]

@@ -1,11 +1,13 @@
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_detector import SMALL, assert_close, small_batch, small_detector, trained_step
+from small_detector import SMALL, assert_close, resnet, small_batch, small_detector, trained_step
 from torch import nn
 
 import route_kernels as rk
+from route_detr.backbone import FrozenBatchNorm
 from route_detr.boxes import corners, generalized_iou
 from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig, preset
 from route_detr.criterion import Criterion
@@ -187,24 +189,39 @@ def test_parameter_groups_hold_every_trained_parameter_once():
 
 
 def test_fine_tuning_fixes_norms_stem_and_first_stage():
-    backbone = BackboneConfig(block="bottleneck", stem_channels=4, channels=(8, 8), depths=(1, 1), used_stages=1)
+    backbone = BackboneConfig(settings=resnet(4, [8, 8]), used_stages=1)
     detector = Detector(DetectorConfig(**{**SMALL, "backbone": backbone})).train()
     assert all(p.requires_grad for p in detector.backbone.parameters())
-    fixed = BackboneConfig(**{**vars(backbone), "fine_tune": True})
+    fixed = dataclasses.replace(backbone, fine_tune=True)
     detector = Detector(DetectorConfig(**{**SMALL, "backbone": fixed})).train()
-    norms = [m for m in detector.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
+    modules = list(detector.backbone.modules())
+    assert any(isinstance(module, FrozenBatchNorm) for module in modules)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
     trained = {name for name, p in detector.backbone.named_parameters() if p.requires_grad}
     assert trained and all("stages.1" in name for name in trained)
     with pytest.raises(ValueError, match=r"backbone\.weights: expected a model name or folder"):
         parameter_groups(detector, TrainConfig())
+    with pytest.raises(ValueError, match="frozen: expected the beginning of a parameter's name in the backbone"):
+        Detector(DetectorConfig(**{**SMALL, "backbone": dataclasses.replace(fixed, frozen=("neck.",))}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_frozen_norm_is_batch_norm_with_fixed_statistics_in_the_dtype_of_its_input(dtype):
+    norm = nn.BatchNorm2d(5).double().eval()
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2.0)
+    x = torch.randn(2, 5, 3, 4, dtype=dtype)
+    frozen = FrozenBatchNorm(norm.to(torch.float64 if dtype == torch.float64 else torch.float32))
+    assert frozen(x).dtype == dtype and not list(frozen.parameters())
+    torch.testing.assert_close(frozen(x).double(), norm.double()(x.double()), atol=0, rtol=4 * torch.finfo(dtype).eps)
 
 
 def test_backbone_loads_pretrained_weights_from_a_folder(tmp_path):
-    backbone = BackboneConfig(block="basic", stem_channels=4, channels=(4, 8), depths=(1, 1), used_stages=2)
+    backbone = BackboneConfig(settings=resnet(4, [4, 8]), used_stages=2)
     source = Detector(DetectorConfig(**{**SMALL, "backbone": backbone}))
     source.backbone.body.save_pretrained(tmp_path)
-    loaded = BackboneConfig(**{**vars(backbone), "weights": str(tmp_path)})
+    loaded = dataclasses.replace(backbone, settings={}, weights=str(tmp_path))
     detector = Detector(DetectorConfig(**{**SMALL, "backbone": loaded}))
     expected = source.backbone.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in detector.backbone.state_dict().items())
@@ -237,7 +254,7 @@ def rectangles(size=64):
 def test_overfits_four_images():
     torch.manual_seed(0)
     images, targets = rectangles()
-    backbone = BackboneConfig(block="basic", stem_channels=16, channels=(16, 32, 64), depths=(1, 1, 1), used_stages=2)
+    backbone = BackboneConfig(settings=resnet(16, [16, 32, 64]), used_stages=2)
     changes = {"backbone": backbone, "embed_dim": 32, "num_levels": 2, "num_queries": 12, "ffn_dim": 64}
     detector = Detector(DetectorConfig(**{**SMALL, **changes})).train()
     criterion, steps = Criterion(TrainConfig(class_weight=2.0)), 150

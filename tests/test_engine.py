@@ -200,7 +200,7 @@ def _matching_fails(losses):
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, data, spoil, message):
-    training = new_training(tmp_path / "run", data, {"train.strength_warmup_epochs": 5})
+    training = new_training(tmp_path / "run", data, {"schedule.warmup": 5})
     criterion = training.criterion
 
     def criterion_that_fails_in_step_4(output, targets):
@@ -268,7 +268,7 @@ def test_one_epoch_without_routing_leaves_lambda_and_alpha_at_zero(tmp_path, dat
     training = new_training(tmp_path / "run", data, {"detector.route": False})
     steps = train_one_epoch(
         *(training.detector, training.criterion, training.optimizer, training.train_set),
-        *(training.progress, training.config.train, training.device),
+        *(training.progress, training.config, training.device),
     )
     values = list(steps)
     assert len(values) == training.progress.step == 4

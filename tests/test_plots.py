@@ -46,6 +46,6 @@ def test_pictures_of_next_to_nothing(tmp_path):
 
 
 def test_a_schedule_is_drawn(tmp_path):
-    plot_schedule(preset("tiny").train, tmp_path / "schedule.png")
+    plot_schedule(preset("tiny"), tmp_path / "schedule.png")
     with Image.open(tmp_path / "schedule.png") as picture:
         assert picture.format == "PNG"

@@ -35,6 +35,8 @@ class TransformConfig:
     eval_scale   length of the shorter side in evaluation
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
     flip: float = 0.5
     scales: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     max_size: int = 1333
