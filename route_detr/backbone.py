@@ -6,7 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from .config import BackboneConfig
 
@@ -50,10 +51,7 @@ class Backbone(nn.Module):
         if stages > len(names):
             raise ValueError(f"used_stages: expected at most {len(names)} for {model.model_type}, got {stages}")
         model.out_features = names[-stages:]
-        if config.weights is None:
-            self.body = AutoBackbone.from_config(model)
-        else:
-            self.body = AutoBackbone.from_pretrained(config.weights, config=model, dtype=torch.float32)
+        self.body = AutoBackbone.from_config(model) if config.weights is None else _pretrained(model, config.weights)
         self.body.to(memory_format=torch.channels_last)
         self.channels = list(self.body.channels)
         if config.fine_tune:
@@ -63,7 +61,9 @@ class Backbone(nn.Module):
         for prefix in prefixes:
             matching = [p for name, p in self.body.named_parameters() if name.startswith(prefix)]
             if not matching:
-                raise ValueError(f"frozen: expected the beginning of a parameter's name in the backbone, got {prefix!r}")
+                raise ValueError(
+                    f"frozen: expected the beginning of a parameter's name in the backbone, got {prefix!r}"
+                )
             for parameter in matching:
                 parameter.requires_grad_(False)
         for module in list(self.body.modules()):
@@ -73,6 +73,18 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return list(self.body(images.contiguous(memory_format=torch.channels_last)).feature_maps)
+
+
+def _pretrained(model: PretrainedConfig, weights: str) -> nn.Module:
+    """AutoBackbone.from_pretrained, for local folders too; no layer may be left random but the norms of the outputs."""
+    kind = MODEL_FOR_BACKBONE_MAPPING[type(model)]
+    body, info = kind.from_pretrained(weights, config=model, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("hidden_states_norms."))
+    if missing:
+        raise ValueError(
+            f"weights: expected all of {model.model_type}'s parameters in {weights}, got none of {missing}"
+        )
+    return body
 
 
 class FeatureLevels(nn.Module):

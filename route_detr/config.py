@@ -105,7 +105,10 @@ class DetectorConfig:
     def routed_layer_indices(self) -> tuple[int, ...]:
         """The routed decoder layers, ascending; empty without routing."""
         routed, total = self.routed_layers, self.decoder_layers
-        by_text = {"all": range(total), **{f"last:{count}": range(total - count, total) for count in range(1, total + 1)}}
+        by_text = {
+            "all": range(total),
+            **{f"last:{count}": range(total - count, total) for count in range(1, total + 1)},
+        }
         indices = by_text.get(routed, ()) if isinstance(routed, str) else sorted(set(routed))
         if not indices or max(indices) >= total:
             numbers = f"layer numbers from 0 to {total - 1}"
@@ -222,12 +225,11 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    """What to say of a dotted key that is no field: the nearest, by its last name or as a whole."""
-    known = list(_dotted_keys(Config().to_dict()))
-    by_name = {name.rpartition(".")[2]: name for name in known}
-    names = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1)
-    nearest = [by_name[name] for name in names] or difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else f"; keys: {', '.join(known)}")
+    """What to say of a dotted key that is no field: the one whose last name is nearest."""
+    known = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config().to_dict())}
+    nearest = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {known[nearest[0]]!r}?" if nearest else f"keys: {', '.join(known.values())}"
+    return f"unknown key {key!r}; {hint}"
 
 
 def _dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -56,14 +56,15 @@ class RoutedLayerView(NamedTuple):
 
 
 class RoutingState(nn.Module):
-    """lambda of each routed layer, alpha and the route type as buffers: a reloaded run goes on where it stopped.
+    """lambda of each decoder layer, alpha and the route type as buffers: a reloaded run goes on where it stopped.
 
     The host keeps a copy of what it wrote, so that a step need not wait for the device to read it back.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, decoder_layers: int, routed_layers: Sequence[int]) -> None:
         super().__init__()
-        self.register_buffer("strength", torch.zeros(layers))
+        self._routed_layers = list(routed_layers)
+        self.register_buffer("strength", torch.zeros(decoder_layers))  # 0 where a layer is not routed
         self.register_buffer("aux_weight", torch.zeros(()))
         self.register_buffer("route_type", torch.zeros((), dtype=torch.int64))  # index in ROUTE_TYPES
         self._on_host: RoutingValues | None = None
@@ -72,15 +73,17 @@ class RoutingState(nn.Module):
     def write(self, values: RoutingValues) -> None:
         if values == self._on_host:
             return
-        self.strength.copy_(torch.tensor(values.strengths))
+        strength = torch.zeros(self.strength.shape)
+        strength[self._routed_layers] = torch.tensor(values.strengths)
+        self.strength.copy_(strength)
         self.aux_weight.fill_(values.aux_weight)
         self.route_type.fill_(ROUTE_TYPES.index(values.route_type))
         self._on_host = values
 
     def read(self) -> RoutingValues:
         if self._on_host is None:
-            strengths, alpha = tuple(self.strength.tolist()), self.aux_weight.item()
-            self._on_host = RoutingValues(strengths, alpha, ROUTE_TYPES[int(self.route_type)])
+            strengths, alpha = self.strength[self._routed_layers].tolist(), self.aux_weight.item()
+            self._on_host = RoutingValues(tuple(strengths), alpha, ROUTE_TYPES[int(self.route_type)])
         return self._on_host
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -103,7 +106,7 @@ class Detector(nn.Module):
         self.encoder = Encoder(config)
         self.proposals = Proposals(config)
         self.decoder = Decoder(config)
-        self.routing = RoutingState(len(config.routed_layer_indices))
+        self.routing = RoutingState(config.decoder_layers, config.routed_layer_indices)
 
     def set_routing(
         self, strength: float | Sequence[float], aux_weight: float, route_type: RouteType = "gated"
@@ -162,7 +165,9 @@ class Detector(nn.Module):
             confidence = boxes.new_zeros(boxes.shape[:2])
         else:
             confidence = best_class_probability(queries.logits[:, 0])
-        return RoutedLayerView(self.decoder.routing(index, queries, strength=1.0, route_type="gated"), boxes, confidence)
+        return RoutedLayerView(
+            self.decoder.routing(index, queries, strength=1.0, route_type="gated"), boxes, confidence
+        )
 
 
 def _check_images(images: Tensor, padding_mask: Tensor | None) -> None:

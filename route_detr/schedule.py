@@ -26,11 +26,11 @@ class RoutingValues(NamedTuple):
 def rise(time: float, config: ScheduleConfig) -> float:
     """From 0 to 1: 0 through the warm-up, then the ramp's shape, then 1; `time` in the schedule's unit."""
     since_warmup = time - config.warmup
-    if since_warmup >= config.ramp or (config.shape == "constant" and since_warmup >= 0):
-        return 1.0
-    share = max(0.0, since_warmup / config.ramp)
-    if config.shape == "constant":
+    if since_warmup < 0:
         return 0.0
+    if config.shape == "constant" or since_warmup >= config.ramp:
+        return 1.0
+    share = since_warmup / config.ramp
     return share if config.shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * share))
 
 

@@ -10,7 +10,6 @@ from route_detr.criterion import Criterion
 from route_detr.detector import Detector
 
 
-
 def resnet(stem, channels):
     """Settings of a ResNet with one basic block a stage."""
     return {"layer_type": "basic", "embedding_size": stem, "hidden_sizes": channels, "depths": [1] * len(channels)}

@@ -25,7 +25,7 @@ def test_missing_keys_take_defaults():
         ({"epochs": 3}, "unknown key 'epochs'; did you mean 'train.epochs'?"),
         ({"detector": {"backbone": {"modle": "swin"}}}, "did you mean 'detector.backbone.model'?"),
         ({"transforms": {"flips": 0}}, "did you mean 'transforms.flip'?"),
-        ({"detector": {"qqq": 1}}, "unknown key 'detector.qqq'; keys: "),
+        ({"detector": {"xyzzy": 1}}, "unknown key 'detector.xyzzy'; keys: "),
     ],
 )
 def test_unknown_key_is_an_error_that_names_the_nearest(values, message):
@@ -77,7 +77,14 @@ def test_updated_replaces_dotted_keys():
 
 @pytest.mark.parametrize(
     ("routed", "indices"),
-    [("last:2", (4, 5)), ("last:6", (0, 1, 2, 3, 4, 5)), ("all", (0, 1, 2, 3, 4, 5)), ((3, 1, 3), (1, 3)), ("3,4", (3, 4)), (5, (5,))],
+    [
+        ("last:2", (4, 5)),
+        ("last:6", (0, 1, 2, 3, 4, 5)),
+        ("all", (0, 1, 2, 3, 4, 5)),
+        ((3, 1, 3), (1, 3)),
+        ("3,4", (3, 4)),
+        (5, (5,)),
+    ],
 )
 def test_routed_layers(routed, indices):
     assert DetectorConfig(routed_layers=routed).routed_layer_indices == indices

@@ -54,13 +54,13 @@ def test_decoder_is_equivariant_to_the_order_of_queries():
     images, padding_mask, _ = small_batch()
     memory = detector._memory(images, padding_mask)
     _, queries = detector.proposals(memory)
-    order = torch.randperm(7)
+    order, values = torch.randperm(7), detector.routing.read()
     permuted = queries._replace(
         content=queries.content[:, :, order],
         position=queries.position[:, :, order],
         box_logits=queries.box_logits[:, :, order],
     )
-    pairs = zip(detector.decoder(permuted, memory, 0.3), detector.decoder(queries, memory, 0.3), strict=True)
+    pairs = zip(detector.decoder(permuted, memory, values), detector.decoder(queries, memory, values), strict=True)
     for shuffled, ordered in pairs:
         assert_close(shuffled.boxes, ordered.boxes[:, :, order], 1e-9)
         assert_close(shuffled.logits, ordered.logits[:, :, order], 1e-9)
@@ -212,9 +212,9 @@ def test_frozen_norm_is_batch_norm_with_fixed_statistics_in_the_dtype_of_its_inp
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 2.0)
     x = torch.randn(2, 5, 3, 4, dtype=dtype)
-    frozen = FrozenBatchNorm(norm.to(torch.float64 if dtype == torch.float64 else torch.float32))
-    assert frozen(x).dtype == dtype and not list(frozen.parameters())
-    torch.testing.assert_close(frozen(x).double(), norm.double()(x.double()), atol=0, rtol=4 * torch.finfo(dtype).eps)
+    normed = FrozenBatchNorm(norm)(x)
+    assert normed.dtype == dtype
+    torch.testing.assert_close(normed.double(), norm(x.double()), atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
 def test_backbone_loads_pretrained_weights_from_a_folder(tmp_path):

@@ -93,7 +93,7 @@ def test_metrics_have_a_line_for_each_step_and_epoch(uninterrupted):
     assert all(0 <= r["AP"] <= r["AP50"] <= 1 for r in records if r["kind"] == "epoch")
     strengths = [r["routing_strength"] for r in records if r["kind"] == "step"]
     assert strengths[:3] == [0, 0, 0] and strengths[-1] == pytest.approx(0.3) and strengths == sorted(strengths)
-    assert float(uninterrupted.detector.routing.strength) == pytest.approx(0.3)
+    assert float(uninterrupted.detector.routing.strength[-1]) == pytest.approx(0.3)
 
 
 class Killed(BaseException):
@@ -298,6 +298,6 @@ def test_resume_notices_other_data_and_another_model(tmp_path, data):
 def test_config_json_gives_the_configuration_back(uninterrupted):
     written = json.loads((uninterrupted.run.folder / "config.json").read_text())
     assert written["detector"]["num_classes"] == 2
-    assert {key: written[key] for key in ("detector", "train", "transforms")} == json.loads(
+    assert {key: written[key] for key in ("detector", "schedule", "train", "transforms")} == json.loads(
         json.dumps(uninterrupted.config.to_dict())
     )
