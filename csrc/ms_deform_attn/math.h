@@ -83,6 +83,18 @@ RK_HOST_DEVICE Cell<T> cell_of(T x, T y, int32_t height, int32_t width) {
       bool(inside & (column < width - 1))};
 }
 
+// What the four corners weigh in a sample of the given weight.
+template <typename T>
+struct CornerWeights {
+  T top_left, top_right, bottom_left, bottom_right;
+};
+
+template <typename T>
+RK_HOST_DEVICE CornerWeights<T> corner_weights(T fraction_x, T fraction_y, T weight) {
+  const T above = weight * (T(1) - fraction_y), below = weight * fraction_y;
+  return {above * (T(1) - fraction_x), above * fraction_x, below * (T(1) - fraction_x), below * fraction_x};
+}
+
 // s_c = grad_output . value_c of the four corners (0 where there is none); the gradients of one sample's value by its
 // weight and, before multiplying by the weight, by its pixel coordinates.
 template <typename T>

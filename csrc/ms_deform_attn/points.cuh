@@ -1,0 +1,193 @@
+#pragma once
+// The points of one query and head, which a group of LANES lanes works on. Each point is located by one lane, which
+// tells the others by shuffles where the corners are and what they weigh.
+
+#include <math.h>
+
+#include "../common/storage.cuh"
+#include "math.h"
+#include "work_order.cuh"
+
+namespace rk {
+namespace deform {
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// Points are located CHUNK at a time, SLOTS by each lane; the rows of SPAN points are in flight together.
+template <int LANES, int SPAN>
+constexpr int CHUNK = LANES < SPAN ? SPAN : LANES;
+template <int LANES, int SPAN>
+constexpr int SLOTS = CHUNK<LANES, SPAN> / LANES;
+
+template <int LANES, typename T>
+__device__ __forceinline__ T sum_over_lanes(T x) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+  return x;
+}
+
+// ---- weights -----------------------------------------------------------------------------------------------------
+
+// The weight of a point is exp(logit - largest) factor; without a softmax it is what memory holds.
+template <typename T>
+struct Softmax {
+  T largest, factor;
+};
+
+__device__ __forceinline__ int64_t row_of_points(const View& view, const Work& work) {
+  return work.b * view.stride[0] + work.n * view.stride[1] + work.h * view.stride[2];
+}
+
+template <int LANES, typename T>
+__device__ __forceinline__ Softmax<T> softmax_of(const DeviceArgs& args, const Work& work, int lane) {
+  Softmax<T> softmax = {T(0), T(1)};
+  if (!args.fused) return softmax;
+  const int64_t row = row_of_points(args.weights, work), points = work.exists ? args.K : 0;
+  T largest = -T(INFINITY), sum = 0;
+  for (int64_t k = lane; k < points; k += LANES) {
+    const T logit = read<T>(args.weights, row + k);
+    largest = logit > largest ? logit : largest;
+  }
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    const T other = __shfl_xor_sync(ALL_LANES, largest, distance);
+    largest = other > largest ? other : largest;
+  }
+  for (int64_t k = lane; k < points; k += LANES) sum += exp(read<T>(args.weights, row + k) - largest);
+  return {largest, T(1) / sum_over_lanes<LANES>(sum)};
+}
+
+template <typename T>
+__device__ __forceinline__ T weight_of(const DeviceArgs& args, const Softmax<T>& softmax, int64_t at) {
+  const T stored = read<T>(args.weights, at);
+  return args.fused ? exp(stored - softmax.largest) * softmax.factor : stored;
+}
+
+// ---- locations ---------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Level {
+  int64_t start;
+  int32_t height, width, first_point, points;
+  T half_step;              // 0.5 / P
+  T x, y, extent_x, extent_y;  // the query's reference point or box
+};
+
+template <typename T>
+__device__ __forceinline__ Level<T> level_of(const DeviceArgs& args, const Work& work, int32_t l) {
+  const DeviceLevel& stored = args.levels[l];
+  Level<T> level = {
+      stored.start, stored.height, stored.width, stored.first_point, stored.points,
+      T(0.5) / T(stored.points), T(0), T(0), T(0), T(0)};
+  if (!args.fused || !work.exists || stored.points == 0) return level;
+  const View& reference = args.reference;
+  const int64_t row = args.reference_levels == 1 ? 0 : l;
+  const int64_t at = work.b * reference.stride[0] + work.n * reference.stride[1] + row * reference.stride[2];
+  level.x = read<T>(reference, at);
+  level.y = read<T>(reference, at + 1);
+  if (args.reference_size == 4) {
+    level.extent_x = read<T>(reference, at + 2);
+    level.extent_y = read<T>(reference, at + 3);
+  }
+  return level;
+}
+
+// As the lane that located it knows it.
+template <typename T>
+struct Point {
+  bool exists;
+  T weight, x, y;  // location or offset
+  Cell<T> cell;
+};
+
+template <typename T>
+__device__ __forceinline__ Point<T> point_of(
+    const DeviceArgs& args, const Work& work, const Softmax<T>& softmax, const Level<T>& level, int32_t of_level) {
+  Point<T> point = {};
+  point.exists = work.exists && of_level < level.points;
+  if (!point.exists) return point;
+  const int64_t k = level.first_point + of_level, at = row_of_points(args.places, work) + 2 * k;
+  point.x = read<T>(args.places, at);
+  point.y = read<T>(args.places, at + 1);
+  point.weight = weight_of(args, softmax, row_of_points(args.weights, work) + k);
+  const T width = T(level.width), height = T(level.height);
+  T x, y;
+  if (!args.fused) {
+    x = pixel_of_location(point.x, width);
+    y = pixel_of_location(point.y, height);
+  } else if (args.reference_size == 2) {
+    x = pixel_of_point(level.x, point.x, width);
+    y = pixel_of_point(level.y, point.y, height);
+  } else {
+    x = pixel_of_box(level.x, level.extent_x, point.x, level.half_step, width);
+    y = pixel_of_box(level.y, level.extent_y, point.y, level.half_step, height);
+  }
+  point.cell = cell_of(x, y, level.height, level.width);
+  return point;
+}
+
+// ---- corners -----------------------------------------------------------------------------------------------------
+
+constexpr int CORNERS = 4;  // (row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)
+
+// As every lane knows it. A corner that does not exist weighs -0, which no corner that exists does: one register tells
+// both, and what is not there is neither read nor multiplied by a NaN.
+template <typename T>
+struct Corners {
+  int32_t position;  // of the first corner, whether it exists or not
+  T weight[CORNERS];
+};
+
+__device__ __forceinline__ bool is_there(float weight) { return __float_as_uint(weight) != 0x80000000u; }
+__device__ __forceinline__ bool is_there(double weight) {
+  return __double_as_longlong(weight) != (long long)(0x8000000000000000ull);
+}
+
+template <typename T>
+__device__ __forceinline__ Corners<T> corners_of(
+    const DeviceArgs& args, const Work& work, const Level<T>& level, const Point<T>& point) {
+  const Cell<T>& cell = point.cell;
+  bool there[CORNERS] = {
+      cell.top && cell.left, cell.top && cell.right, cell.bottom && cell.left, cell.bottom && cell.right};
+  const int64_t position = level.start + int64_t(cell.row) * level.width + cell.column;
+  if (args.value_mask.data != nullptr) {
+    const unsigned char* mask = static_cast<const unsigned char*>(args.value_mask.data) + work.b * args.value_mask.stride[0];
+    const int64_t stride = args.value_mask.stride[1];
+#pragma unroll
+    for (int c = 0; c < CORNERS; ++c)
+      if (there[c]) there[c] = __ldg(mask + (position + c / 2 * level.width + c % 2) * stride) == 0;
+  }
+  Corners<T> corners;
+  corners.position = int32_t(position);
+  const CornerWeights<T> share = corner_weights(cell.fraction_x, cell.fraction_y, point.weight);
+  // - 0 + 0 is + 0
+  corners.weight[0] = there[0] ? share.top_left + T(0) : -T(0);
+  corners.weight[1] = there[1] ? share.top_right + T(0) : -T(0);
+  corners.weight[2] = there[2] ? share.bottom_left + T(0) : -T(0);
+  corners.weight[3] = there[3] ? share.bottom_right + T(0) : -T(0);
+  return corners;
+}
+
+// Of point `index` of the chunk: located by lane index % LANES of the group, in its slot index / LANES.
+template <int LANES, int SLOTS, typename T>
+__device__ __forceinline__ Corners<T> corners_at(const Corners<T> (&located)[SLOTS], int index) {
+  if constexpr (LANES == 1) {
+    return located[index];
+  } else {
+    const Corners<T>& from = located[SLOTS == 1 ? 0 : index / LANES];
+    Corners<T> corners;
+    corners.position = __shfl_sync(ALL_LANES, from.position, index % LANES, LANES);
+#pragma unroll
+    for (int c = 0; c < CORNERS; ++c) corners.weight[c] = __shfl_sync(ALL_LANES, from.weight[c], index % LANES, LANES);
+    return corners;
+  }
+}
+
+// Where a corner's row is among rows that are `stride` values apart.
+template <typename T>
+__device__ __forceinline__ int64_t row_of_corner(const Corners<T>& corners, int corner, int32_t width, int64_t stride) {
+  return corners.position * stride + (corner / 2 * (width * stride) + corner % 2 * stride);
+}
+
+}  // namespace deform
+}  // namespace rk

@@ -1,0 +1,55 @@
+#pragma once
+// Which query and head a group of lanes works on. A block takes neighbouring queries of one head, so that their gathers
+// meet in the cache; the heads of the same queries follow each other. Where the queries are the positions of the levels
+// (an encoder), neighbours are tiles of pixels, else runs of queries.
+
+#include "device_args.h"
+
+namespace rk {
+namespace deform {
+
+struct WorkOrder {
+  int64_t tiles;  // of a batch element and head
+  int32_t tile_height, tile_width;  // their product is the number of queries of a block
+  bool queries_are_positions;
+};
+
+struct Work {
+  int64_t b, n;
+  int32_t h;
+  bool exists;
+};
+
+__device__ __forceinline__ Work work_of(const DeviceArgs& args, const WorkOrder& order, int32_t query_of_block) {
+  const int64_t block = blockIdx.x, of_heads = block / args.H;
+  Work work;
+  work.h = int32_t(block - of_heads * args.H);
+  work.b = of_heads / order.tiles;
+  int64_t tile = of_heads - work.b * order.tiles;
+  if (!order.queries_are_positions) {
+    work.n = tile * order.tile_width + query_of_block;
+    work.exists = work.n < args.N;
+    return work;
+  }
+  int64_t before = 0;
+  for (int32_t l = 0; l < args.L; ++l) {
+    const int32_t height = args.levels[l].height, width = args.levels[l].width;
+    const int64_t across = (width + order.tile_width - 1) / order.tile_width;
+    const int64_t tiles = across * ((height + order.tile_height - 1) / order.tile_height);
+    if (tile < tiles) {
+      const int64_t row = tile / across * order.tile_height + query_of_block / order.tile_width;
+      const int64_t column = tile % across * order.tile_width + query_of_block % order.tile_width;
+      work.n = before + row * width + column;
+      work.exists = row < height && column < width;
+      return work;
+    }
+    tile -= tiles;
+    before += int64_t(height) * width;
+  }
+  work.exists = false;
+  work.n = 0;
+  return work;
+}
+
+}  // namespace deform
+}  // namespace rk

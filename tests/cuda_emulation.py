@@ -1,0 +1,223 @@
+"""The CUDA kernels of deformable attention on the CPU, over the emulated threads of `simt/`, for tests.
+
+Every access of a kernel is checked there; whatever is wrong raises EmulationError with the thread and the reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from route_kernels.ops.levels import flat_spatial_shapes, level_pairs, level_starts
+from route_kernels.reference.precision import accumulate_dtype
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int32, torch.int64)
+NAMES = (
+    "value", "value_mask", "places", "weights", "reference", "output", "grad_output", "grad_places", "grad_weights",
+    "grad_reference", "grad_value_sums", "cell", "corner_weight", "order", "bounds", "grad_value",
+)  # fmt: skip
+INPUT, OUTPUT, SUMS = range(3)
+
+
+class EmulationError(Exception):
+    """A kernel did what it must not do."""
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("storage", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("offset", ctypes.c_int64),
+        ("belongs", ctypes.c_void_p), ("stride", ctypes.c_int64 * 5), ("dtype", ctypes.c_int32),
+        ("access", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "S", "H", "D", "N", "L", "K", "cells", "levels_of_reference")),
+        ("size_of_reference", ctypes.c_int64), ("levels", ctypes.c_void_p), ("tensors", _Tensor * len(NAMES)),
+        ("fused", ctypes.c_int32), ("backwards", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+@functools.lru_cache
+def library(*flags: str, root: Path = ROOT) -> ctypes.CDLL:
+    """The kernels and the emulation in `root`, compiled once for their content and `flags`."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the emulation with")
+    simt, kernels = root / "tests/simt", root / "csrc"
+    sources = [path for folder in (simt, kernels) for path in sorted(folder.rglob("*")) if path.is_file()]
+    content = hashlib.sha256(repr((compiler, FLAGS, flags)).encode())
+    for path in sources:
+        content.update(path.name.encode() + path.read_bytes())
+    made = ROOT / "build" / "simt" / f"{content.hexdigest()[:24]}.so"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        command = [compiler, *FLAGS, *flags, "-I", simt, simt / "ms_deform_attn.cpp", simt / "block.cpp"]
+        built = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
+        if built.returncode != 0:
+            raise EmulationError(f"the kernels do not compile over the emulation:\n{built.stderr}")
+        os.replace(unfinished, made)
+    loaded = ctypes.CDLL(str(made))
+    loaded.run_deform.restype = ctypes.c_int64
+    return loaded
+
+
+class Kernels:
+    """The launches of one call, as the host makes them.
+
+    `backwards` runs the blocks, and the threads of each, in the opposite order. `launches` counts kernels.
+    """
+
+    def __init__(self, emulation: ctypes.CDLL | None = None, *, deterministic: bool = False, backwards: bool = False):
+        self.emulation = library() if emulation is None else emulation
+        self.deterministic, self.backwards, self.launches = deterministic, backwards, 0
+
+    def ms_deform_attn(
+        self, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *, points=None
+    ) -> torch.Tensor:
+        """With the signature, and autograd, of the public op."""
+        sizes = flat_spatial_shapes("ms_deform_attn", spatial_shapes)
+        levels, last = len(sizes) // 2, sampling_locations.shape[-2]
+        starts = level_starts(sizes, level_start_index)
+        counts = (last,) * levels if points is None else tuple(points)
+        if points is None:
+            sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
+        levels = _levels(sizes, starts, counts)
+        return _Call.apply(self, levels, value, sampling_locations, attention_weights, None, None)
+
+    def ms_deform_attn_fused(
+        self, value, spatial_shapes, reference_points, sampling_offsets, attention_logits, *, points=None,
+        value_mask=None,
+    ) -> torch.Tensor:  # fmt: skip
+        """With the signature, and autograd, of the public op."""
+        sizes = flat_spatial_shapes("ms_deform_attn_fused", spatial_shapes)
+        count = len(sizes) // 2
+        counts = (attention_logits.shape[3] // count,) * count if points is None else tuple(points)
+        levels = _levels(sizes, level_starts(sizes, None), counts)
+        return _Call.apply(self, levels, value, sampling_offsets, attention_logits, reference_points, value_mask)
+
+    def forward(self, levels, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        value, weights = inputs["value"], inputs["weights"]
+        output = _poisoned(value, value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+        self.launch("f", levels, inputs, output=output)
+        return output
+
+    def backward(
+        self, levels, inputs: dict[str, torch.Tensor | None], grad_output: torch.Tensor, reference_grad: bool
+    ) -> list[torch.Tensor | None]:
+        """The gradients of value, places, weights and reference."""
+        value, places, weights, reference = (inputs[name] for name in ("value", "places", "weights", "reference"))
+        accumulate = accumulate_dtype(value.dtype)
+        batch, _, heads, _ = value.shape
+        made = {
+            "grad_places": _poisoned(places, *places.shape),
+            "grad_weights": _poisoned(weights, *weights.shape),
+            "grad_reference": None,
+        }
+        if reference_grad:
+            of_heads = (*weights.shape[:3], len(levels), reference.shape[3])
+            made["grad_reference"] = _poisoned(value, *of_heads, dtype=accumulate)
+        inputs = {**inputs, "grad_output": grad_output}
+        cells = 1 + sum((height + 1) * (width + 1) for _, height, width, _, _ in levels)
+        if self.deterministic:
+            made["cell"] = _poisoned(weights, *weights.shape, dtype=torch.int32)
+            made["corner_weight"] = _poisoned(weights, *weights.shape, 4, dtype=accumulate)
+            self.launch("b", levels, inputs, cells=cells, **made)
+            sorted_cells, order = torch.sort(made["cell"].flatten(), stable=True)
+            bounds = torch.searchsorted(sorted_cells, torch.arange(batch * heads * cells + 1, dtype=torch.int32))
+            grad_value = _poisoned(value, *value.shape)
+            inputs |= {"corner_weight": made["corner_weight"], "order": order, "bounds": bounds}
+            self.launch("g", levels, inputs, cells=cells, grad_value=grad_value)
+        else:
+            sums = torch.zeros(value.shape, dtype=accumulate)
+            self.launch("b", levels, inputs, cells=cells, grad_value_sums=sums, **made)
+            grad_value = sums.to(value.dtype)
+        grad_reference = made["grad_reference"]
+        if grad_reference is not None:
+            dims = (2, 3) if reference.shape[2] == 1 else (2,)
+            grad_reference = grad_reference.sum(dim=dims).view(reference.shape).to(reference.dtype)
+        return [grad_value, made["grad_places"], made["grad_weights"], grad_reference]
+
+    def launch(self, kernel: str, levels, inputs: dict[str, torch.Tensor | None], cells: int = 0, **made) -> None:
+        value, weights, reference = inputs["value"], inputs["weights"], inputs["reference"]
+        args = _Args(
+            *value.shape, weights.shape[1], len(levels), weights.shape[3], cells,
+            *(reference.shape[2:] if reference is not None else (0, 0)),
+            fused=reference is not None, backwards=self.backwards,
+        )  # fmt: skip
+        flat = (ctypes.c_int64 * (5 * len(levels)))(*(number for level in levels for number in level))
+        args.levels = ctypes.addressof(flat)
+        kept = [flat]
+        for at, name in enumerate(NAMES):
+            tensor = made[name] if name in made else inputs.get(name)
+            if tensor is None:
+                continue
+            access = INPUT if name not in made else SUMS if name == "grad_value_sums" else OUTPUT
+            args.tensors[at], marks = _described(tensor.detach(), access)
+            kept += [marks, tensor]
+        error = ctypes.create_string_buffer(1000)
+        launches = self.emulation.run_deform(
+            ctypes.c_char(kernel.encode()), ctypes.byref(args), error, ctypes.c_int64(len(error))
+        )
+        if launches < 0:
+            raise EmulationError(error.value.decode())
+        self.launches += launches
+
+
+def _levels(sizes: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """(start, height, width, first point, points) of each level."""
+    rows, first = [], 0
+    for (height, width), start, count in zip(level_pairs(sizes), starts, counts, strict=True):
+        rows.append((start, height, width, first, count))
+        first += count
+    return rows
+
+
+def _poisoned(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    made = torch.empty(shape, dtype=like.dtype if dtype is None else dtype)
+    made.view(-1).view(torch.uint8).fill_(0xFF)
+    return made
+
+
+def _described(tensor: torch.Tensor, access: int) -> tuple[_Tensor, torch.Tensor]:
+    """A tensor for the emulation, and which bytes of its storage belong to it."""
+    storage, width = tensor.untyped_storage(), tensor.element_size()
+    marks = torch.zeros(storage.nbytes() + 1, dtype=torch.uint8)
+    offset = tensor.storage_offset() * width
+    strides = [stride * width for stride in tensor.stride()]
+    marks.as_strided((*tensor.shape, width), (*strides, 1), offset).fill_(1)
+    described = _Tensor(
+        storage.data_ptr() or marks.data_ptr(), storage.nbytes(), offset, marks.data_ptr(),
+        (ctypes.c_int64 * 5)(*tensor.stride()), DTYPES.index(tensor.dtype), access,
+    )  # fmt: skip
+    return described, marks
+
+
+class _Call(torch.autograd.Function):
+    INPUTS = ("value", "places", "weights", "reference", "value_mask")
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, levels, *inputs: torch.Tensor | None) -> torch.Tensor:
+        ctx.kernels, ctx.levels = kernels, levels
+        ctx.save_for_backward(*inputs)
+        return kernels.forward(levels, dict(zip(_Call.INPUTS, inputs, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor):
+        inputs = dict(zip(_Call.INPUTS, ctx.saved_tensors, strict=True))
+        grads = ctx.kernels.backward(ctx.levels, inputs, grad_output, ctx.needs_input_grad[5])
+        return None, None, *grads, None
