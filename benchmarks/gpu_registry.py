@@ -17,6 +17,7 @@ from .registry import (
     EAGER_ROUTING,
     GATE_RANK,
     HEADS,
+    LEVERS,
     MS_DEFORM_ATTN,
     MS_DEFORM_ATTN_FUSED,
     OURS,
@@ -28,6 +29,7 @@ from .registry import (
     Contender,
     Sampling,
     Target,
+    lever_contenders,
 )
 
 MIB = 2**20
@@ -125,9 +127,20 @@ def _similarity_cases() -> list[GpuCase]:
     return [GpuCase(op, "B 16 N 1100 bf16", False, make, contenders, part=op)]
 
 
+def _lever_cases() -> list[GpuCase]:
+    return [
+        GpuCase(
+            op, f"B 2 N 22223 {suffix}", True, partial(make, batch=2, queries=22223, dtype=dtype),
+            (*lever_contenders(op), _compiled_eager(op)), part=op,
+        )
+        for op, (make, _) in LEVERS.items()
+        for dtype, suffix in ((torch.bfloat16, "bf16"), (torch.float32, "f32"))
+    ]  # fmt: skip
+
+
 def gpu_cases() -> list[GpuCase]:
     """Every row, the most important of each part first."""
-    return _attention_cases() + _deformable_cases() + _similarity_cases()
+    return _attention_cases() + _deformable_cases() + _similarity_cases() + _lever_cases()
 
 
 def parts() -> list[str]:

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import route_kernels as rk
-from route_kernels.testing import EAGER, Arguments, query_similarity_arguments, routed_attention_arguments
+from route_kernels.testing import (
+    EAGER,
+    Arguments,
+    add_layer_norm_arguments,
+    query_similarity_arguments,
+    routed_attention_arguments,
+    sigmoid_focal_loss_arguments,
+)
 
 OURS = "route-kernels"
 PEER = "torch-ms-deform-attn 0.1.1"
@@ -246,6 +253,32 @@ def _deformable_cases() -> list[Case]:
     return plain + fused
 
 
+LEVERS = {
+    "add_layer_norm": (partial(add_layer_norm_arguments, channels=256), "sum and layer_norm"),
+    "sigmoid_focal_loss": (partial(sigmoid_focal_loss_arguments, classes=91), "eager, one-hot targets"),
+}
+"""By op, the arguments of a training step but for batch, queries and dtype, and what PyTorch's own form is called."""
+
+
+def lever_contenders(op: str) -> tuple[Contender, ...]:
+    return Contender(OURS, getattr(rk, op), EAGER[op]), Contender(LEVERS[op][1], EAGER[op], EAGER[op])
+
+
+def _lever_cases() -> list[Case]:
+    return [
+        Case(
+            op,
+            f"B 1 N {queries}",
+            True,
+            partial(make, batch=1, queries=queries),
+            lever_contenders(op),
+            quick=queries == 900,
+        )
+        for op, (make, _) in LEVERS.items()
+        for queries in (900, 22223)
+    ]
+
+
 def cases() -> list[Case]:
     """Every row of speed, an op at a time."""
-    return _routed_attention_cases() + _deformable_cases() + _query_similarity_cases()
+    return _routed_attention_cases() + _deformable_cases() + _query_similarity_cases() + _lever_cases()

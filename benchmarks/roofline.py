@@ -189,6 +189,29 @@ def _deformable(s: Sizes, backward: bool, e: int, f: int, fused: bool) -> Work:
     )
 
 
+def _add_layer_norm(s: Sizes, backward: bool, e: int, f: int) -> Work:
+    rows, elements = s["B"] * s["N"], s["B"] * s["N"] * s["C"]
+    kept = rows * min(s["C"], 4)  # x^ of the spare channels
+    return Work(
+        memory_bytes=e * (3 * elements + kept) + 4 * rows + (2 + 2 * backward) * f * s["C"],
+        l1_bytes=0,
+        matrix_flop=0,
+        lane_operations=(13 if backward else 8) * elements,
+        special_functions=0 if backward else rows,
+    )
+
+
+def _focal_loss(s: Sizes, backward: bool, e: int, f: int) -> Work:
+    rows, elements = s["B"] * s["N"], s["B"] * s["N"] * s["K"]
+    return Work(
+        memory_bytes=e * 2 * elements + (4 if backward else 12) * rows,
+        l1_bytes=0,
+        matrix_flop=0,
+        lane_operations=(1 if backward else 14) * elements,
+        special_functions=0 if backward else 3 * elements,
+    )
+
+
 @dataclass(frozen=True)
 class Counted:
     """An op with its work by sizes, element bytes and bytes of a factor or location; `headline` is what is reported."""
@@ -209,6 +232,8 @@ OPS = {
     "ms_deform_attn_fused": Counted(
         lambda *counted: _deformable(*counted, fused=True), {**_SAMPLED, "L_ref": 4}
     ),
+    "add_layer_norm": Counted(_add_layer_norm, {"B": 2, "N": R50_POSITIONS, "C": 256}),
+    "sigmoid_focal_loss": Counted(_focal_loss, {"B": 2, "N": R50_POSITIONS, "K": 91}),
 }  # fmt: skip
 
 
@@ -282,8 +307,10 @@ def sizes_of(op: str, arguments: Mapping[str, Any]) -> dict[str, int]:
         routing = arguments.get("routing")
         rank, gate = (0, 0) if routing is None else (routing.sup_q.shape[2], routing.gate_q.shape[2])
         return {"B": batch, "H": heads, "N": queries, "M": keys, "D": channels, "R": rank, "G": gate}
-    if op == "query_similarity":
+    if op in ("query_similarity", "add_layer_norm"):
         return dict(zip("BNC", arguments["x"].shape, strict=True))
+    if op == "sigmoid_focal_loss":
+        return dict(zip("BNK", arguments["logits"].shape, strict=True))
     batch, positions, heads, channels = arguments["value"].shape
     places = arguments["sampling_locations" if op == "ms_deform_attn" else "sampling_offsets"]  # [B, N, H, ..., 2]
     queries, samples = places.shape[1], places.shape[3:-1].numel()

@@ -38,8 +38,8 @@ def use_eager_ops() -> None:
             return F.scaled_dot_product_attention(query, key, value)
         return EAGER["routed_attention"](query, key, value, routing, **masks)
 
-    rk.nn.routed_attention = attention
-    rk.nn.ms_deform_attn_fused = EAGER["ms_deform_attn_fused"]
+    rk.nn.attention.routed_attention = attention
+    rk.nn.attention.ms_deform_attn_fused = EAGER["ms_deform_attn_fused"]
     rk.query_similarity = EAGER["query_similarity"]
 
 

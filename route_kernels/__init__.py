@@ -10,26 +10,36 @@ from .backends import (
     set_backend,
 )
 from .integrations.routing_context import routing
+from .ops.add_layer_norm import add_layer_norm
+from .ops.add_linear import add_linear
+from .ops.feed_forward import feed_forward
 from .ops.ms_deform_attn import ms_deform_attn
 from .ops.ms_deform_attn_fused import ms_deform_attn_fused
 from .ops.query_similarity import query_similarity
 from .ops.routed_attention import RoutingFactors, routed_attention, routing_bias
+from .ops.sigmoid_focal_loss import sigmoid_focal_loss
+from .recompute import recomputed
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
     "RoutingFactors",
+    "add_layer_norm",
+    "add_linear",
     "available_backends",
     "backend",
     "can_run",
+    "feed_forward",
     "integrations",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "query_similarity",
+    "recomputed",
     "requested_backend",
     "routed_attention",
     "routing",
     "routing_bias",
     "set_backend",
+    "sigmoid_focal_loss",
 ]

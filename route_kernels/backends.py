@@ -17,7 +17,12 @@ from .ops.contract import FLOATING
 from .triton import availability
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPS = ("routed_attention", "query_similarity", "ms_deform_attn", "ms_deform_attn_fused")
+OPS = (
+    "routed_attention", "query_similarity", "ms_deform_attn", "ms_deform_attn_fused", "add_layer_norm",
+    "sigmoid_focal_loss",
+)  # fmt: skip
+PRODUCTS = ("feed_forward", "add_linear")
+"""Ops of PyTorch's own matrix products: they run on every device, whichever kernels are requested."""
 
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 import route_kernels as rk
 from route_kernels import RoutingFactors
-from route_kernels.backends import OPS
+from route_kernels.backends import OPS, PRODUCTS
 from route_kernels.testing import BAD_INPUTS, call, map_tensors, routed_attention_arguments
 
 NAMES = [f"{bad.op} {bad.name}" for bad in BAD_INPUTS]
@@ -16,7 +16,7 @@ FIRST_OF_EACH_OP = [next(bad for bad in BAD_INPUTS if bad.op == op and "dimensio
 
 
 def test_every_op_has_bad_inputs():
-    assert {bad.op for bad in BAD_INPUTS} == set(OPS)
+    assert {bad.op for bad in BAD_INPUTS} == {*OPS, *PRODUCTS}
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

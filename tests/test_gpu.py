@@ -9,16 +9,19 @@ import tempfile
 
 import gpu_checks
 import pytest
+import test_add_layer_norm
 import test_ms_deform_attn
 import test_ms_deform_attn_fused
 import test_query_similarity
 import test_routed_attention
+import test_sigmoid_focal_loss
 import torch
 
 import route_kernels as rk
 from route_kernels.backends import OPS
 from route_kernels.testing import (
     BAD_INPUTS,
+    add_layer_norm_arguments,
     call,
     check_accuracy,
     map_tensors,
@@ -28,6 +31,7 @@ from route_kernels.testing import (
     query_similarity_arguments,
     routed_attention_arguments,
     sample_arguments,
+    sigmoid_focal_loss_arguments,
 )
 
 pytestmark = [
@@ -45,18 +49,24 @@ MAKE = {
     "query_similarity": query_similarity_arguments,
     "ms_deform_attn": ms_deform_attn_arguments,
     "ms_deform_attn_fused": ms_deform_attn_fused_arguments,
+    "add_layer_norm": add_layer_norm_arguments,
+    "sigmoid_focal_loss": sigmoid_focal_loss_arguments,
 }
 DETECTOR = {  # sizes of a decoder; the queries vary
     "routed_attention": dict(batch=1, heads=8, channels=32, rank=16, gate_rank=3),
     "query_similarity": dict(batch=1, channels=256),
     "ms_deform_attn": dict(batch=1, heads=8, channels=32, points=4),
     "ms_deform_attn_fused": dict(batch=1, heads=8, channels=32, points=4),
+    "add_layer_norm": dict(batch=1, channels=256),
+    "sigmoid_focal_loss": dict(batch=1, classes=91),
 }
 TABLES = {
     "routed_attention": test_routed_attention.SHAPES,
     "query_similarity": test_query_similarity.SHAPES,
     "ms_deform_attn": test_ms_deform_attn.SHAPES,
     "ms_deform_attn_fused": test_ms_deform_attn_fused.SHAPES,
+    "add_layer_norm": test_add_layer_norm.SHAPES,
+    "sigmoid_focal_loss": test_sigmoid_focal_loss.SHAPES,
 }
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -181,6 +191,8 @@ MANY = {  # more than 2^31 elements in the largest tensor, and more images than 
     "query_similarity": (dict(batch=131_200, queries=64, channels=256), 10),
     "ms_deform_attn": (dict(levels=((16, 4),), batch=131_200, heads=8, channels=32, queries=2), 30),
     "ms_deform_attn_fused": (dict(levels=((16, 4),), batch=131_200, heads=8, channels=32, queries=2), 30),
+    "add_layer_norm": (dict(batch=131_200, queries=64, channels=256), 30),
+    "sigmoid_focal_loss": (dict(batch=131_200, queries=64, classes=256), 20),
 }
 
 

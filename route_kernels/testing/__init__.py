@@ -5,11 +5,15 @@ from .arguments import Arguments, call, converted, map_tensors, named_tensors
 from .bad_inputs import BAD_INPUTS, BadInput
 from .eager import EAGER
 from .samples import (
+    add_layer_norm_arguments,
+    add_linear_arguments,
+    feed_forward_arguments,
     ms_deform_attn_arguments,
     ms_deform_attn_fused_arguments,
     query_similarity_arguments,
     routed_attention_arguments,
     sample_arguments,
+    sigmoid_focal_loss_arguments,
 )
 from .training_step import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
 
@@ -18,12 +22,15 @@ __all__ = [
     "EAGER",
     "Arguments",
     "BadInput",
+    "add_layer_norm_arguments",
+    "add_linear_arguments",
     "assert_as_accurate",
     "call",
     "check_accuracy",
     "converted",
     "counted_calls",
     "errors",
+    "feed_forward_arguments",
     "map_tensors",
     "ms_deform_attn_arguments",
     "ms_deform_attn_fused_arguments",
@@ -35,6 +42,7 @@ __all__ = [
     "root_mean_square",
     "routed_attention_arguments",
     "sample_arguments",
+    "sigmoid_focal_loss_arguments",
     "tensors_in",
     "training_step",
 ]

@@ -9,10 +9,14 @@ import torch
 
 from .arguments import Arguments
 from .samples import (
+    add_layer_norm_arguments,
+    add_linear_arguments,
+    feed_forward_arguments,
     ms_deform_attn_arguments,
     ms_deform_attn_fused_arguments,
     query_similarity_arguments,
     routed_attention_arguments,
+    sigmoid_focal_loss_arguments,
 )
 
 
@@ -32,6 +36,10 @@ _GOOD: dict[str, Callable[[], Arguments]] = {
     "ms_deform_attn": ms_deform_attn_arguments,
     "ms_deform_attn with points": lambda: ms_deform_attn_arguments(counts=(3, 1, 2)),
     "ms_deform_attn_fused": lambda: ms_deform_attn_fused_arguments(masked=True),
+    "feed_forward": feed_forward_arguments,
+    "add_linear": add_linear_arguments,
+    "add_layer_norm": add_layer_norm_arguments,
+    "sigmoid_focal_loss": lambda: sigmoid_focal_loss_arguments(weighted=True),
 }
 
 
@@ -223,6 +231,67 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ("negative", "points", _constant((8, -1, -1)), _VALUE, r"points: expected counts >= 0 that sum to K=6, got"),
         ("other S", "value_mask", _without_last(1), _VALUE, r"value_mask: expected shape \[B=2, S=48\], got \[2, 47\]"),
         ("bytes", "value_mask", _to(torch.uint8), _TYPE, r"value_mask: expected dtype torch.bool, got torch.uint8"),
+    ),
+    "feed_forward": (
+        ("no tensor", "x", _constant(1.0), _TYPE, r"x: expected a tensor, got float"),
+        ("no dimensions", "x", lambda x: x[0, 0, 0], _VALUE, r"x: expected shape \[..., C\], got \[\]"),
+        ("no tensor", "w2", _constant(None), _TYPE, r"w2: expected a tensor, got NoneType"),
+        ("other C", "w1", _without_last(1), _VALUE, r"w1: expected shape \[F, C=8\], got \[16, 7\]"),
+        ("other F", "w2", _without_last(1), _VALUE, r"w2: expected shape \[O, F=16\], got \[8, 15\]"),
+        ("other F", "b1", _without_last(0), _VALUE, r"b1: expected shape \[F=16\], got \[15\]"),
+        ("other O", "b2", _without_last(0), _VALUE, r"b2: expected shape \[O=8\], got \[7\]"),
+        ("integers", "x", _to(torch.int64), _TYPE, r"x: expected dtype .*float32.*, got torch.int64"),
+        ("other dtype", "w1", _to(torch.bfloat16), _TYPE, r"w1: expected dtype torch.float32, got torch.bfloat16"),
+        ("other dtype", "b2", _to(torch.float64), _TYPE, r"b2: expected dtype torch.float32, got torch.float64"),
+        ("unknown", "activation", _constant("tanh"), _VALUE, r"activation: expected one of relu, gelu, silu, got 'ta"),
+        ("none", "chunks", _constant(0), _VALUE, r"chunks: expected a number >= 1, got 0"),
+        ("elsewhere", "w2", lambda w: w.detach().to("meta"), _VALUE, r"w2: expected on cpu like x, got one on meta"),
+    ),
+    "add_linear": (
+        ("no tensor", "bias", _constant(0), _TYPE, r"bias: expected a tensor, got int"),
+        ("2 dimensions", "x", lambda x: x[0], _VALUE, r"x: expected shape \[B, N, C\], got \[9, 8\]"),
+        ("other N", "position", _without_last(1), _VALUE, r"position: expected shape \[B or 1, N=9, C=8\], got"),
+        (
+            "other B",
+            "position",
+            lambda p: p.expand(3, -1, -1),
+            _VALUE,
+            r"position: expected shape \[B=2 or 1, N=9, C=8\], got \[3, 9, 8\]",
+        ),
+        ("other C", "weight", _without_last(1), _VALUE, r"weight: expected shape \[O, C=8\], got \[12, 7\]"),
+        ("other O", "bias", _without_last(0), _VALUE, r"bias: expected shape \[O=12\], got \[11\]"),
+        ("other dtype", "position", _to(torch.float16), _TYPE, r"position: expected dtype torch.float32, got torch.fl"),
+        ("elsewhere", "weight", lambda w: w.detach().to("meta"), _VALUE, r"weight: expected on cpu like x, got .*meta"),
+    ),
+    "add_layer_norm": (
+        ("no tensor", "residual", _constant(None), _TYPE, r"residual: expected a tensor, got NoneType"),
+        ("no dimensions", "x", lambda x: x[0, 0, 0], _VALUE, r"x: expected shape \[..., C\], got \[\]"),
+        ("other N", "residual", _without_last(1), _VALUE, r"residual: expected shape \[2, 9, 24\] like x, got \[2, 8"),
+        ("other C", "weight", _without_last(0), _VALUE, r"weight: expected shape \[C=24\], got \[23\]"),
+        ("other C", "bias", _without_last(0), _VALUE, r"bias: expected shape \[C=24\], got \[23\]"),
+        ("integers", "x", _to(torch.int32), _TYPE, r"x: expected dtype .*, got torch.int32"),
+        ("shorter", "weight", _to(torch.bfloat16), _TYPE, r"weight: expected dtype torch.float32, got torch.bfloat16"),
+        ("negative", "eps", _constant(-1e-5), _VALUE, r"eps: expected a number >= 0, got -1e-05"),
+        ("unknown", "keep", _constant("input"), _VALUE, r"keep: expected one of output, normalized, got 'input'"),
+        (
+            "elsewhere",
+            "bias",
+            lambda b: b.detach().to("meta"),
+            _VALUE,
+            r"bias: expected on cpu like x, got one on meta",
+        ),
+    ),
+    "sigmoid_focal_loss": (
+        ("no tensor", "targets", _constant([1]), _TYPE, r"targets: expected a tensor, got list"),
+        ("1 dimension", "logits", lambda x: x[0, 0], _VALUE, r"logits: expected shape \[..., N, K\], got \[7\]"),
+        ("one-hot", "targets", lambda t: t[..., None].expand(-1, -1, 7), _VALUE, r"targets: expected shape \[2, 9\],"),
+        ("integers", "logits", _to(torch.int64), _TYPE, r"logits: expected dtype .*, got torch.int64"),
+        ("int32", "targets", _to(torch.int32), _TYPE, r"targets: expected dtype torch.int64, got torch.int32"),
+        ("above 1", "alpha", _constant(1.5), _VALUE, r"alpha: expected a number from 0 to 1, got 1.5"),
+        ("negative", "gamma", _constant(-2.0), _VALUE, r"gamma: expected a number >= 0, got -2.0"),
+        ("other B", "weight", lambda w: w.expand(2, 8), _VALUE, r"weight: expected a shape broadcastable to \[2, 9\]"),
+        ("integers", "weight", _to(torch.int64), _TYPE, r"weight: expected dtype .*, got torch.int64"),
+        ("unknown", "reduction", _constant("mean"), _VALUE, r"reduction: expected one of sum, none, got 'mean'"),
     ),
 }
 

@@ -88,9 +88,41 @@ def _sampled(value, spatial_shapes, level_start_index, locations, weights) -> to
     return output.view(batch, heads * channels, queries).transpose(1, 2)
 
 
+def feed_forward(x, w1, b1, w2, b2, activation="relu", chunks=8) -> torch.Tensor:
+    """Linear, activation, linear."""
+    return F.linear(getattr(F, activation)(F.linear(x, w1, b1)), w2, b2)
+
+
+def add_linear(x, position, weight, bias=None) -> torch.Tensor:
+    """A sum and a linear layer."""
+    return F.linear(x + position, weight, bias)
+
+
+def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, keep="output") -> torch.Tensor:
+    """A sum and a layer norm."""
+    total = x + residual
+    return F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
+
+
+def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0, weight=None, *, reduction="sum") -> torch.Tensor:
+    """As the public detectors have it, with one-hot targets."""
+    truth = (targets[..., None] == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
+    p = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    p_t = p * truth + (1 - p) * (1 - truth)
+    alpha_t = alpha * truth + (1 - alpha) * (1 - truth)
+    loss = (alpha_t * cross_entropy * (1 - p_t) ** gamma).sum(-1)
+    loss = loss if weight is None else loss * weight.to(loss.dtype)
+    return loss.sum() if reduction == "sum" else loss
+
+
 EAGER = {
     "routed_attention": routed_attention,
     "query_similarity": query_similarity,
     "ms_deform_attn": ms_deform_attn,
     "ms_deform_attn_fused": ms_deform_attn_fused,
+    "feed_forward": feed_forward,
+    "add_linear": add_linear,
+    "add_layer_norm": add_layer_norm,
+    "sigmoid_focal_loss": sigmoid_focal_loss,
 }

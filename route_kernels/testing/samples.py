@@ -106,6 +106,75 @@ def ms_deform_attn_fused_arguments(
     return arguments
 
 
+def feed_forward_arguments(
+    *, batch: int = 2, queries: int = 9, channels: int = 8, hidden: int = 16, activation: str = "relu", chunks: int = 4,
+    biases: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
+) -> Arguments:  # fmt: skip
+    """Normal tokens; weights that keep their size, as an initialised layer's do."""
+    normal = _normals(seed, device)
+    return {
+        "x": normal(batch, queries, channels, dtype=dtype),
+        "w1": normal(hidden, channels, dtype=dtype, scale=max(channels, 1) ** -0.5),
+        "b1": normal(hidden, dtype=dtype, scale=0.5) if biases else None,
+        "w2": normal(channels, hidden, dtype=dtype, scale=max(hidden, 1) ** -0.5),
+        "b2": normal(channels, dtype=dtype, scale=0.5) if biases else None,
+        "activation": activation,
+        "chunks": chunks,
+    }
+
+
+def add_linear_arguments(
+    *, batch: int = 2, queries: int = 9, channels: int = 8, outputs: int = 12, positions: int = 1, bias: bool = True,
+    dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
+) -> Arguments:  # fmt: skip
+    """Normal tokens and positions (of `positions` images)."""
+    normal = _normals(seed, device)
+    return {
+        "x": normal(batch, queries, channels, dtype=dtype),
+        "position": normal(positions, queries, channels, dtype=dtype),
+        "weight": normal(outputs, channels, dtype=dtype, scale=max(channels, 1) ** -0.5),
+        "bias": normal(outputs, dtype=dtype) if bias else None,
+    }
+
+
+def add_layer_norm_arguments(
+    *, batch: int = 2, queries: int = 9, channels: int = 24, zeros: int = 0, keep: str = "output",
+    dtype: torch.dtype = torch.float32, residual_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0,
+) -> Arguments:  # fmt: skip
+    """A normal residual, a smaller change to it, and weights around 1 as of a trained model; `zeros` of them are 0."""
+    normal = _normals(seed, device)
+    parameter_dtype = dtype if parameter_dtype is None else parameter_dtype
+    weight = 1 + 0.3 * normal(channels, dtype=torch.float64).detach()
+    weight[:zeros] = 0
+    return {
+        "x": normal(batch, queries, channels, dtype=dtype, scale=0.5),
+        "residual": normal(batch, queries, channels, dtype=dtype if residual_dtype is None else residual_dtype),
+        "weight": weight.to(device, parameter_dtype).requires_grad_(),
+        "bias": normal(channels, dtype=parameter_dtype, scale=0.3),
+        "keep": keep,
+    }
+
+
+def sigmoid_focal_loss_arguments(
+    *, batch: int = 2, queries: int = 9, classes: int = 7, alpha: float = 0.25, gamma: float = 2.0,
+    weighted: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
+) -> Arguments:  # fmt: skip
+    """Logits as of a detector in training, most of them of low probability; a third of the queries have a target."""
+    normal = _normals(seed, device)
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, 3 * classes, (batch, queries), generator=generator).clamp(max=classes)
+    arguments: Arguments = {
+        "logits": (2 * normal(batch, queries, classes, dtype=torch.float64).detach() - 2).to(dtype).requires_grad_(),
+        "targets": targets.to(device),
+        "alpha": alpha,
+        "gamma": gamma,
+    }
+    if weighted:
+        arguments["weight"] = torch.rand(batch, 1, generator=generator).to(device)
+    return arguments
+
+
 def sample_arguments(op: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> dict[str, Arguments]:
     """By label, calls of a public op that together reach every argument; `sizes` go to the op's `*_arguments`.
 
@@ -149,6 +218,29 @@ _SAMPLES: dict[str, Callable[[torch.dtype, dict[str, Any]], dict[str, Arguments]
             dtype=dtype, coordinates=4, reference_levels=len(LEVELS), masked=True, **sizes
         ),
         "counts of points": {**ms_deform_attn_fused_arguments(dtype=dtype, **sizes), "points": (3, 1, 2)},
+    },
+    "feed_forward": lambda dtype, sizes: {
+        "relu": feed_forward_arguments(dtype=dtype, **sizes),
+        "gelu, no biases": feed_forward_arguments(dtype=dtype, activation="gelu", biases=False, **sizes),
+        "silu, one chunk": feed_forward_arguments(dtype=dtype, activation="silu", chunks=1, **sizes),
+    },
+    "add_linear": lambda dtype, sizes: {
+        "shared position": add_linear_arguments(dtype=dtype, **sizes),
+        "a position of each image, no bias": add_linear_arguments(dtype=dtype, positions=2, bias=False, **sizes),
+    },
+    "add_layer_norm": lambda dtype, sizes: {
+        "output": add_layer_norm_arguments(dtype=dtype, **sizes),
+        "zero weights": add_layer_norm_arguments(dtype=dtype, zeros=4, **sizes),
+        "normalized": add_layer_norm_arguments(dtype=dtype, zeros=9, keep="normalized", **sizes),
+        "few channels": add_layer_norm_arguments(dtype=dtype, channels=3, zeros=1, **sizes),
+    },
+    "sigmoid_focal_loss": lambda dtype, sizes: {
+        "sum": sigmoid_focal_loss_arguments(dtype=dtype, **sizes),
+        "weights of images": {
+            **sigmoid_focal_loss_arguments(dtype=dtype, gamma=1.5, alpha=0.6, weighted=True, **sizes),
+            "reduction": "none",
+        },
+        "one class": sigmoid_focal_loss_arguments(dtype=dtype, classes=1, **sizes),
     },
 }
 

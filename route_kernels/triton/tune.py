@@ -17,12 +17,14 @@ import route_kernels as rk
 
 from ..testing import (
     Arguments,
+    add_layer_norm_arguments,
     call,
     ms_deform_attn_arguments,
     ms_deform_attn_fused_arguments,
     named_tensors,
     query_similarity_arguments,
     routed_attention_arguments,
+    sigmoid_focal_loss_arguments,
 )
 from . import launch, tuned
 from .availability import DTYPES
@@ -49,6 +51,14 @@ SIZES: Mapping[str, Mapping[str, Arguments]] = {
     },
     "ms_deform_attn": DEFORMABLE,
     "ms_deform_attn_fused": DEFORMABLE,
+    "add_layer_norm": {
+        "decoder": dict(batch=2, queries=900, channels=256),
+        "encoder": dict(batch=2, queries=POSITIONS, channels=256),
+    },
+    "sigmoid_focal_loss": {
+        "decoder": dict(batch=2, queries=900, classes=91),
+        "encoder": dict(batch=2, queries=POSITIONS, classes=91),
+    },
 }
 """By op and name, shapes that detectors have."""
 
@@ -57,6 +67,8 @@ _MAKE_ARGUMENTS: Mapping[str, Callable[..., Arguments]] = {
     "query_similarity": query_similarity_arguments,
     "ms_deform_attn": ms_deform_attn_arguments,
     "ms_deform_attn_fused": ms_deform_attn_fused_arguments,
+    "add_layer_norm": add_layer_norm_arguments,
+    "sigmoid_focal_loss": sigmoid_focal_loss_arguments,
 }
 
 

@@ -1,0 +1,225 @@
+"""Residual sum and LayerNorm in one pass; backward starts from the output, which the next layer keeps anyway.
+
+    s = x + residual,   x^ = (s - mean s) rstd,   rstd = 1 / sqrt(var s + eps),   y = weight x^ + bias
+
+    g = weight dy,   ds = rstd (g - mean g - x^ mean(g x^)),   dweight = sum_t dy x^,   dbias = sum_t dy
+
+T tokens, C channels. Kept are y and rstd [T]; x^ = (y - bias) / weight. Rounding of y costs x^ an error of
+u |x^ + bias / weight|, u the unit roundoff, where PyTorch's LayerNorm of a rounded sum has u |s| rstd: much the same
+while |bias| is not far above |weight|. It is lost where the weight is 0, so x^ of the `SPARE` channels that would lose
+most is kept beside y: they are chosen on the device, by |weight| / (|weight| + |bias|). Should more than that be lost
+altogether, |weight| <= u |bias|, gradients are NaN rather than wrong: such a layer takes keep="normalized".
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends, reference
+from ..reference.precision import accumulate_dtype
+from .contract import (
+    expect_floating,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+    last_dim_contiguous,
+)
+from .registry import register, register_backward
+
+OP = "add_layer_norm"
+KEEP = ("output", "normalized")
+SPARE = 4
+TOKENS_OF_SUM, SUMS = 64, 512
+"""Sums over tokens are taken in at most SUMS parts of at least TOKENS_OF_SUM: one order of adding on any device."""
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    keep: str = "output",
+) -> torch.Tensor:
+    """layer_norm(x + residual, [C], weight, bias, eps) that keeps neither the sum nor the inputs.
+
+    Args:
+        x: [..., C], float16, bfloat16, float32 or float64.
+        residual: [..., C], floating; sums and statistics are float32 (float64 for float64), whatever the dtypes.
+        weight: [C], bias: [C], in the dtype of the result or float32.
+        eps: added to the variance, which divides by C.
+        keep: what backward starts from. "output": y, 1 / deviation of each token, and x^ of four channels.
+            "normalized": all of x^, one more tensor [..., C], for weights of which more than four may be 0.
+
+    Returns:
+        [..., C] in the wider dtype of x and residual; float32 under autocast (float64 stays), as layer_norm.
+
+    Raises:
+        ValueError: a shape, device, eps or keep is wrong; the message names the argument.
+        TypeError: a dtype is wrong.
+        BackendUnavailableError: an explicitly requested backend cannot run.
+        RuntimeError: a second derivative was asked of a fused kernel.
+    """
+    expect_tensors(OP, x=x, residual=residual, weight=weight, bias=bias)
+    if keep not in KEEP:
+        raise ValueError(f"{OP}: keep: expected one of {', '.join(KEEP)}, got {keep!r}")
+    expect_floating(OP, "x", x)
+    expect_floating(OP, "residual", residual)
+    dtype = _output_dtype(x, residual)
+    chosen = backends.choose(OP, x, residual, weight, bias)
+    inputs = (x, residual, weight, bias)
+    if chosen == "reference":
+        check(*inputs, eps, dtype)
+        return reference.add_layer_norm(*inputs, eps, dtype)
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    channels = weight.shape[0] if weight.dim() else 0
+    kept = (channels if keep == "normalized" else min(SPARE, channels)) if differentiated else 0
+    return torch.ops.route_kernels.add_layer_norm(*inputs, eps, kept, dtype, chosen)[0]
+
+
+def _output_dtype(x: torch.Tensor, residual: torch.Tensor) -> torch.dtype:
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return accumulate_dtype(dtype) if autocast else dtype
+
+
+def check(x, residual, weight, bias, eps, dtype) -> None:
+    """The contract, for real and fake tensors alike."""
+    if x.dim() < 1:
+        raise ValueError(f"{OP}: x: expected shape [..., C], got []")
+    if residual.shape != x.shape:
+        raise ValueError(f"{OP}: residual: expected shape {list(x.shape)} like x, got {list(residual.shape)}")
+    expect_shape(OP, "weight", weight, ("C", x.shape[-1]))
+    expect_shape(OP, "bias", bias, ("C", x.shape[-1]))
+    expect_floating(OP, "x", x)
+    expect_floating(OP, "residual", residual)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        expect_floating(OP, name, parameter, (dtype, accumulate_dtype(dtype)))
+    if not eps >= 0:
+        raise ValueError(f"{OP}: eps: expected a number >= 0, got {eps}")
+    expect_same_device(OP, ("x", x), residual=residual, weight=weight, bias=bias)
+
+
+def spare_channels(weight: torch.Tensor, bias: torch.Tensor, count: int) -> torch.Tensor:
+    """int32 [count]: where x^ is hardest to get back, smallest |weight| / (|weight| + |bias|) first."""
+    size, shift = weight.detach().abs().float(), bias.detach().abs().float()
+    share = (size / (size + shift)).nan_to_num(nan=-1.0)
+    return share.topk(count, largest=False, sorted=False).indices.int()
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., C] -> [T, C], each row contiguous; a copy only where the strides leave no other way."""
+    return last_dim_contiguous(x).reshape(-1, x.shape[-1])
+
+
+def _new_outputs(x: torch.Tensor, kept: int, dtype: torch.dtype):
+    """y [..., C], rstd [...] in the dtype of sums, x^ of the kept channels [..., kept]."""
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[:-1], dtype=accumulate_dtype(dtype)),
+        x.new_empty(*x.shape[:-1], kept, dtype=dtype),
+    )
+
+
+def _kernel(x, residual, weight, bias, eps, kept, dtype, backend):
+    check(x, residual, weight, bias, eps, dtype)
+    chosen = backends.resolve(OP, backend, x)
+    channels = spare_channels(weight, bias, kept)
+    output, rstd, normalized = _new_outputs(x, kept, dtype)
+    if x.numel():
+        _FORWARD[chosen](
+            _rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), eps, channels,
+            _rows(output), rstd.view(-1), normalized.view(rstd.numel(), kept),
+        )  # fmt: skip
+    return output, rstd, normalized, channels
+
+
+def _fake(x, residual, weight, bias, eps, kept, dtype, backend):
+    check(x, residual, weight, bias, eps, dtype)
+    return *_new_outputs(x, kept, dtype), x.new_empty(kept, dtype=torch.int32)
+
+
+def _new_grads(output, weight) -> list[torch.Tensor]:
+    """Of s [..., C], and of weight and bias summed over each part of the tokens: [parts, 2, C]."""
+    channels = output.shape[-1]
+    tokens = output.numel() // max(channels, 1)
+    parts = torch.sym_min(SUMS, -(-tokens // TOKENS_OF_SUM))
+    sums = output.new_empty(parts, 2, channels, dtype=accumulate_dtype(output.dtype))
+    return [output.new_empty(output.shape), sums]
+
+
+def _backward_kernel(grad_output, output, rstd, normalized, channels, weight, bias, backend):
+    grad_sum, sums = grads = _new_grads(output, weight)
+    if output.numel():
+        _BACKWARD[backends.resolve(OP, backend, output)](
+            _rows(grad_output), _rows(output), rstd.view(-1), normalized.view(rstd.numel(), channels.numel()), channels,
+            weight.contiguous(), bias.contiguous(), _rows(grad_sum), sums,
+        )  # fmt: skip
+    return grads
+
+
+def _backward_fake(grad_output, output, rstd, normalized, channels, weight, bias, backend):
+    return _new_grads(output, weight)
+
+
+def _plain_forward(x, residual, weight, bias, eps, channels, output, rstd, normalized):
+    s = x.to(rstd.dtype) + residual.to(rstd.dtype)
+    centred = s - s.mean(-1, keepdim=True)
+    rstd.copy_(torch.rsqrt(centred.square().mean(-1) + eps))
+    x_hat = centred * rstd[:, None]
+    output.copy_(x_hat * weight + bias)
+    normalized.copy_(x_hat if len(channels) == x.shape[-1] else x_hat[:, channels.long()])
+
+
+def _plain_backward(grad_output, output, rstd, normalized, channels, weight, bias, grad_sum, sums):
+    accumulate = sums.dtype
+    w, b = weight.to(accumulate), bias.to(accumulate)
+    w = torch.where(w.abs() > torch.finfo(output.dtype).eps / 2 * b.abs(), w, torch.nan)
+    x_hat = (output.to(accumulate) - b) / w
+    if len(channels) == output.shape[-1]:
+        x_hat = normalized.to(accumulate)
+    else:
+        x_hat[:, channels.long()] = normalized.to(accumulate)
+    dy = grad_output.to(accumulate)
+    g = dy * weight.to(accumulate)
+    grad_sum.copy_(rstd[:, None] * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)))
+    sums.zero_()
+    sums[0, 0], sums[0, 1] = (dy * x_hat).sum(0), dy.sum(0)
+
+
+_FORWARD = {"cpu": _plain_forward}
+_BACKWARD = {"cpu": _plain_backward}
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, bias, _, _, _, ctx.backend = inputs
+    y, rstd, normalized, channels = output
+    ctx.mark_non_differentiable(rstd, normalized, channels)
+    ctx.dtypes = x.dtype, residual.dtype
+    ctx.save_for_backward(y, rstd, normalized, channels, weight, bias)
+
+
+def _backward(ctx, grad_output, *_):
+    *saved, weight, bias = ctx.saved_tensors
+    grad_sum, sums = torch.ops.route_kernels.add_layer_norm_backward(grad_output, *saved, weight, bias, ctx.backend)
+    grad_weight, grad_bias = sums.sum(0).unbind()
+    grad_x, grad_residual = (grad_sum.to(dtype) for dtype in ctx.dtypes)
+    return grad_x, grad_residual, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None, None
+
+
+register(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, SymInt kept, ScalarType dtype, "
+    "str? backend) -> (Tensor output, Tensor rstd, Tensor normalized, Tensor channels)",
+    _kernel,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+register_backward(
+    OP,
+    "add_layer_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, "
+    "Tensor weight, Tensor bias, str? backend) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)

@@ -1,0 +1,70 @@
+"""What ops of PyTorch's own matrix products share: rows in chunks, products in a dtype, sums in a longer one.
+
+Such an op runs on every device. It is an op and not a composition so that a compiler cannot keep what it recomputes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+from ..reference.precision import accumulate_dtype
+from .contract import FLOATING, expect_floating
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype of products under autocast; None where it is off, and for float64, which autocast leaves alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def plain_form_wanted() -> bool:
+    """Whether the reference backend is requested, or a graph is exported that shall run without this package."""
+    requested = backends.requested_backend()
+    return requested == "reference" or (requested is None and backends.exporting())
+
+
+def expect_dtypes(op: str, dtype: torch.dtype | None, x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises TypeError unless all are floating and, without autocast (dtype None), of the dtype of x."""
+    expect_floating(op, "x", x)
+    for name, tensor in others.items():
+        if tensor is not None:
+            expect_floating(op, name, tensor, (x.dtype,) if dtype is None else FLOATING)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., C] -> [T, C]; a copy only where the strides leave no other way."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def rows_of_chunk(rows: int, chunks: int) -> int:
+    """How many rows each of at most `chunks` chunks has."""
+    return -(-rows // chunks)
+
+
+def in_dtype(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """x itself (no buffer), or its copy in the first rows of the buffer, which has the dtype."""
+    return x if buffer is None else buffer[: x.shape[0]].copy_(x)
+
+
+def linear_into(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """output [T, O] = x [T, C] weight^T [C, O] + bias [O]."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=output)
+    else:
+        torch.addmm(bias, x, weight.t(), out=output)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor | None) -> None:
+    """total [O, C] += left^T [O, T] right [T, C]; `product` holds one of a shorter dtype before it is added."""
+    if product is None:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(torch.mm(left.t(), right, out=product))
+
+
+def sum_of_rows(x: torch.Tensor) -> torch.Tensor:
+    """[T, O] -> [O] in the dtype of sums."""
+    return x.sum(0, dtype=accumulate_dtype(x.dtype))

@@ -1,0 +1,39 @@
+"""Activation checkpointing that does not run again what is dear to compute and cheap to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+SAMPLED = ("ms_deform_attn", "ms_deform_attn_fused", "routed_attention")
+"""Ops of this package whose outputs are kept by default: gathers and attention, not linear layers."""
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any, kept: Sequence[str] = SAMPLED, random: bool = False) -> Any:
+    """`function(*inputs)`, of which backward computes again what it needs, from the inputs.
+
+    Args:
+        function: returns tensors; it must do the same when it is called again.
+        inputs: what it is called with; they are kept.
+        kept: ops of this package (their names) whose outputs are kept and not computed again. Their own backward
+            gets what they keep, computed again; a projection before such an op costs its product once more.
+        random: whether the function draws random numbers (dropout): the generators are then set back, which
+            synchronises a GPU.
+
+    Returns:
+        What the function returns; the gradients are the same.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, frozenset(kept)))}
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random, **(contexts if kept else {}))
+
+
+def _policy(kept: frozenset[str], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    namespace, _, name = op._schema.name.partition("::")
+    is_kept = namespace == "route_kernels" and name in kept
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
