@@ -15,8 +15,8 @@ from route_detr import data as detection_data
 from route_detr.checkpoint import load_checkpoint, write_text
 from route_detr.cli import FIELDS, run_folder
 from route_detr.config import Config, preset
-from route_detr.data import CocoDetection, coco_layout, eval_transforms, read_rgb
-from route_detr.data.images import header_size
+from route_detr.data import CocoDetection, coco_layout, read_rgb
+from route_detr.data.images import opened
 from route_detr.engine import evaluate as evaluate_detector
 from route_detr.errors import NonFiniteLoss, UsageError
 from route_detr.evaluation import table
@@ -180,8 +180,7 @@ def _load(args: argparse.Namespace) -> tuple[Path, Trained]:
 
 
 def _val_set(paths: dict[str, str], trained: Trained) -> CocoDetection:
-    transforms = eval_transforms(trained.config.transforms)
-    dataset = CocoDetection(paths["val_json"], paths["val_images"], transforms)
+    dataset = CocoDetection(paths["val_json"], paths["val_images"], trained.config.transforms)
     known = dict(zip(trained.category_ids, trained.category_names, strict=True))
     for number, name in zip(dataset.category_ids, dataset.category_names, strict=True):
         if known.get(number) != name:
@@ -213,7 +212,8 @@ def predict(args: argparse.Namespace) -> int:
         raise UsageError(f"--score-threshold: expected a number in 0..1, got {args.score_threshold}")
     files = image_files(args.images)
     for file in files:
-        header_size(file)  # a file that is no image is told before any work is done
+        with opened(file):  # a file that is no image is told before any work is done
+            pass
     _, trained = _load(args)
     pictures = predict_files(trained, files, args.out, args.score_threshold)
     count = sum(1 for _ in tqdm(pictures, total=len(files), unit="image", leave=False))

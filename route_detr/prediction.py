@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -18,7 +17,7 @@ import route_kernels as rk
 from route_detr.boxes import corners
 from route_detr.checkpoint import CheckpointError, load_checkpoint, write_atomically, write_text
 from route_detr.config import Config
-from route_detr.data import CocoDetection, Scene, eval_transforms, normalised, read_rgb
+from route_detr.data import CocoDetection, eval_view, image_pixels, normalised, read_rgb
 from route_detr.detector import Detector, detections
 from route_detr.evaluation import coco_results
 
@@ -38,9 +37,8 @@ class Trained:
 
     def input_of(self, image: Image.Image) -> Tensor:
         """[1, 3, h, w] float32: the image as in evaluation."""
-        scene = Scene(image, np.zeros((0, 4)), np.zeros(0, dtype=np.int64))
-        scene = eval_transforms(self.config.transforms)(scene, np.random.default_rng(0))
-        return normalised(scene.image)[None].to(self.device)
+        seen = eval_view(image.size, self.config.transforms).image(image)
+        return normalised(image_pixels(seen)[None].to(self.device))
 
     @torch.no_grad()
     def detect(self, image: Image.Image, score_threshold: float = 0.0) -> dict[str, Tensor]:

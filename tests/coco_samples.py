@@ -5,9 +5,9 @@ import json
 
 from PIL import Image
 
-from route_detr.data import CocoDetection, TransformConfig, eval_transforms
+from route_detr.data import CocoDetection, TransformConfig
 
-AS_STORED = eval_transforms(TransformConfig.single_scale(40))
+AS_STORED = TransformConfig.single_scale(40)
 
 
 def annotation(number=1, image=1, category=5, bbox=(10, 10, 20, 10), **more):
@@ -35,8 +35,8 @@ def with_two_images(tmp_path):
     return tmp_path
 
 
-def opened(folder, sections=None, transforms=AS_STORED, **options):
+def opened(folder, sections=None, config=AS_STORED, **options):
     text = sections if isinstance(sections, str | bytes) else json.dumps(content() if sections is None else sections)
     path = folder / "instances.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return CocoDetection(path, folder / "images", transforms, **options)
+    return CocoDetection(path, folder / "images", config, **options)

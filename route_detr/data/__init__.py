@@ -1,18 +1,12 @@
-"""Detection data: COCO-format sets, their transforms, and the bundled crowded digits."""
+"""Detection data: COCO-format sets, their transforms, the bundled crowded digits, and Cityscapes as a COCO folder."""
 
-from route_detr.data.batch import Batch, Target, collate
+from route_detr.data.batch import Batch, Target, collate, shuffled
 from route_detr.data.coco import CocoDetection
 from route_detr.data.digits import DigitsParameters, is_digits_folder, write_digits
 from route_detr.data.images import read_rgb
 from route_detr.data.layout import CocoLayout, SplitPaths, coco_layout, open_splits, require_same_categories
 from route_detr.data.report import DatasetError, DatasetWarning, Report
-from route_detr.data.transforms import (
-    Scene,
-    TransformConfig,
-    eval_transforms,
-    normalised,
-    train_transforms,
-)
+from route_detr.data.transforms import TransformConfig, View, eval_view, image_pixels, normalised, train_view
 
 __all__ = [
     "Batch",
@@ -22,18 +16,20 @@ __all__ = [
     "DatasetWarning",
     "DigitsParameters",
     "Report",
-    "Scene",
     "SplitPaths",
     "Target",
     "TransformConfig",
+    "View",
     "coco_layout",
     "collate",
-    "eval_transforms",
+    "eval_view",
+    "image_pixels",
     "is_digits_folder",
     "normalised",
     "open_splits",
     "read_rgb",
     "require_same_categories",
-    "train_transforms",
+    "shuffled",
+    "train_view",
     "write_digits",
 ]

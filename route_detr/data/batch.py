@@ -1,12 +1,14 @@
-"""What the model is fed: ``Target``, ``Batch``, and ``collate``, which pads images to one size."""
+"""What the model is fed: `Target`, `Batch`, `collate`, and an order in which batches need little padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from route_detr.data.transforms import normalised
 
 
 @dataclass
@@ -18,6 +20,7 @@ class Target:
     labels         [T] int64, contiguous from 0
     size           (height, width) after the transforms, without padding
     original_size  (height, width) of the image in the frame in which its annotations are given
+    masks          [T, *size] bool, or None where the data set was opened without masks
     """
 
     image_id: int
@@ -25,59 +28,73 @@ class Target:
     labels: Tensor
     size: tuple[int, int]
     original_size: tuple[int, int]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
-        return replace(
-            self,
-            boxes=self.boxes.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> Target:
-        return replace(self, boxes=self.boxes.pin_memory(), labels=self.labels.pin_memory())
+    masks: Tensor | None = None
 
 
 @dataclass
 class Batch:
-    """Images of one step, padded with zeros at the right and the bottom.
+    """Images of one step, padded at the right and the bottom.
 
-    images        [B, 3, Hmax, Wmax] float32, normalised with ImageNet's mean and standard deviation
+    pixels        [B, 3, Hmax, Wmax] uint8
     padding_mask  [B, Hmax, Wmax] bool, True where there is padding; None where there is none in the whole batch
-    targets       one ``Target`` an image
+    targets       one `Target` an image
     """
 
-    images: Tensor
+    pixels: Tensor
     padding_mask: Tensor | None
     targets: list[Target]
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def images(self) -> Tensor:
+        """[B, 3, Hmax, Wmax] float32, with ImageNet's mean and standard deviation taken out, 0 in the padding."""
+        images = normalised(self.pixels)
+        return images if self.padding_mask is None else images.masked_fill(self.padding_mask[:, None], 0)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking),
-            None if self.padding_mask is None else self.padding_mask.to(device, non_blocking=non_blocking),
-            [target.to(device, non_blocking) for target in self.targets],
-        )
+        """Moves what is large. Boxes and labels stay: the criterion checks them on the host and copies them once."""
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Called by ``DataLoader(pin_memory=True)``."""
-        padding_mask = None if self.padding_mask is None else self.padding_mask.pin_memory()
-        return Batch(self.images.pin_memory(), padding_mask, [t.pin_memory() for t in self.targets])
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, moved: Callable[[Tensor], Tensor]) -> Batch:
+        targets = [t if t.masks is None else replace(t, masks=moved(t.masks)) for t in self.targets]
+        padding_mask = None if self.padding_mask is None else moved(self.padding_mask)
+        return Batch(moved(self.pixels), padding_mask, targets)
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Pads images ``[3, h, w]`` to the largest height and width among them. Raises ValueError when empty."""
+    """Pads pixels ``[3, h, w]`` to the largest height and width among them. Raises ValueError when empty."""
     if not samples:
         raise ValueError("collate: expected at least one sample, got none")
-    images, targets = [list(column) for column in zip(*samples, strict=True)]
-    heights, widths = [image.shape[1] for image in images], [image.shape[2] for image in images]
-    height, width = max(heights), max(widths)
-    if min(heights) == height and min(widths) == width:
-        return Batch(torch.stack(images), None, targets)
-    padded = images[0].new_zeros(len(images), 3, height, width)
-    padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for row, image in enumerate(images):
-        padded[row, :, : heights[row], : widths[row]] = image
-        padding_mask[row, : heights[row], : widths[row]] = False
+    pixels, targets = [list(column) for column in zip(*samples, strict=True)]
+    if len({image.shape for image in pixels}) == 1:
+        return Batch(torch.stack(pixels), None, targets)
+    height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
+    padded = pixels[0].new_zeros(len(pixels), 3, height, width)
+    padding_mask = torch.ones(len(pixels), height, width, dtype=torch.bool)
+    for row, image in enumerate(pixels):
+        padded[row, :, : image.shape[1], : image.shape[2]] = image
+        padding_mask[row, : image.shape[1], : image.shape[2]] = False
     return Batch(padded, padding_mask, targets)
+
+
+def shuffled(landscape: Sequence[bool], batch_size: int, generator: torch.Generator) -> list[int]:
+    """A random order of images in which batches, cut one after another, have only wide or only high ones.
+
+    Less of such a batch is padding. What does not fill a batch of either comes last; images of one orientation are in
+    the order of a plain permutation.
+    """
+    order: list[int] = []
+    waiting: dict[bool, list[int]] = {True: [], False: []}
+    for index in torch.randperm(len(landscape), generator=generator).tolist():
+        group = waiting[bool(landscape[index])]
+        group.append(index)
+        if len(group) == batch_size:
+            order += group
+            group.clear()
+    return order + waiting[True] + waiting[False]

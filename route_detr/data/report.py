@@ -1,4 +1,4 @@
-"""What a data set's checks found: problems grouped by kind, counted, with the first examples of each."""
+"""What the checks of a data set found: problems by kind, counted, with the first examples of each."""
 
 from __future__ import annotations
 
@@ -13,31 +13,15 @@ class DatasetWarning(UserWarning):
     """The data was usable after a correction, which the message counts."""
 
 
-class Report:
-    """Counts of each kind of problem, and the first ``EXAMPLES_SHOWN`` examples of it.
-
-    ``report.counts`` maps a kind to how often it was found. A report is true when it has anything in it.
-    """
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.examples: dict[str, list[str]] = {}
+class Report(dict[str, list[str]]):
+    """Examples of each kind of problem; as text one line a kind: ``kind: count (first: example; example; example)``."""
 
     def add(self, kind: str, example: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        shown = self.examples.setdefault(kind, [])
-        if len(shown) < EXAMPLES_SHOWN:
-            shown.append(example)
-
-    def lines(self) -> list[str]:
-        """One line a kind: ``kind: count (first: example; example; example)``."""
-        return [
-            f"{kind}: {count} ({'first: ' if count > EXAMPLES_SHOWN else ''}{'; '.join(self.examples[kind])})"
-            for kind, count in self.counts.items()
-        ]
-
-    def __bool__(self) -> bool:
-        return bool(self.counts)
+        self.setdefault(kind, []).append(example)
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(
+            f"{kind}: {len(found)} ({'first: ' if len(found) > EXAMPLES_SHOWN else ''}"
+            f"{'; '.join(found[:EXAMPLES_SHOWN])})"
+            for kind, found in self.items()
+        )
