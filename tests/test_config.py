@@ -54,7 +54,7 @@ def test_unknown_key_is_an_error_that_names_the_nearest(values, message):
         ({"detector.routed_layers": []}, "routed_layers"),
         ({"detector.denoising_pairs": 10}, "detector.query_position: expected 'anchor' or 'scaled_anchor'"),
         ({"schedule.layer_strengths": [1, 2, 3]}, "schedule.layer_strengths: expected none or 2 numbers, got 3"),
-        ({"transforms.flip": 2}, "transforms.flip: expected a probability"),
+        ({"transforms.flip": 2}, "transforms.flip: Input should be less than or equal to 1, got"),
         ({"detector.size": 5}, "unknown key 'detector.size'"),
         ({"train.epochs.more": 5}, "unknown key 'train.epochs.more'"),
         ({"detector": 3}, "detector: Input should be a dictionary"),

@@ -1,27 +1,27 @@
 """Crowded digits: real handwriting, scaled and pasted over one another, as an ordinary COCO folder.
 
 scikit-learn bundles 1,797 scans of handwritten digits, 8 x 8 pixels each (E. Alpaydin and C. Kaynak, "Optical
-recognition of handwritten digits", UCI 1998). A seeded generator scales 5 to 25 of them to 16 to 44 pixels
-and pastes them with heavy overlap onto a textured canvas. No scan is used in both splits.
+recognition of handwritten digits", UCI 1998). A seeded generator scales 5 to 25 of them to 16 to 44 pixels and pastes
+them with heavy overlap onto a textured canvas. No scan is used in both splits.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import secrets
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
+from route_detr.data.layout import whole_folder, write_instances
 from route_detr.data.report import DatasetError
 
 GENERATOR_VERSION = 1
@@ -42,49 +42,34 @@ SPLITS = ("train", "val")
 class DigitsParameters:
     """All that determines a data set of crowded digits; written to ``digits.json`` in its folder."""
 
-    seed: int
-    train_images: int
-    val_images: int
-    image_size: int
-    digits_per_image: tuple[int, int]
-    digit_size: tuple[int, int]
+    seed: NonNegativeInt
+    train_images: NonNegativeInt
+    val_images: NonNegativeInt
+    image_size: PositiveInt
+    digits_per_image: tuple[PositiveInt, PositiveInt]
+    digit_size: tuple[PositiveInt, PositiveInt]
     generator_version: int = GENERATOR_VERSION
 
-    def __post_init__(self) -> None:
-        for name in ("seed", "train_images", "val_images"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+    @model_validator(mode="after")
+    def _fits_together(self) -> DigitsParameters:
         for name, smallest in (("digits_per_image", 1), ("digit_size", 8)):
             low, high = getattr(self, name)
             if not smallest <= low <= high:
                 raise ValueError(f"{name}: expected (low, high) with {smallest} <= low <= high, got {(low, high)}")
-        smallest_image = math.ceil(FRAME_SCALE * self.digit_size[1])
-        if self.image_size < smallest_image:
-            raise ValueError(
-                f"image_size: expected at least {smallest_image} for digits of up to {self.digit_size[1]} "
-                f"pixels, got {self.image_size}"
-            )
-
-    def as_json(self) -> dict:
-        return json.loads(json.dumps(asdict(self)))
+        if self.image_size < FRAME_SCALE * self.digit_size[1]:
+            least = f"{FRAME_SCALE} times digit_size = {self.digit_size[1]}"
+            raise ValueError(f"image_size: expected at least {least}, got {self.image_size}")
+        return self
 
 
-@dataclass(frozen=True)
-class DigitScene:
-    """One generated image and its digits, lowest first (later ones lie on top).
+class DigitScene(NamedTuple):
+    """One generated image and its digits, lowest first (later ones lie on top)."""
 
-    image    [S, S, 3] uint8
-    owner    [S, S] int16: the index of the digit whose ink is seen at a pixel, -1 where it is the canvas
-    boxes    [T, 4] int64 (x, y, w, h): tight around the whole digit's ink, hidden parts included
-    ink      [T] int64: how many pixels the whole digit's ink has, hidden ones included
-    digits   [T] int64, 0 to 9
-    """
-
-    image: np.ndarray
-    owner: np.ndarray
-    boxes: np.ndarray
-    ink: np.ndarray
-    digits: np.ndarray
+    image: np.ndarray  # [S, S, 3] uint8
+    owner: np.ndarray  # [S, S] int16: the digit whose ink is seen at a pixel, -1 where it is the canvas
+    boxes: np.ndarray  # [T, 4] int64 (x, y, w, h): tight around the whole digit's ink, hidden parts included
+    ink: np.ndarray  # [T] int64: how many pixels the whole digit's ink has, hidden ones included
+    digits: np.ndarray  # [T] int64, 0 to 9
 
     @property
     def masks(self) -> np.ndarray:
@@ -99,14 +84,16 @@ def digit_scans(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     bundled = load_digits()
     scans, digits = bundled.images.astype(np.float32) / 16.0, bundled.target.astype(np.int64)
     rng = np.random.default_rng((seed, len(SPLITS)))
-    members: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    train, val = [], []
     for digit in range(10):
         shuffled = rng.permutation(np.flatnonzero(digits == digit))
         held_out = round(VALIDATION_SHARE * len(shuffled))
-        members["val"].append(shuffled[:held_out])
-        members["train"].append(shuffled[held_out:])
-    chosen = {split: np.concatenate(parts) for split, parts in members.items()}
-    return {split: (scans[rows], digits[rows]) for split, rows in chosen.items()}
+        val.append(shuffled[:held_out])
+        train.append(shuffled[held_out:])
+    return {
+        split: (scans[rows], digits[rows])
+        for split, rows in zip(SPLITS, map(np.concatenate, (train, val)), strict=True)
+    }
 
 
 def paint_canvas(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -131,12 +118,13 @@ def paint_canvas(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def ink_of(scan: np.ndarray, size: int, aspect: float) -> np.ndarray:
-    """Coverage [h, w] float32 in 0..1 by the ink of a scan whose 8 x 8 cells become ``size`` pixels wide and
-    high; ``aspect`` narrows (below 1) or flattens (above 1) it. Cut to the ink."""
-    framed = Image.fromarray(np.pad(scan, 1))
+    """Coverage [h, w] float32 in 0..1 by the ink of a scan, cut to the ink.
+
+    Its 8 x 8 cells become ``size`` pixels wide and high; ``aspect`` narrows (below 1) or flattens (above 1) it.
+    """
     scaled = size * FRAME_SCALE
     shape = (round(scaled * min(aspect, 1.0)), round(scaled / max(aspect, 1.0)))
-    smooth = np.asarray(framed.resize(shape, Image.Resampling.BICUBIC))
+    smooth = np.asarray(Image.fromarray(np.pad(scan, 1)).resize(shape, Image.Resampling.BICUBIC))
     coverage = np.clip((smooth - 0.25) / 0.4, 0.0, 1.0)
     inked = coverage > INK_THRESHOLD
     rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
@@ -171,9 +159,9 @@ def compose_scene(
 ) -> DigitScene:
     """Pastes random scans ([K, 8, 8], of ``digits`` [K]) onto a canvas.
 
-    A digit that would leave itself or one below it with less than ``MIN_VISIBLE_FRACTION`` of its ink in
-    sight is placed elsewhere, and given up after ``PLACEMENT_ATTEMPTS``. Raises ValueError if the fewest
-    digits asked for do not fit in ``SCENE_ATTEMPTS`` scenes.
+    A digit that would leave itself or one below it with less than ``MIN_VISIBLE_FRACTION`` of its ink in sight is
+    placed elsewhere, and given up after ``PLACEMENT_ATTEMPTS``. Raises ValueError if the fewest digits asked for do not
+    fit in ``SCENE_ATTEMPTS`` scenes.
     """
     low, high = parameters.digits_per_image
     for _ in range(SCENE_ATTEMPTS):
@@ -181,9 +169,8 @@ def compose_scene(
         if len(scene.digits) >= low:
             return scene
     raise ValueError(
-        f"digits_per_image: {low} digits of {parameters.digit_size} pixels do not fit on "
-        f"{parameters.image_size} x {parameters.image_size}; "
-        "expected fewer or smaller digits, or a larger image_size"
+        f"digits_per_image: {low} digits of {parameters.digit_size} pixels do not fit on {parameters.image_size} x "
+        f"{parameters.image_size}; expected fewer or smaller digits, or a larger image_size"
     )
 
 
@@ -196,58 +183,46 @@ def _paste(
     owner = np.full((size, size), -1, dtype=np.int16)
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
-    ink_pixels, visible = np.zeros(count), np.zeros(count)
+    ink, visible = np.zeros(count), np.zeros(count)
+    least, most = parameters.digit_size
     for _ in range(count):
         row = rng.integers(len(scans))
-        coverage = ink_of(
-            scans[row],
-            int(rng.integers(parameters.digit_size[0], parameters.digit_size[1] + 1)),
-            rng.uniform(0.8, 1.2),
-        )
+        coverage = ink_of(scans[row], int(rng.integers(least, most + 1)), rng.uniform(0.8, 1.2))
         inked = coverage > INK_THRESHOLD
         height, width = inked.shape
         for _ in range(PLACEMENT_ATTEMPTS):
             x, y = _corner((height, width), size, boxes, rng)
             window = np.s_[y : y + height, x : x + width]
             hidden = np.bincount(owner[window][inked] + 1, minlength=count + 1)[1:]
-            if ((visible - hidden) >= MIN_VISIBLE_FRACTION * ink_pixels).all():
+            if ((visible - hidden) >= MIN_VISIBLE_FRACTION * ink).all():
                 break
         else:
             continue
         index = len(boxes)
         visible -= hidden
-        visible[index] = ink_pixels[index] = inked.sum()
+        visible[index] = ink[index] = inked.sum()
         owner[window][inked] = index
         canvas[window] += coverage[:, :, None] * (ink_colour(paper, rng) - canvas[window])
         boxes.append((x, y, width, height))
         labels.append(int(digits[row]))
     contrast, brightness = rng.uniform(0.75, 1.1), rng.uniform(-15, 15)
     image = np.clip((canvas - 127.5) * contrast + 127.5 + brightness, 0, 255).astype(np.uint8)
-    placed = len(boxes)
-    return DigitScene(
-        image,
-        owner,
-        boxes=np.array(boxes, dtype=np.int64).reshape(-1, 4),
-        ink=ink_pixels[:placed].astype(np.int64),
-        digits=np.array(labels, dtype=np.int64),
+    found = (
+        np.array(boxes, dtype=np.int64).reshape(-1, 4),
+        ink[: len(boxes)].astype(np.int64),
+        np.array(labels, dtype=np.int64),
     )
+    return DigitScene(image, owner, *found)
 
 
 def scene_annotations(scene: DigitScene, image_id: int, first_id: int) -> list[dict]:
     """COCO annotations of a scene: amodal ``bbox``; ``segmentation`` (RLE) and ``area`` of visible ink."""
     encoded = rle.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
-    rows = zip(scene.digits, scene.boxes, rle.area(encoded), encoded, strict=True)
+    rows = zip(scene.digits.tolist(), scene.boxes.tolist(), rle.area(encoded).tolist(), encoded, strict=True)
     return [
-        {
-            "id": first_id + index,
-            "image_id": image_id,
-            "category_id": int(digit) + 1,
-            "bbox": [int(edge) for edge in box],
-            "area": int(area),
-            "iscrowd": 0,
-            "segmentation": {"size": mask["size"], "counts": mask["counts"].decode("ascii")},
-        }
-        for index, (digit, box, area, mask) in enumerate(rows)
+        {"id": number, "image_id": image_id, "category_id": digit + 1, "bbox": box, "area": area, "iscrowd": 0}
+        | {"segmentation": {"size": mask["size"], "counts": mask["counts"].decode("ascii")}}
+        for number, (digit, box, area, mask) in enumerate(rows, start=first_id)
     ]
 
 
@@ -256,18 +231,20 @@ def generate_scene(parameters: DigitsParameters, split: str, index: int, scans=N
 
     ``scans`` is what ``digit_scans(parameters.seed)`` returned, for a caller that makes many scenes.
     """
-    split_scans, split_digits = (scans or digit_scans(parameters.seed))[split]
-    rng = np.random.default_rng((parameters.seed, SPLITS.index(split), index))
-    return compose_scene(split_scans, split_digits, parameters, rng)
+    chosen = (scans or digit_scans(parameters.seed))[split]
+    return compose_scene(*chosen, parameters, np.random.default_rng((parameters.seed, SPLITS.index(split), index)))
 
 
 def is_digits_folder(out: str | os.PathLike, parameters: DigitsParameters) -> bool:
     """Whether ``out`` holds exactly this data set, told by its ``digits.json``, written last."""
     try:
-        found = json.loads((Path(out) / PARAMETERS_FILE).read_text(encoding="utf-8"))
+        return json.loads((Path(out) / PARAMETERS_FILE).read_text(encoding="utf-8")) == _as_json(parameters)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
-    return found == parameters.as_json()
+
+
+def _as_json(parameters: DigitsParameters) -> dict:
+    return TypeAdapter(DigitsParameters).dump_python(parameters, mode="json")
 
 
 def write_digits(
@@ -281,77 +258,47 @@ def write_digits(
     digit_size: Sequence[int] = (16, 44),
     progress: bool = True,
 ) -> bool:
-    """Writes crowded digits as a COCO folder ``out``: ``annotations/``, ``train2017/``, ``val2017/``,
-    ``digits.json``.
+    """Writes crowded digits as a COCO folder ``out``: ``annotations/``, ``train2017/``, ``val2017/``, ``digits.json``.
 
-    The same arguments give the same pixels and annotations, bit for bit, and image i does not depend on how
-    many there are. The folder appears whole or not at all: it is written beside ``out`` as ``OUT.partial-*``
-    and renamed. Returns True when it wrote, False when ``out`` held exactly this data set already. Raises
-    DatasetError when ``out`` holds anything else, ValueError on an argument out of range.
+    The same arguments give the same pixels and annotations, bit for bit, and image i does not depend on how many there
+    are. Returns True when it wrote, False when ``out`` held exactly this data set already. Raises DatasetError when
+    ``out`` holds anything else, ValueError on an argument out of range.
     """
-    out = Path(out)
     parameters = DigitsParameters(
-        seed, train_images, val_images, image_size, tuple(digits_per_image), tuple(digit_size)
+        seed=seed,
+        train_images=train_images,
+        val_images=val_images,
+        image_size=image_size,
+        digits_per_image=tuple(digits_per_image),
+        digit_size=tuple(digit_size),
     )
     if is_digits_folder(out, parameters):
         return False
-    _require_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
-        _write_folder(partial, parameters, progress)
-        if out.is_dir():
-            out.rmdir()
-        try:
-            partial.rename(out)
-        except OSError:
-            if is_digits_folder(out, parameters):
-                return False
-            raise
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+    if (Path(out) / PARAMETERS_FILE).is_file():
+        raise DatasetError(
+            f"{out}: holds crowded digits with other parameters; choose another folder, or delete this one"
+        )
+    with whole_folder(out) as folder:
+        _write_folder(folder, parameters, progress)
     return True
 
 
-def _require_free(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise DatasetError(f"{out}: expected a folder to write crowded digits to, found a file")
-    if out.is_dir() and any(out.iterdir()):
-        found = "crowded digits with other parameters" if (out / PARAMETERS_FILE).is_file() else "other files"
-        raise DatasetError(
-            f"{out}: expected an empty or absent folder to write crowded digits to, found {found}; "
-            "choose another folder, or delete this one"
-        )
-
-
 def _write_folder(folder: Path, parameters: DigitsParameters, progress: bool) -> None:
-    scans = digit_scans(parameters.seed)
-    images_of = {"train": parameters.train_images, "val": parameters.val_images}
-    (folder / "annotations").mkdir()
-    seconds_between = 0.2 if sys.stderr.isatty() else 20.0
-    bar_options = {"desc": "crowded digits", "unit": "image", "mininterval": seconds_between}
-    with tqdm(total=sum(images_of.values()), **bar_options, disable=not progress) as bar:
-        for split in SPLITS:
-            image_dir = folder / f"{split}2017"
-            image_dir.mkdir()
+    scans, side = digit_scans(parameters.seed), parameters.image_size
+    options = {"desc": "crowded digits", "unit": "image", "mininterval": 0.2 if sys.stderr.isatty() else 20.0}
+    counts = (parameters.train_images, parameters.val_images)
+    with tqdm(total=sum(counts), **options, disable=not progress) as bar:
+        for split, count in zip(SPLITS, counts, strict=True):
+            (folder / f"{split}2017").mkdir()
             images, annotations = [], []
-            for index in range(images_of[split]):
-                scene = generate_scene(parameters, split, index, scans)
-                name = f"{index + 1:012d}.png"
-                Image.fromarray(scene.image).save(image_dir / name, compress_level=1)
-                side = parameters.image_size
-                images.append({"id": index + 1, "file_name": name, "width": side, "height": side})
-                annotations += scene_annotations(scene, index + 1, len(annotations) + 1)
+            for number in range(1, count + 1):
+                scene = generate_scene(parameters, split, number - 1, scans)
+                name = f"{number:012d}.png"
+                Image.fromarray(scene.image).save(folder / f"{split}2017" / name, compress_level=1)
+                images.append({"id": number, "file_name": name, "width": side, "height": side})
+                annotations += scene_annotations(scene, number, len(annotations) + 1)
                 bar.update()
-            contents = {
-                "info": {"description": "Crowded digits", "version": str(parameters.generator_version)},
-                "licenses": [],
-                "images": images,
-                "annotations": annotations,
-                "categories": [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)],
-            }
-            path = folder / "annotations" / f"instances_{split}2017.json"
-            path.write_text(json.dumps(contents), encoding="utf-8")
-    (folder / PARAMETERS_FILE).write_text(json.dumps(parameters.as_json(), indent=2) + "\n", encoding="utf-8")
+            categories = [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)]
+            info = {"description": "Crowded digits", "version": str(parameters.generator_version)}
+            write_instances(folder, split, images, annotations, categories, **info)
+    (folder / PARAMETERS_FILE).write_text(json.dumps(_as_json(parameters), indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,13 @@
-"""Where a data set's files are: COCO's own folder layout, or paths given one by one."""
+"""Where a data set's files are: COCO's own folder layout, read and written, or paths given one by one."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Sequence
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,3 +98,31 @@ def require_same_categories(train: CocoDetection, val: CocoDetection) -> None:
             f"{train.annotation_file} and {val.annotation_file}: expected the same categories, "
             f"{len(differing)} differ: {shown}"
         )
+
+
+def write_instances(folder: Path, split: str, images: list, annotations: list, categories: list, **info: str) -> None:
+    """Writes ``annotations/instances_{split}2017.json`` of a COCO folder."""
+    file = folder / "annotations" / f"instances_{split}2017.json"
+    file.parent.mkdir(exist_ok=True)
+    content = {"info": info, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(out: StrPath) -> Iterator[Path]:
+    """A folder to write to, beside ``out``, that becomes ``out`` when all went well and is deleted when not.
+
+    Raises DatasetError when ``out`` holds anything.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        found = "other files" if out.is_dir() else "a file"
+        raise DatasetError(f"{out}: expected an empty or absent folder to write to, found {found}")
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
