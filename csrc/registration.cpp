@@ -1,5 +1,6 @@
 // Every native kernel's schema on one screen. Outputs are allocated by the callers in route_kernels/ops, which also
-// check every shape and dtype; what an output is called `grad_x`, it has the shape and dtype of `x`.
+// check every shape and dtype; what an output is called `grad_x`, it has the shape and dtype of `x`. The CPU's kernels
+// are registered below, those of the CUDA library in registration_cuda.cpp.
 
 #include "common/stable_tensor.h"
 #include "ms_deform_attn/op.h"
@@ -8,6 +9,8 @@
 
 STABLE_TORCH_LIBRARY(route_kernels_native, m) {
   m.def("simd_level() -> str");
+  m.def("cuda_build() -> str");
+  m.def("cuda_driver() -> int");
   m.def(
       "routed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? sup_q, Tensor? sup_k, Tensor? del_q, "
       "Tensor? del_k, Tensor? gate_q, Tensor? gate_k, float? limit, Tensor? attn_mask, Tensor? key_ranges, "
@@ -25,14 +28,15 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
   m.def(
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, int[] spatial_shapes, int[] starts, "
       "Tensor locations, Tensor weights, int[] points, Tensor(a!) grad_value, Tensor(b!) grad_locations, "
-      "Tensor(c!) grad_weights) -> ()");
+      "Tensor(c!) grad_weights, bool deterministic=False) -> ()");
   m.def(
       "ms_deform_attn_fused_forward(Tensor value, int[] spatial_shapes, int[] starts, Tensor reference_points, "
       "Tensor offsets, Tensor logits, int[] points, Tensor? value_mask, Tensor(a!) output) -> ()");
   m.def(
       "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, int[] spatial_shapes, int[] starts, "
       "Tensor reference_points, Tensor offsets, Tensor logits, int[] points, Tensor? value_mask, "
-      "Tensor(a!) grad_value, Tensor(b!)? grad_reference, Tensor(c!) grad_offsets, Tensor(d!) grad_logits) -> ()");
+      "Tensor(a!) grad_value, Tensor(b!)? grad_reference, Tensor(c!) grad_offsets, Tensor(d!) grad_logits, "
+      "bool deterministic=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {

@@ -1,7 +1,7 @@
 """Which backend runs an op, and why another cannot.
 
 `reference` is plain PyTorch, differentiated by PyTorch. `cpu` is the native C++ library. `triton` compiles its kernels
-on the GPU that runs them. `cuda` is a name of the contract that this version has no kernels for. An explicit request
+on the GPU that runs them. `cuda` is the library of kernels that nvcc compiled with the package. An explicit request
 runs or raises: it never falls back.
 """
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import native
+from . import cuda, native
 from .ops.contract import FLOATING
 from .triton import availability
 
@@ -89,8 +89,8 @@ def can_run(op: str, name: str, *tensors: torch.Tensor) -> tuple[bool, str]:
         return True, "plain PyTorch"
     if name == "triton":
         return availability.can_run(op, *tensors)
-    if name != "cpu":
-        return False, f"this version has no {name} kernel for {op}"
+    if name == "cuda":
+        return cuda.can_run(op, *tensors)
     if native.load_error is not None:
         return False, native.load_error
     for tensor in tensors:

@@ -29,6 +29,10 @@ def info() -> Iterator[str]:
     else:
         yield f"native kernels  none: {native.load_error}"
         yield "                the ops run on the reference backend (plain PyTorch: correct, slower)"
+    if native.cuda_load_error is None:
+        yield f"CUDA kernels    loaded, built for {native.cuda_build()}"
+    else:
+        yield f"CUDA kernels    none: {native.cuda_load_error}"
     tables = {op: rk.available_backends(op) for op in OPS}
     width = max(map(len, OPS))
     yield ""

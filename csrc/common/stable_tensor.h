@@ -24,6 +24,7 @@ inline DType dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Bool: return DType::boolean;
     case ScalarType::Int: return DType::int32;
+    case ScalarType::Long: return DType::int64;
     default: STD_TORCH_CHECK(false, "route_kernels: a dtype that no kernel takes"); return DType::none;
   }
 }

@@ -62,7 +62,7 @@ void ms_deform_attn_forward(
 
 void ms_deform_attn_backward(
     Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points,
-    Tensor grad_value, Tensor grad_locations, Tensor grad_weights) {
+    Tensor grad_value, Tensor grad_locations, Tensor grad_weights, bool /* deterministic: it always is */) {
   deform::Args a = arguments(value, spatial_shapes, starts, points, locations, weights);
   backward(a, grad_output, grad_value, grad_locations, grad_weights);
 }
@@ -78,7 +78,8 @@ void ms_deform_attn_fused_forward(
 void ms_deform_attn_fused_backward(
     Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets,
     Tensor logits, Ints points, std::optional<Tensor> value_mask, Tensor grad_value,
-    std::optional<Tensor> grad_reference, Tensor grad_offsets, Tensor grad_logits) {
+    std::optional<Tensor> grad_reference, Tensor grad_offsets, Tensor grad_logits,
+    bool /* deterministic: it always is */) {
   deform::Args a =
       fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
   a.grad_reference = view_of(grad_reference);

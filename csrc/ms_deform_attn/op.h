@@ -1,4 +1,7 @@
 #pragma once
+// What op.cpp defines in the CPU library and cuda_op.cpp in the CUDA library. Sums are made in a fixed order by the
+// former always, by the latter where `deterministic`.
+
 #include "../common/stable_tensor.h"
 
 namespace rk {
@@ -10,7 +13,7 @@ void ms_deform_attn_forward(
 void ms_deform_attn_backward(
     Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
     Tensor locations, Tensor weights, std::vector<int64_t> points, Tensor grad_value, Tensor grad_locations,
-    Tensor grad_weights);
+    Tensor grad_weights, bool deterministic);
 
 void ms_deform_attn_fused_forward(
     Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor reference_points,
@@ -20,6 +23,6 @@ void ms_deform_attn_fused_backward(
     Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
     Tensor reference_points, Tensor offsets, Tensor logits, std::vector<int64_t> points,
     std::optional<Tensor> value_mask, Tensor grad_value, std::optional<Tensor> grad_reference, Tensor grad_offsets,
-    Tensor grad_logits);
+    Tensor grad_logits, bool deterministic);
 
 }  // namespace rk

@@ -171,7 +171,7 @@ def _backward_fake(
     return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
 
 
-def _cpu_forward(value, spatial_shapes, starts, locations, weights, points):
+def _native_forward(value, spatial_shapes, starts, locations, weights, points):
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, locations.shape[1], heads * channels)
     torch.ops.route_kernels_native.ms_deform_attn_forward(
@@ -180,10 +180,14 @@ def _cpu_forward(value, spatial_shapes, starts, locations, weights, points):
     return output
 
 
-def _cpu_backward(grad_output, value, spatial_shapes, starts, locations, weights, points, *grads):
+def _native_backward(grad_output, value, spatial_shapes, starts, locations, weights, points, *grads, **options):
     torch.ops.route_kernels_native.ms_deform_attn_backward(
-        grad_output, value, spatial_shapes, starts, locations, weights, points, *grads
+        grad_output, value, spatial_shapes, starts, locations, weights, points, *grads, **options
     )
+
+
+def _cuda_backward(*inputs_and_grads):
+    _native_backward(*inputs_and_grads, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
 def _triton_forward(*inputs):
@@ -198,8 +202,8 @@ def _triton_backward(grad_output, *inputs_and_grads):
     backward(grad_output, *inputs_and_grads)
 
 
-_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
-_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
+_FORWARD = {"cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward}
+_BACKWARD = {"cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):

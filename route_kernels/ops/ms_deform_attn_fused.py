@@ -187,7 +187,7 @@ def _new_grads(value, sampling_offsets, attention_logits, reference_points, refe
     return [x.new_empty(x.shape) for x in wanted]
 
 
-def _cpu_forward(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask):
+def _native_forward(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask):
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, offsets.shape[1], heads * channels)
     torch.ops.route_kernels_native.ms_deform_attn_fused_forward(
@@ -196,16 +196,21 @@ def _cpu_forward(value, spatial_shapes, starts, reference_points, offsets, logit
     return output
 
 
-def _cpu_backward(
-    grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, reference_grad
-):
+def _native_backward(
+    grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, reference_grad,
+    **options,
+):  # fmt: skip
     grads = _new_grads(value, offsets, logits, reference_points, reference_grad)
     grad_reference = grads[3] if reference_grad else None
     torch.ops.route_kernels_native.ms_deform_attn_fused_backward(
         grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask,
-        grads[0], grad_reference, *grads[1:3],
+        grads[0], grad_reference, *grads[1:3], **options,
     )  # fmt: skip
     return grads
+
+
+def _cuda_backward(*inputs):
+    return _native_backward(*inputs, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
 def _triton_forward(*inputs):
@@ -220,8 +225,8 @@ def _triton_backward(grad_output, *inputs):
     return backward(grad_output, *inputs)
 
 
-_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
-_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
+_FORWARD = {"cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward}
+_BACKWARD = {"cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):

@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from ..graphs import constant_in_graphs
 from ..ops.contract import FLOATING
 
 OLDEST = (3, 5)
@@ -19,12 +20,6 @@ DTYPES = {
     "ms_deform_attn_fused": FLOATING,
 }
 """What each op's kernels take. An op that is not here has none."""
-
-
-def _constant_in_graphs(function):
-    """`torch.compiler.assume_constant_result`, which would import torch's compilers, and triton with them."""
-    function._dynamo_marked_constant = True
-    return function
 
 
 def can_run(op: str, *tensors: torch.Tensor) -> tuple[bool, str]:
@@ -52,7 +47,7 @@ def interpreted() -> bool:
     return isinstance(triton.language.sum, InterpretedFunction)
 
 
-@_constant_in_graphs
+@constant_in_graphs
 def _description() -> str:
     import triton
 
@@ -63,7 +58,7 @@ def _most_capable_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@_constant_in_graphs
+@constant_in_graphs
 def _obstacle(device_type: str, index: int | None) -> str:
     """Why no Triton kernel runs on this device; "" where one does."""
     return _known_obstacle(device_type, index)
