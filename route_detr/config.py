@@ -96,6 +96,8 @@ class DetectorConfig:
         used = self.backbone.used_stages
         if self.num_levels < used:
             raise ValueError(f"num_levels: expected at least used_stages = {used}, got {self.num_levels}")
+        if self.query_content == "joint" and self.query_position != "proposal":
+            raise ValueError(f"query_position: expected 'proposal' with joint content, got {self.query_position!r}")
         if self.denoising_pairs and self.query_position == "proposal":
             raise ValueError("query_position: expected 'anchor' or 'scaled_anchor' with denoising, got 'proposal'")
         self.routed_layer_indices  # noqa: B018  (raises for a bad `routed_layers`)

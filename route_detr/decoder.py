@@ -17,8 +17,11 @@ from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
 
 from .blocks import AddNorm, FeedForward
 from .config import DetectorConfig
+from .denoising import DenoisingTargets, group_similarity
 from .encoder import Memory
 from .heads import PredictionHead, Predictions, side_by_side
+from .masks import MaskHead
+from .position import box_embedding
 from .proposals import Queries
 from .schedule import RouteType, RoutingValues
 
@@ -46,14 +49,16 @@ class DecoderLayer(nn.Module):
         return self.ffn_norm(self.ffn(x), x)
 
     def _self_attention(self, queries: Queries, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
-        content, position = queries.content, queries.position.expand_as(queries.content)
+        content, position, key_ranges = queries.content, queries.position.expand_as(queries.content), queries.key_ranges
         if routing is None:
-            attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1))
+            if key_ranges is not None:
+                key_ranges = key_ranges.repeat_interleave(content.shape[1], 0)
+            attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1), key_ranges=key_ranges)
             return attended.unflatten(0, content.shape[:2])
-        aux = self.self_attention(content[:, -1], position[:, -1], routing)
+        aux = self.self_attention(content[:, -1], position[:, -1], routing, key_ranges=key_ranges)
         if not keep_main:
             return aux[:, None]
-        main = self.self_attention(content[:, 0], position[:, 0])
+        main = self.self_attention(content[:, 0], position[:, 0], key_ranges=key_ranges)
         return torch.stack([main, aux], 1)
 
     def _cross_attention(self, content: Tensor, queries: Queries, memory: Memory) -> Tensor:
@@ -76,9 +81,16 @@ class Decoder(nn.Module):
         super().__init__()
         self.packed = config.branches == "packed"
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        dim = config.embed_dim
         self.heads = nn.ModuleList(
-            PredictionHead(config.embed_dim, config.num_classes) for _ in range(config.decoder_layers)
+            PredictionHead(dim, config.num_classes) for _ in range(1 if config.share_heads else config.decoder_layers)
         )
+        self.mask_head = MaskHead(dim) if config.masks else None
+        self.norm = nn.LayerNorm(dim) if config.decoder_norm else None
+        self.look_forward_twice = config.look_forward_twice
+        self.routed_queries = config.routed_queries
+        self.anchor = _two_layers(2 * dim, dim) if config.query_position != "proposal" else None
+        self.anchor_scale = _two_layers(dim, dim) if config.query_position == "scaled_anchor" else None
         self.routers = nn.ModuleDict(
             {
                 str(index): QueryRouter(
@@ -111,24 +123,44 @@ class Decoder(nn.Module):
     ) -> list[Predictions]:
         predictions = []
         strengths = {} if values is None else dict(zip(self.routers, values.strengths, strict=True))
-        for index, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
+        for index, layer in enumerate(self.layers):
+            if self.anchor is not None:
+                queries = queries._replace(position=self._position(index, queries))
             if observe is not None:
                 observe(index, queries)
             strength = strengths.get(str(index), 0.0)
             routing = self.routing(index, queries, strength, values.route_type) if strength > 0 else None
             content = layer(queries, memory, routing, keep_main)
-            logits, box_logits = head(content, queries.box_logits)
-            predictions.append(Predictions(logits, box_logits.sigmoid()))
-            queries = Queries(content, queries.position, box_logits.detach(), logits.detach())
+            head = self.heads[min(index, len(self.heads) - 1)]
+            features = content if self.norm is None else self.norm(content)
+            start = queries.box_logits if queries.attached is None else queries.attached
+            logits, box_logits = head(features, start)
+            masks = None if self.mask_head is None else self.mask_head(features)
+            predictions.append(Predictions(logits, box_logits.sigmoid(), masks))
+            if index + 1 < len(self.layers):
+                # DINO refines the reference by the content before the norm.
+                after = box_logits if self.norm is None else head.refined(content, queries.box_logits)
+                queries = queries._replace(
+                    content=content,
+                    box_logits=after.detach(),
+                    logits=logits.detach(),
+                    attached=after if self.look_forward_twice else None,
+                )
         return predictions
+
+    def _position(self, index: int, queries: Queries) -> Tensor:
+        """[B, G, N, C] from the reference boxes, in DAB (arXiv 2201.12329) scaled by what a layer passes on."""
+        position = self.anchor(box_embedding(queries.box_logits.sigmoid(), queries.content.shape[-1]))
+        return position if self.anchor_scale is None or index == 0 else position * self.anchor_scale(queries.content)
 
     def routing(self, index: int, queries: Queries, strength: float, route_type: RouteType) -> rk.RoutingFactors:
         """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`.
 
-        One route type alone takes the place of the other too: p r + (1 - p) r = r, and the gate has no gradient.
+        One route type alone takes the place of the other too: p r + (1 - p) r = r, and the gate has no gradient. Rows
+        of queries that are not to be routed are zero.
         """
         content = queries.content[:, -1]
-        similarity = rk.query_similarity(content.detach())
+        similarity = self._similarity(content.detach(), queries.denoising)
         confidence = None if queries.logits is None else best_class_probability(queries.logits[:, -1])
         area = queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1)
         factors = self.routers[str(index)](
@@ -138,11 +170,26 @@ class Decoder(nn.Module):
             geometry=area.clamp_min(MIN_AREA).log(),
             strength=strength,
         )
+        if queries.denoising is not None and self.routed_queries != "both":
+            denoising = (
+                torch.arange(content.shape[1], device=content.device)
+                >= content.shape[1] - queries.denoising.target.shape[1]
+            )
+            routed = (denoising == (self.routed_queries == "denoising"))[:, None]
+            factors = factors._replace(sup_q=factors.sup_q * routed, del_q=factors.del_q * routed)
         if route_type == "suppressor":
             return factors._replace(del_q=factors.sup_q, del_k=factors.sup_k)
         if route_type == "delegator":
             return factors._replace(sup_q=factors.del_q, sup_k=factors.del_k)
         return factors
+
+    @staticmethod
+    def _similarity(content: Tensor, denoising: DenoisingTargets | None) -> Tensor:
+        """Mean rectified cosine similarity to the queries of the same part that a query can see: [B, N]."""
+        if denoising is None:
+            return rk.query_similarity(content)
+        matching, noisy = content.tensor_split([content.shape[1] - denoising.target.shape[1]], 1)
+        return torch.cat([rk.query_similarity(matching), group_similarity(noisy, denoising)], 1)
 
     @torch.no_grad()
     def observed_queries(self, queries: Queries, memory: Memory) -> dict[int, Queries]:
@@ -150,6 +197,10 @@ class Decoder(nn.Module):
         entering: dict[int, Queries] = {}
         self._run(queries, memory, observe=entering.__setitem__)
         return {int(index): entering[int(index)] for index in self.routers}
+
+
+def _two_layers(width: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, dim), nn.ReLU(), nn.Linear(dim, dim))
 
 
 def best_class_probability(logits: Tensor) -> Tensor:

@@ -1,12 +1,25 @@
-"""Contrastive denoising (DINO, arXiv 2203.03605): queries that start from noisy targets and are to find them."""
+"""Contrastive denoising (DINO, arXiv 2203.03605): queries that start from noisy targets and are to find them.
+
+Each group holds two queries a target, a positive close to it and a negative farther away. All attend to the matching
+queries and to their own group; matching queries see none of them. Two key intervals a query say so: no N x N mask.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+import route_kernels as rk
+
+from .boxes import corners, inverse_sigmoid
+from .config import DetectorConfig
 from .heads import Predictions
+from .matcher import PaddedTargets
+
+if TYPE_CHECKING:
+    from .proposals import Queries
 
 
 class DenoisingTargets(NamedTuple):
@@ -21,9 +34,94 @@ class DenoisingTargets(NamedTuple):
     present: Tensor  # [B, D] bool: positive or negative; False where images with fewer targets are filled up
     groups: int
 
+    @property
+    def group_size(self) -> int:
+        """Queries of a group, absent ones too; the present ones come first."""
+        return self.target.shape[1] // self.groups
+
+    @property
+    def group_counts(self) -> Tensor:
+        """Present queries in each group of an image: [B] int64."""
+        return self.present.sum(1) // self.groups
+
 
 class Denoised(NamedTuple):
     """Predictions of the denoising queries [B, G, D, .] of every decoder layer, and what they are to be."""
 
     layers: list[Predictions]
     targets: DenoisingTargets
+
+
+class Denoising(nn.Module):
+    """Matching queries [B, 1, N, .] and targets -> the same followed by denoising queries, with key ranges.
+
+    With T targets in the fullest image there are max(1, pairs // T) groups of 2 T queries. Their content embeds the
+    label, of which a share of label_noise / 2 is drawn anew. Their box is the target's with each side moved by up to
+    box_noise half sides for positives, one to two times that for negatives.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.pairs, self.num_classes = config.denoising_pairs, config.num_classes
+        self.label_noise, self.box_noise = config.denoising_label_noise, config.denoising_box_noise
+        self.content = nn.Embedding(config.num_classes, config.embed_dim)
+
+    def forward(self, queries: Queries, targets: PaddedTargets) -> Queries:
+        batch, fullest = targets.labels.shape
+        device, groups = targets.labels.device, max(1, self.pairs // max(1, fullest))
+        target = torch.arange(fullest, device=device).repeat_interleave(2).repeat(groups).expand(batch, -1)
+        present = target < torch.tensor(targets.counts, device=device)[:, None]
+        positive = present & (torch.arange(target.shape[1], device=device) % 2 == 0)
+        known = DenoisingTargets(target * present, positive, present, groups)
+        content = self.content(self._noisy_labels(targets.labels.gather(1, known.target)))
+        boxes = self._noisy_boxes(targets.boxes.gather(1, known.target[..., None].expand(-1, -1, 4)), ~positive)
+        return queries._replace(
+            content=torch.cat([queries.content, content[:, None].to(queries.content.dtype)], 2),
+            box_logits=torch.cat([queries.box_logits, inverse_sigmoid(boxes)[:, None].to(queries.box_logits.dtype)], 2),
+            key_ranges=key_ranges(queries.content.shape[2], known),
+            denoising=known,
+        )
+
+    def _noisy_labels(self, labels: Tensor) -> Tensor:
+        drawn_anew = torch.rand(labels.shape, device=labels.device) < 0.5 * self.label_noise
+        return torch.where(drawn_anew, torch.randint_like(labels, self.num_classes), labels)
+
+    def _noisy_boxes(self, boxes: Tensor, negative: Tensor) -> Tensor:
+        """A box whose sides cross has no extent left in that direction."""
+        distance = torch.rand_like(boxes) + negative[..., None]
+        direction = torch.randint_like(boxes, 2) * 2 - 1
+        moved = corners(boxes) + direction * distance * self.box_noise * 0.5 * boxes[..., 2:].repeat(1, 1, 2)
+        low, high = moved.clamp(0, 1).split(2, -1)
+        return torch.cat([(low + high) / 2, (high - low).clamp_min(0)], -1)
+
+
+def key_ranges(matching: int, known: DenoisingTargets) -> Tensor:
+    """Who may see whom, as `routed_attention` takes it: int32 [B, matching + D, 2, 2].
+
+    First the matching queries, then the present queries of the own group; absent queries see none.
+    """
+    slots = torch.arange(known.target.shape[1], device=known.target.device)
+    start = (matching + slots // max(1, known.group_size) * known.group_size).expand_as(known.target)
+    own_group = torch.stack([start, start + known.group_counts[:, None]], -1)
+    all_matching = torch.zeros_like(own_group)
+    all_matching[..., 1] = matching
+    denoising = torch.stack([all_matching, own_group], -2) * known.present[..., None, None]
+    first = denoising.new_zeros(denoising.shape[0], matching, 2, 2)
+    first[:, :, 0, 1] = matching
+    return torch.cat([first, denoising], 1).int()
+
+
+def group_similarity(content: Tensor, known: DenoisingTargets) -> Tensor:
+    """`query_similarity` of denoising queries [B, D, C] among the present ones of their group: [B, D]."""
+    shape = len(content) * known.groups, known.group_size, content.shape[-1]
+    groups = (content * known.present[..., None]).reshape(shape)
+    among_all = rk.query_similarity(groups).reshape(known.target.shape)
+    return among_all * (known.group_size / known.group_counts.clamp_min(1).to(content.dtype))[:, None]
+
+
+def separated(layers: list[Predictions], known: DenoisingTargets) -> tuple[list[Predictions], Denoised]:
+    """Predictions of all queries -> of the matching ones, and of the denoising ones."""
+    matching = layers[0].boxes.shape[2] - known.target.shape[1]
+    first = [Predictions(*(None if part is None else part[:, :, :matching] for part in layer)) for layer in layers]
+    rest = [Predictions(*(None if part is None else part[:, :, matching:] for part in layer)) for layer in layers]
+    return first, Denoised(rest, known)

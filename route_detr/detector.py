@@ -16,9 +16,11 @@ from .backbone import Backbone, FeatureLevels
 from .boxes import corners
 from .config import DetectorConfig, TrainConfig
 from .decoder import Decoder, best_class_probability
-from .denoising import Denoised
+from .denoising import Denoised, Denoising, separated
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
+from .masks import PixelEmbedding
+from .matcher import PaddedTargets, padded_targets
 from .proposals import Proposals, Queries
 from .schedule import ROUTE_TYPES, RouteType, RoutingValues
 
@@ -71,6 +73,8 @@ class RoutingState(nn.Module):
 
     @torch.no_grad()
     def write(self, values: RoutingValues) -> None:
+        strengths, (alpha,) = (torch.tensor(numbers).tolist() for numbers in (values.strengths, [values.aux_weight]))
+        values = RoutingValues(tuple(strengths), alpha, values.route_type)  # as float32, as they are read back
         if values == self._on_host:
             return
         strength = torch.zeros(self.strength.shape)
@@ -101,11 +105,14 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config.backbone, config.backbone.used_stages)
-        self.feature_levels = FeatureLevels(self.backbone.channels, config.embed_dim, config.num_levels)
+        used = config.backbone.used_stages
+        self.backbone = Backbone(config.backbone, used + config.masks)
+        self.feature_levels = FeatureLevels(self.backbone.channels[-used:], config.embed_dim, config.num_levels)
         self.encoder = Encoder(config)
         self.proposals = Proposals(config)
         self.decoder = Decoder(config)
+        self.denoising = Denoising(config) if config.denoising_pairs else None
+        self.pixel_embedding = PixelEmbedding(self.backbone.channels[0], config.embed_dim) if config.masks else None
         self.routing = RoutingState(config.decoder_layers, config.routed_layer_indices)
 
     def set_routing(
@@ -132,20 +139,41 @@ class Detector(nn.Module):
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence | None = None
     ) -> DetectorOutput:
         """targets (objects with boxes [T, 4] and labels [T], one an image) are what denoising queries start from."""
-        dual = self.training and self.config.route
-        routing = self.routing.read() if dual else None
-        memory = self._memory(images, padding_mask)
-        proposals, queries = self.proposals(memory)
-        layers = self.decoder(queries, memory, routing)
-        aux_weight = self.routing.aux_weight if dual else torch.zeros_like(self.routing.aux_weight)
-        return DetectorOutput(layers, proposals, aux_weight)
-
-    def _memory(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
         _check_images(images, padding_mask)
-        if padding_mask is not None and not bool(padding_mask.any()):
-            padding_mask = None
-        levels = self.feature_levels(self.backbone(images))
-        return self.encoder(*flatten_levels(levels, padding_mask))
+        features = self.backbone(images)
+        padded = None
+        if self.training and self.denoising is not None:
+            if targets is None:
+                raise ValueError("targets: expected those of the images, to train with denoising queries, got none")
+            padded = padded_targets(targets, like=images)
+        return self.transformer(features, padding_mask, padded)
+
+    def transformer(
+        self, features: list[Tensor], padding_mask: Tensor | None = None, targets: PaddedTargets | None = None
+    ) -> DetectorOutput:
+        """All after the backbone, one graph: its feature maps and the images' padding -> DetectorOutput."""
+        dual = self.training and self.config.route
+        memory = self._encoded(features, padding_mask)
+        proposals, queries = self.proposals(memory)
+        if targets is not None:
+            queries = self.denoising(queries, targets)
+        layers, denoised = self.decoder(queries, memory, self.routing.read() if dual else None), None
+        if queries.denoising is not None:
+            layers, denoised = separated(layers, queries.denoising)
+        aux_weight = self.routing.aux_weight if dual else torch.zeros_like(self.routing.aux_weight)
+        return DetectorOutput(layers, proposals, aux_weight, denoised, self._pixels(features, memory))
+
+    def _encoded(self, features: list[Tensor], padding_mask: Tensor | None) -> Memory:
+        levels = self.feature_levels(features[-self.config.backbone.used_stages :])
+        config = self.config
+        return self.encoder(*flatten_levels(levels, padding_mask, config.position_temperature, config.position_offset))
+
+    def _pixels(self, features: list[Tensor], memory: Memory) -> Tensor | None:
+        if self.pixel_embedding is None:
+            return None
+        height, width = memory.spatial_shapes[0]
+        finest = memory.features[:, : height * width].mT.unflatten(2, (height, width))
+        return self.pixel_embedding(features[0], finest)
 
     @torch.no_grad()
     def routing_factors(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[int, RoutedLayerView]:
@@ -153,7 +181,8 @@ class Detector(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            memory = self._memory(images, padding_mask)
+            _check_images(images, padding_mask)
+            memory = self._encoded(self.backbone(images), padding_mask)
             entering = self.decoder.observed_queries(self.proposals(memory)[1], memory)
             return {index: self._view(index, queries) for index, queries in entering.items()}
         finally:

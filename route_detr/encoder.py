@@ -11,7 +11,7 @@ from route_kernels.nn import MSDeformAttn
 
 from .blocks import AddNorm, FeedForward
 from .config import DetectorConfig
-from .position import image_embedding, image_positions, valid_extent
+from .position import TEMPERATURE, image_embedding, image_positions, valid_extent
 
 
 class Memory(NamedTuple):
@@ -30,17 +30,21 @@ class Memory(NamedTuple):
         return reference[:, :, None] * self.valid_ratios[:, None].repeat(1, 1, 1, reference.shape[-1] // 2)
 
 
-def flatten_levels(levels: list[Tensor], padding_mask: Tensor | None) -> tuple[Memory, Tensor]:
+def flatten_levels(
+    levels: list[Tensor], padding_mask: Tensor | None, temperature: float = TEMPERATURE, offset: float = 0.5
+) -> tuple[Memory, Tensor]:
     """Levels [B, C, h, w] and the images' padding [B, H, W] or None -> memory, sine embedding [B or 1, S, C]."""
     shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
     features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
     paddings = [None if padding_mask is None else _resized(padding_mask, shape) for shape in shapes]
-    grids = [
-        image_positions(*shape, padding, features).flatten(1, 2)
-        for shape, padding in zip(shapes, paddings, strict=True)
-    ]
-    positions = torch.cat(grids, 1)
-    embedding = image_embedding(positions, features.shape[-1])
+
+    def at(offset: float) -> Tensor:
+        grids = zip(shapes, paddings, strict=True)
+        return torch.cat(
+            [image_positions(*shape, padding, features, offset).flatten(1, 2) for shape, padding in grids], 1
+        )
+
+    positions, embedding = at(0.5), image_embedding(at(offset), features.shape[-1], temperature)
     if padding_mask is None:
         return Memory(features, positions, shapes, None, None), embedding
     ratios = [

@@ -43,8 +43,10 @@ class PredictionHead(nn.Module):
         nn.init.zeros_(self.refine[-1].bias)
 
     def forward(self, content: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        refined = (reference + self.refine(content)).clamp(-BOX_LOGIT_LIMIT, BOX_LOGIT_LIMIT)
-        return self.classify(content), refined
+        return self.classify(content), self.refined(content, reference)
+
+    def refined(self, content: Tensor, reference: Tensor) -> Tensor:
+        return (reference + self.refine(content)).clamp(-BOX_LOGIT_LIMIT, BOX_LOGIT_LIMIT)
 
 
 def side_by_side(predictions: Sequence[Predictions]) -> Predictions:

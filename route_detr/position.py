@@ -10,21 +10,21 @@ from torch import Tensor
 TEMPERATURE = 10000.0
 
 
-def sine_embedding(coordinates: Tensor, dim: int) -> Tensor:
+def sine_embedding(coordinates: Tensor, dim: int, temperature: float = TEMPERATURE) -> Tensor:
     """sin and cos of 2 pi x at `dim` / 2 wavelengths: [...] in [0, 1] -> [..., dim], interleaved."""
     exponents = torch.arange(dim // 2, dtype=coordinates.dtype, device=coordinates.device) * (2 / dim)
-    angles = coordinates[..., None] * (2 * math.pi * TEMPERATURE**-exponents)
+    angles = coordinates[..., None] * (2 * math.pi * temperature**-exponents)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
-def image_positions(height: int, width: int, padding: Tensor | None, like: Tensor) -> Tensor:
-    """Pixel centres as fractions of each image's own (unpadded) extent.
+def image_positions(height: int, width: int, padding: Tensor | None, like: Tensor, offset: float = 0.5) -> Tensor:
+    """Pixels, by default their centres, as fractions of each image's own (unpadded) extent.
 
     padding: [B, h, w] bool, True = padding, or None when no pixel is. Returns [B, h, w, 2] (or [1, h, w, 2]) as
     (x, y), in the dtype and on the device of `like`. Positions in the padding lie beyond 1.
     """
-    x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
-    y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
+    x = torch.arange(width, dtype=like.dtype, device=like.device) + offset
+    y = torch.arange(height, dtype=like.dtype, device=like.device) + offset
     if padding is None:
         x, y = x[None] / width, y[None] / height
     else:
@@ -39,9 +39,9 @@ def valid_extent(padding: Tensor) -> tuple[Tensor, Tensor]:
     return columns.clamp_min(1), rows.clamp_min(1)
 
 
-def image_embedding(positions: Tensor, dim: int) -> Tensor:
-    """[B, h, w, 2] -> [B, h, w, dim]: the halves embed y and x, as in DETR."""
-    return sine_embedding(positions.flip(-1), dim // 2).flatten(-2)
+def image_embedding(positions: Tensor, dim: int, temperature: float = TEMPERATURE) -> Tensor:
+    """[..., 2] -> [..., dim]: the halves embed y and x, as in DETR."""
+    return sine_embedding(positions.flip(-1), dim // 2, temperature).flatten(-2)
 
 
 def box_embedding(boxes: Tensor, dim: int) -> Tensor:

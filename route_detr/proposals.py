@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .boxes import inverse_sigmoid
 from .config import DetectorConfig
+from .denoising import DenoisingTargets
 from .encoder import Memory
 from .heads import PredictionHead, Predictions
 from .position import box_embedding
@@ -18,31 +19,39 @@ BORDER = 0.01  # a proposal centred closer to the border, or larger than 1 - BOR
 
 
 class Queries(NamedTuple):
-    """What enters a decoder layer, for G branches."""
+    """What enters a decoder layer, for G branches; denoising queries, where there are any, follow the matching ones."""
 
     content: Tensor  # [B, G, N, C]
-    position: Tensor  # [B, G, N, C], the same for all branches
+    position: Tensor | None  # [B, 1 or G, N, C]; None: the decoder makes it from the boxes
     box_logits: Tensor  # [B, G, N, 4] inverse sigmoid of the reference boxes, detached
     logits: Tensor | None = None  # [B, G, N, K] class logits of the layer before; None before the first
+    attached: Tensor | None = None  # box_logits with the gradient to the layer before, to look forward twice
     key_ranges: Tensor | None = None  # [B, N, 2, 2] int32: which queries each may see; None: all
+    denoising: DenoisingTargets | None = None
 
 
 class Proposals(nn.Module):
-    """Memory -> class-agnostic predictions for all S positions, and queries from the best.
+    """Memory -> predictions for all S positions, and queries from the best.
 
-    The position of a query comes from its proposal's box. Its content is learned (mixed query selection: DINO,
-    arXiv 2203.03605) or the proposal's feature, detached, which knows what it stands on and so trains sooner.
+    `config.query_content` and `config.query_position` say what the content and the position of a query come from:
+    mixed query selection (DINO, arXiv 2203.03605) learns the content; "encoded" takes the proposal's feature, detached,
+    which knows what it stands on and so trains sooner; "box" and "joint" (Deformable DETR, arXiv 2010.04159) embed the
+    proposal's box.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         dim = config.embed_dim
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
-        self.head = PredictionHead(dim, 1)
-        self.num_queries = config.num_queries
-        learned = config.query_content == "learned"
-        self.content = nn.Parameter(torch.randn(config.num_queries, dim)) if learned else None
-        self.position = nn.Sequential(nn.Linear(2 * dim, dim), nn.LayerNorm(dim))
+        self.head = PredictionHead(dim, 1 if config.proposal_classes == "agnostic" else config.num_classes)
+        self.num_queries, self.query_content = config.num_queries, config.query_content
+        self.content: nn.Parameter | nn.Module | None = None
+        if config.query_content == "learned":
+            self.content = nn.Parameter(torch.randn(config.num_queries, dim))
+        elif config.query_content != "encoded":
+            self.content = _embedding_layer(dim, 2 * dim if config.query_content == "joint" else dim)
+        positioned = config.query_position == "proposal" and config.query_content != "joint"
+        self.position = _embedding_layer(dim, dim) if positioned else None
 
     def forward(self, memory: Memory) -> tuple[Predictions, Queries]:
         """Queries are the best num_queries proposals, or all S where there are fewer."""
@@ -50,16 +59,23 @@ class Proposals(nn.Module):
         features = self.project(memory.features * usable[..., None])
         scores, box_logits = self.head(features, inverse_sigmoid(anchors))
         count = min(self.num_queries, scores.shape[1])
-        ranking = scores.detach()[..., 0].masked_fill(~usable, -torch.inf)
-        best = ranking.topk(count, dim=1).indices
-        best_logits = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4))
-        position = self.position(box_embedding(best_logits.sigmoid(), features.shape[-1]))
-        if self.content is None:
-            content = features.detach().gather(1, best[..., None].expand_as(position))
+        ranking = scores.detach().amax(-1).masked_fill(~usable, -torch.inf)
+        best = ranking.topk(count, dim=1).indices[..., None]
+        best_logits = box_logits.detach().gather(1, best.expand(-1, -1, 4))
+        embedding = box_embedding(best_logits.sigmoid(), features.shape[-1])
+        position = None if self.position is None else self.position(embedding)
+        if self.query_content == "learned":
+            content = self.content[:count].expand(len(features), -1, -1)
+        elif self.query_content == "encoded":
+            content = features.detach().gather(1, best.expand(-1, -1, features.shape[-1]))
+        elif self.query_content == "box":
+            content = self.content(embedding)
         else:
-            content = self.content[:count].expand_as(position)
-        queries = Queries(content[:, None], position[:, None], best_logits[:, None])
-        return Predictions(scores[:, None], box_logits.sigmoid()[:, None]), queries
+            position, content = self.content(embedding).chunk(2, -1)
+        position = None if position is None else position[:, None]
+        return Predictions(scores[:, None], box_logits.sigmoid()[:, None]), Queries(
+            content[:, None], position, best_logits[:, None]
+        )
 
     @staticmethod
     def _anchors(memory: Memory) -> tuple[Tensor, Tensor]:
@@ -75,3 +91,7 @@ class Proposals(nn.Module):
         if memory.padding is not None:
             usable = usable & ~memory.padding
         return anchors.masked_fill(~usable[..., None], 1.0), usable
+
+
+def _embedding_layer(dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2 * dim, width), nn.LayerNorm(width))

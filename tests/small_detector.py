@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig
+from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig, preset
 from route_detr.criterion import Criterion
 from route_detr.detector import Detector
 
@@ -60,6 +60,13 @@ def small_batch(seed=0, size=(70, 45), counts=(3, 0), dtype=torch.float64, padde
     return images, padding_mask, targets
 
 
+TINY = preset("tiny").detector
+VARIANTS = {
+    name: {field: value for field, value in vars(preset(name).detector).items() if value != getattr(TINY, field)}
+    for name in ("tiny", "tiny-dab", "tiny-dino")
+}
+
+
 def trained_step(detector, batch, strength, aux_weight):
     """Losses and gradients of one training step; the running statistics of the norms are left as they were."""
     images, padding_mask, targets = batch
@@ -70,7 +77,8 @@ def trained_step(detector, batch, strength, aux_weight):
         if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats = False
     detector.zero_grad()
-    output = detector(images, padding_mask)
+    torch.manual_seed(0)
+    output = detector(images, padding_mask, targets)
     losses = Criterion(TrainConfig())(output, targets)
     losses["loss"].backward()
     gradients = {

@@ -98,7 +98,9 @@ def test_eval_costs_nothing(monkeypatch):
     original = RoutedSelfAttention.forward
     monkeypatch.setattr(QueryRouter, "forward", forbidden)
     monkeypatch.setattr(
-        RoutedSelfAttention, "forward", lambda self, q, p, r=None: routings.append(r) or original(self, q, p, r)
+        RoutedSelfAttention,
+        "forward",
+        lambda self, q, p, r=None, **more: routings.append(r) or original(self, q, p, r, **more),
     )
     monkeypatch.setattr(rk, "query_similarity", forbidden)
     images, padding_mask, _ = small_batch()
