@@ -1,4 +1,4 @@
-"""COCO average precision of detections, by pycocotools, without its printing."""
+"""COCO average precision of boxes and masks, by pycocotools, without its printing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -15,37 +17,42 @@ from torch import Tensor
 from route_detr.errors import NoGroundTruth
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)
 
 
 def coco_results(
     detections: Sequence[dict[str, Tensor]], image_ids: Sequence[int], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections as COCO result entries.
+    """Detections as COCO result entries; masks become run lengths under ``segmentation``.
 
     Args:
-        detections: an image each: scores [K], labels [K] int64 from 0, boxes [K, 4] as (x0, y0, x1, y1) pixels.
+        detections: an image each: scores [K], labels [K] int64 from 0, boxes [K, 4] as (x0, y0, x1, y1) pixels, and
+            masks [K, H, W] bool of a detector that has them.
         image_ids: the COCO id of each image.
         category_ids: the COCO category id of each label.
     """
     results = []
     for found, image_id in zip(detections, image_ids, strict=True):
         boxes = found["boxes"].detach().cpu().double()
-        corner, extent = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-        rows = zip(found["scores"].tolist(), found["labels"].tolist(), corner.tolist(), extent.tolist(), strict=True)
-        for score, label, (x, y), (w, h) in rows:
-            bbox = [round(value, 3) for value in (x, y, w, h)]
+        boxes[:, 2:] -= boxes[:, :2]
+        for score, label, box in zip(found["scores"].tolist(), found["labels"].tolist(), boxes.tolist(), strict=True):
+            bbox = [round(value, 3) for value in box]
             category = int(category_ids[label])
             results.append({"image_id": int(image_id), "category_id": category, "bbox": bbox, "score": score})
+        if "masks" in found and len(boxes):
+            masks = rle.encode(np.asfortranarray(found["masks"].permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+            for result, mask in zip(results[-len(boxes) :], masks, strict=True):
+                result["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
     return results
 
 
-def _result_set(ground_truth: COCO, results: Sequence[dict[str, Any]]) -> COCO:
+def _result_set(ground_truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCO:
     """What ``COCO.loadRes`` builds, for an empty list too."""
-    detected = COCO()
     annotations = []
     for number, result in enumerate(results, start=1):
-        area = result["bbox"][2] * result["bbox"][3]
+        area = result["bbox"][2] * result["bbox"][3] if kind == "bbox" else float(rle.area(result["segmentation"]))
         annotations.append({**result, "id": number, "area": area, "iscrowd": 0})
+    detected = COCO()
     detected.dataset = {
         "images": ground_truth.dataset["images"],
         "categories": copy.deepcopy(ground_truth.dataset["categories"]),
@@ -65,9 +72,9 @@ def check_ground_truth(ground_truth: COCO, image_ids: Sequence[int]) -> None:
 
 
 def average_precision(
-    ground_truth: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int]
+    ground_truth: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int], masks: bool = False
 ) -> dict[str, float | None]:
-    """AP, AP50, AP75, APs, APm and APl of box detections (COCO protocol, at most 100 an image).
+    """AP, AP50, AP75, APs, APm and APl of boxes (COCO protocol, at most 100 an image); with `masks` mask_AP, ... too.
 
     No detections give 0. A size class without any object gives None.
 
@@ -75,17 +82,24 @@ def average_precision(
         NoGroundTruth: no object is annotated in these images.
     """
     check_ground_truth(ground_truth, image_ids)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(ground_truth, _result_set(ground_truth, results), "bbox")
-        evaluation.params.imgIds = sorted(image_ids)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    stats = (float(value) for value in evaluation.stats[: len(METRICS)])
-    return {name: value if value >= 0 else None for name, value in zip(METRICS, stats, strict=True)}
+    metrics: dict[str, float | None] = {}
+    for kind, names in (("bbox", METRICS), ("segm", MASK_METRICS))[: 1 + masks]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(ground_truth, _result_set(ground_truth, results, kind), kind)
+            evaluation.params.imgIds = sorted(image_ids)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        values = map(float, evaluation.stats[: len(names)])
+        metrics |= {name: value if value >= 0 else None for name, value in zip(names, values, strict=True)}
+    return metrics
 
 
 def table(metrics: dict[str, float | None]) -> str:
-    """The metrics as two aligned lines of text; '-' where the set has no object of that size."""
-    values = ["-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in METRICS]
-    return "\n".join("  ".join(f"{cell:>5}" for cell in row) for row in (METRICS, values))
+    """The metrics as aligned lines of text, of boxes and then of masks; '-' where no object has that size."""
+    rows = [METRICS]
+    for names in (METRICS, MASK_METRICS):
+        if names[0] in metrics:
+            rows.append(["-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in names])
+    lines = ["  ".join(f"{cell:>5}" for cell in row) for row in rows]
+    return "\n".join(lines if len(rows) == 2 else [lines[0], f"{lines[1]}  boxes", f"{lines[2]}  masks"])

@@ -4,11 +4,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from route_detr.errors import NoGroundTruth
-from route_detr.evaluation import METRICS, average_precision, coco_results, table
+from route_detr.evaluation import MASK_METRICS, METRICS, average_precision, coco_results, table
 
 CATEGORY_IDS = [7, 90]
 
@@ -102,3 +103,63 @@ def test_table_lines_up_and_marks_what_is_absent():
     assert head.split() == list(METRICS)
     assert row.split() == ["0.500", "0.750", "0.400", "0.100", "0.200", "-"]
     assert len(head) == len(row)
+
+
+def with_discs(truth):
+    """The annotations with the disc that fills each box as run lengths; and these masks [T, 100, 100] of each image."""
+    annotations, masks = [], {1: [], 2: [], 3: []}
+    y, x = np.mgrid[:100, :100] + 0.5
+    for each in truth:
+        left, top, w, h = each["bbox"]
+        disc = ((x - left - w / 2) / w) ** 2 + ((y - top - h / 2) / h) ** 2 < 0.25
+        encoded = rle.encode(np.asfortranarray(disc.astype(np.uint8)))
+        annotations.append({**each, "segmentation": encoded, "area": float(disc.sum())})
+        masks[each["image_id"]].append(torch.from_numpy(disc))
+    return annotations, {
+        i: torch.stack(m) if m else torch.zeros(0, 100, 100, dtype=torch.bool) for i, m in masks.items()
+    }
+
+
+def test_masks_are_scored_beside_boxes(capfd):
+    truth, masks = with_discs(TRUTH)
+    found = [{**found_exactly(TRUTH, i), "masks": masks[i]} for i in (1, 2, 3)]
+    results = coco_results(found, [1, 2, 3], CATEGORY_IDS)
+    assert [set(each["segmentation"]) for each in results] == [{"size", "counts"}] * 3
+    metrics = average_precision(ground_truth(truth), results, [1, 2, 3], masks=True)
+    assert tuple(metrics) == METRICS + MASK_METRICS
+    assert metrics["AP"] == metrics["mask_AP"] == pytest.approx(1)
+    assert metrics["mask_APl"] is None
+    halves = [{**each, "masks": each["masks"] & (torch.arange(100) % 2 == 0)} for each in found]
+    halved = average_precision(
+        ground_truth(truth), coco_results(halves, [1, 2, 3], CATEGORY_IDS), [1, 2, 3], masks=True
+    )
+    assert halved["AP"] == pytest.approx(1) and 0 <= halved["mask_AP"] < 0.2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_masks_agree_with_pycocotools_own_loading():
+    truth, masks = with_discs(TRUTH)
+    moved = [{**found_exactly(TRUTH, i), "masks": masks[i].roll((1, 2), (1, 2))} for i in (1, 2, 3)]
+    results = coco_results(moved, [1, 2, 3], CATEGORY_IDS)
+    coco = ground_truth(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        only_masks = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
+        evaluation = COCOeval(coco, coco.loadRes(only_masks), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics = average_precision(coco, results, [1, 2, 3], masks=True)
+    assert 0 < metrics["mask_AP"] < 1
+    assert [metrics[name] for name in MASK_METRICS[:4]] == pytest.approx(evaluation.stats[:4])
+
+
+def test_no_detections_give_zero_masks_too():
+    metrics = average_precision(ground_truth(with_discs(TRUTH)[0]), [], [1, 2, 3], masks=True)
+    assert metrics["mask_AP"] == 0.0 and metrics["mask_APl"] is None
+
+
+def test_table_has_a_row_for_masks():
+    metrics = dict.fromkeys(METRICS, 0.5) | dict.fromkeys(MASK_METRICS, 0.25)
+    head, boxes, masks = table(metrics).splitlines()
+    assert head.split() == list(METRICS)
+    assert boxes.split() == ["0.500"] * 6 + ["boxes"] and masks.split() == ["0.250"] * 6 + ["masks"]
