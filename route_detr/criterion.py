@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+import route_kernels as rk
 
 from .boxes import corners, generalized_iou
 from .config import TrainConfig
@@ -100,26 +101,15 @@ class Criterion:
         return {kind: loss.sum((0, 2)) for kind, loss in losses.items()}
 
     def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        return self.config.class_weight * focal_loss(logits, classes, self.config.focal_alpha, self.config.focal_gamma)
+        """Logits [..., N, K] and classes [..., N], K where there is none of them -> losses [..., N]."""
+        focal = (self.config.focal_alpha, self.config.focal_gamma)
+        return self.config.class_weight * rk.sigmoid_focal_loss(logits, classes, *focal, reduction="none")
 
     def _box_losses(self, predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
         """Boxes [..., 4] -> losses [...]."""
         l1 = (predicted - true).abs().sum(-1)
         giou = 1 - generalized_iou(corners(predicted), corners(true))
         return {"l1": self.config.l1_weight * l1, "giou": self.config.giou_weight * giou}
-
-
-def focal_loss(logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> Tensor:
-    """-alpha_t (1 - p_t)^gamma log p_t, summed over the classes (arXiv 1708.02002): [..., K] -> [...].
-
-    classes: [...] int64, K where there is none of them.
-    """
-    truth = (classes[..., None] == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
-    p = logits.sigmoid()
-    cross_entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    p_t = p * truth + (1 - p) * (1 - truth)
-    alpha_t = alpha * truth + (1 - alpha) * (1 - truth)
-    return (alpha_t * (1 - p_t) ** gamma * cross_entropy).sum(-1)
 
 
 def _precise(x: Tensor) -> Tensor:

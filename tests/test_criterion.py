@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import route_kernels as rk
 from route_detr.boxes import corners, generalized_iou, inverse_sigmoid
 from route_detr.config import TrainConfig
-from route_detr.criterion import Criterion, focal_loss
+from route_detr.criterion import Criterion
 from route_detr.detector import DetectorOutput
 from route_detr.heads import Predictions
 from route_detr.matcher import Matcher, padded_targets
@@ -60,17 +61,6 @@ def test_corners():
 def test_inverse_sigmoid_is_finite_at_the_ends():
     x = torch.tensor([0.0, 1e-4, 0.5, 0.7, 1.0], dtype=torch.float64)
     assert torch.allclose(inverse_sigmoid(x).sigmoid(), x, atol=1.1e-5)
-
-
-@pytest.mark.parametrize(("logit", "truth"), list(itertools.product([-30.0, -2.0, 0.0, 0.7, 30.0], [0.0, 1.0])))
-def test_focal_loss_is_the_formula(logit, truth):
-    p = 1 / (1 + math.exp(-logit))
-    p_t, alpha_t, sign = (p, 0.25, 1) if truth else (1 - p, 0.75, -1)
-    log_p_t = -math.log1p(math.exp(-sign * logit))
-    expected = -alpha_t * (1 - p_t) ** 2 * log_p_t
-    logits = torch.tensor([-100.0, logit], dtype=torch.float64)  # another class, surely absent, adds nothing
-    computed = focal_loss(logits, torch.tensor(1 if truth else 2), 0.25, 2.0)
-    assert computed.item() == pytest.approx(expected, rel=1e-9, abs=1e-30)
 
 
 def pair_cost(logit, box, label, true, config):
@@ -153,7 +143,7 @@ def test_losses_equal_a_plain_loop_over_layers_branches_and_images():
             query, matched = found.query[0], found.target[0]
             classes = torch.full((len(logits),), logits.shape[-1])
             classes[query] = labels[matched]
-            expected["class"] += 1.5 * focal_loss(logits, classes, 0.25, 2.0).sum().item()
+            expected["class"] += 1.5 * rk.sigmoid_focal_loss(logits, classes, 0.25, 2.0).item()
             for q, t in zip(query, matched, strict=True):
                 expected["l1"] += 3.0 * (boxes[q] - target.boxes[t]).abs().sum().item()
                 expected["giou"] += 0.5 * (1 - generalized_iou(corners(boxes[q]), corners(target.boxes[t])).item())
