@@ -16,7 +16,7 @@ import torch
 from route_detr.errors import CheckpointError
 
 FORMAT = "route_detr.checkpoint"
-VERSION = 1
+VERSION = 2
 REQUIRED = ("config", "categories", "model")
 
 

@@ -1,4 +1,4 @@
-"""route-detr train | eval | predict | inspect | data."""
+"""route-detr train | eval | predict | export | inspect | data."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from route_detr.errors import Interrupted, NonFiniteLoss
+from route_detr.errors import Interrupted, RunFailed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-# Command-line options that set one field of the configuration.
-FIELDS = {
-    "epochs": ("train.epochs", int),
-    "batch_size": ("train.batch_size", int),
-    "learning_rate": ("train.learning_rate", float),
-    "seed": ("train.seed", int),
-    "workers": ("train.workers", int),
-    "eval_every": ("train.eval_every", int),
-    "time_budget": ("train.time_budget", float),
-}
+EXAMPLES = """examples:
+  route-detr train                                       the tiny preset on handwritten digits, nothing else needed
+  route-detr train --data ROOT --preset dino-r50 detector.backbone.weights=microsoft/resnet-50
+  route-detr train --data ROOT --no-route train.epochs=24 train.batch_size=8
+  route-detr train --resume                              goes on where the run was stopped
+  accelerate launch --mixed_precision bf16 -m route_detr train --data ROOT     on all GPUs of this machine
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,20 +29,23 @@ def parser() -> argparse.ArgumentParser:
     computing = argparse.ArgumentParser(add_help=False)
     computing.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto: cuda where there is one")
     computing.add_argument("--threads", type=int, help="CPU threads of PyTorch (default: its own choice)")
-    commands = top.add_subparsers(dest="command", required=True, metavar="train | eval | predict | inspect | data")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", parents=[common, computing], help="train a detector")
+    train = commands.add_parser(
+        *("train",),
+        parents=[common, computing],
+        help="train a detector",
+        description="Train a detector on data in COCO's format; without --data, on bundled digits.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     train.set_defaults(action="train")
-    train.add_argument("--preset", help="named configuration to start from (default: tiny)")
     _add_data_options(train, ("train", "val"), "without any: the bundled crowded digits, written to data/digits once")
     train.add_argument("--name", help="name of the run: its folder is runs/NAME (default: the preset's name)")
     train.add_argument("--out", type=Path, help="the run's folder, instead of runs/NAME")
+    train.add_argument("--cache", type=Path, metavar="FOLDER", help="keep decoded training images there")
     train.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-    for option, (key, kind) in FIELDS.items():
-        extra = "seconds after which training ends: " if option == "time_budget" else ""
-        train.add_argument("--" + option.replace("_", "-"), type=kind, help=f"{extra}{key}")
-    train.add_argument("--route", action=argparse.BooleanOptionalAction, help="--no-route trains the plain baseline")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any field of config.json")
+    _add_configuration(train)
 
     evaluate = commands.add_parser("eval", parents=[common, computing], help="average precision of a trained detector")
     evaluate.set_defaults(action="evaluate")
@@ -60,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
     predict.add_argument("--score-threshold", type=float, default=0.3, help="leave out less certain detections (0.3)")
 
+    export = commands.add_parser("export", parents=[common], help="a trained detector as ONNX or torch.export file")
+    export.set_defaults(action="export")
+    _add_run_argument(export)
+    export.add_argument("--out", type=Path, required=True, help="file to write: NAME.onnx or NAME.pt2")
+    export.add_argument(
+        *("--size",), type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images (default: square, as trained)"
+    )
+
     inspect = commands.add_parser("inspect", help="pictures of what routing does")
     topics = inspect.add_subparsers(dest="topic", required=True, metavar="routing | schedule")
     routing = topics.add_parser("routing", parents=[common, computing], help="learned bias and gate of one image")
@@ -67,14 +75,14 @@ def parser() -> argparse.ArgumentParser:
     _add_run_argument(routing)
     routing.add_argument("--image", type=Path, help="image file (default: the first validation image of the run)")
     routing.add_argument("--out", type=Path, help="picture to write (default: routing.png beside the checkpoint)")
-    schedule = topics.add_parser("schedule", parents=[common], help="lambda(t) and alpha(t)")
+    schedule = topics.add_parser("schedule", parents=[common], help="lambda(t), alpha(t) and the learning rate")
     schedule.set_defaults(action="inspect_schedule")
-    schedule.add_argument("--preset", default="tiny", help="named configuration (default: tiny)")
-    schedule.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any field of config.json")
+    schedule.add_argument("--images", type=int, default=118_287, help="images of an epoch (118287: COCO train2017)")
     schedule.add_argument("--out", type=Path, default=Path("schedule.png"), help="picture to write (schedule.png)")
+    _add_configuration(schedule)
 
     data = commands.add_parser("data", help="write data sets")
-    sets = data.add_subparsers(dest="set", required=True, metavar="digits")
+    sets = data.add_subparsers(dest="set", required=True, metavar="digits | cityscapes")
     digits = sets.add_parser("digits", parents=[common], help="crowded digits as a COCO folder")
     digits.set_defaults(action="write_digits")
     digits.add_argument("out", type=Path)
@@ -82,7 +90,23 @@ def parser() -> argparse.ArgumentParser:
     digits.add_argument("--train-images", type=int, default=5000)
     digits.add_argument("--val-images", type=int, default=100)
     digits.add_argument("--image-size", type=int, default=128)
+    cityscapes = sets.add_parser("cityscapes", parents=[common], help="the official Cityscapes folders as a COCO folder")
+    cityscapes.set_defaults(action="write_cityscapes")
+    cityscapes.add_argument("root", type=Path, help="folder with leftImg8bit/ and gtFine/")
+    cityscapes.add_argument("out", type=Path)
+    cityscapes.add_argument("--workers", type=int, help="processes (default: one a CPU)")
     return top
+
+
+def _add_configuration(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "configuration", "a preset or a file, and what overrides it; config.json of a run has all fields"
+    )
+    group.add_argument("--preset", help="named configuration to start from (default: tiny)")
+    group.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields that differ from its `base`, a preset")
+    group.add_argument("--route", action=argparse.BooleanOptionalAction, help="--no-route trains the plain baseline")
+    group.add_argument("--routed-layers", metavar="LAYERS", help="decoder layers with routing: last:2, all or 3,4")
+    group.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any field, as train.learning_rate=2e-4")
 
 
 def _add_run_argument(command: argparse.ArgumentParser) -> None:
@@ -110,9 +134,21 @@ def _complain(kind: str, message: object) -> None:
     print(f"route-detr: {kind}: {'; '.join(line for line in lines if line)}", file=sys.stderr)
 
 
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; KEY=VALUE may stand anywhere in it."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if hasattr(args, "overrides"):
+        args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in args.overrides]
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
-    args = parser().parse_args(argv)
+    args = parsed(argv)
     # Read once, when PyTorch loads OpenMP: threads that wait spin some 50 us, then sleep. By default they spin for
     # milliseconds, and one other process on the machine then makes a training step many times as slow.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -133,6 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.debug:
                 raise
             bad_input = isinstance(error, INPUT_ERRORS)
-            text = str(error) if bad_input or isinstance(error, NonFiniteLoss) else f"{type(error).__name__}: {error}"
+            text = str(error) if bad_input or isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
             _complain("error", text)
             return BAD_INPUT if bad_input else FAILED

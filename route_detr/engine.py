@@ -1,31 +1,86 @@
-"""One epoch of training and one evaluation."""
+"""One epoch of training and one evaluation, in one process or in many."""
 
 from __future__ import annotations
 
 import math
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from route_detr.config import Config, TrainConfig
 from route_detr.criterion import Criterion
 from route_detr.data import CocoDetection, collate
-from route_detr.detector import Detector, detections
+from route_detr.data.batch import shuffled
+from route_detr.detector import detections
 from route_detr.errors import NonFiniteLoss
 from route_detr.evaluation import average_precision, coco_results
 from route_detr.progress import Progress
+from route_detr.scale_out import average_gradients, everybodys
 from route_detr.schedule import routing_values
 
 
-def epoch_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The order of an epoch: a pure function of (seed, epoch), so that a resumed run can start inside it."""
+class Step(NamedTuple):
+    """What a training step has computed, on the device until it is read."""
+
+    number: int
+    names: tuple[str, ...]
+    values: Tensor  # [len(names)], this rank's share of the losses
+    grad_norm: Tensor
+    settings: dict[str, float]
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Losses, ``grad_norm``, ``learning_rate``, ``routing_strength`` and ``aux_weight``; all ranks take part.
+
+        Raises:
+            NonFiniteLoss: names the parts of the loss that are not finite, or the gradient norm.
+        """
+        values = accelerator.reduce(torch.cat([self.values, self.grad_norm.reshape(1)]), "mean").tolist()
+        return self._finite(values) | self.settings
+
+    def check(self) -> None:
+        """`read`'s error, from this rank's share alone."""
+        self._finite([*self.values.tolist(), self.grad_norm.item()])
+
+    def _finite(self, values: list[float]) -> dict[str, float]:
+        named = dict(zip((*self.names, "grad_norm"), values, strict=True))
+        bad = ", ".join(f"{name} = {value}" for name, value in named.items() if not math.isfinite(value))
+        if bad:
+            raise NonFiniteLoss(f"the loss is not finite at step {self.number}: {bad}")
+        return named
+
+
+def epoch_batches(landscape: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The global batches of an epoch, all of ``batch_size``: the last is filled up with the epoch's first images.
+
+    A pure function of the images' orientations, seed and epoch, so that a resumed run can start inside it and any
+    number of ranks divides it.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(samples, generator=generator).tolist()
-    return [order[start : start + batch_size] for start in range(0, samples, batch_size)]
+    order = shuffled(landscape, batch_size, generator)
+    steps = math.ceil(len(order) / batch_size)
+    filled = order * math.ceil(batch_size / len(order)) + order
+    return [filled[start : start + batch_size] for start in range(0, steps * batch_size, batch_size)]
+
+
+def micro_batches(batches: Sequence[list[int]], accelerator: Accelerator) -> list[list[int]]:
+    """This rank's part of each global batch, in as many pieces as gradients are accumulated over.
+
+    Raises:
+        ValueError: the batch size is no multiple of ranks x accumulation steps.
+    """
+    pieces, size = accelerator.gradient_accumulation_steps, len(batches[0])
+    shares = accelerator.num_processes * pieces
+    if size % shares:
+        raise ValueError(f"train.batch_size: expected a multiple of {shares} (processes x accumulation), got {size}")
+    first = accelerator.process_index * pieces
+    return [batch[share::shares] for batch in batches for share in range(first, first + pieces)]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -40,100 +95,107 @@ def batch_loader(dataset: CocoDetection, batches: list[list[int]], workers: int)
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),
     )
 
 
-def check_finite(losses: dict[str, float], step: int) -> None:
-    """Raise `NonFiniteLoss` that names the parts of the loss that are not finite."""
-    if not all(map(math.isfinite, losses.values())):
-        named = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
-        raise NonFiniteLoss(f"the loss is not finite at step {step}: {named}")
-
-
 def train_one_epoch(
-    detector: Detector,
+    model: nn.Module,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     dataset: CocoDetection,
     progress: Progress,
-    run_config: Config,
-    device: torch.device,
-) -> Iterator[dict[str, float]]:
-    """Train from ``progress`` to the end of its epoch, or of the time budget; yields after each step.
+    config: Config,
+    accelerator: Accelerator,
+) -> Iterator[Step]:
+    """Train from ``progress`` to the end of its epoch; yields after each step, which the caller counts.
 
-    What is yielded holds the step's losses, ``grad_norm``, ``learning_rate`` (of the first parameter group),
-    ``routing_strength`` and ``aux_weight``. The steps depend on the weights, the optimizer, ``progress`` and the
-    random generators' states only, so a run continued from a checkpoint repeats the uninterrupted one.
+    The steps depend on the weights, the optimizer, ``progress`` and the random generators' states only, so a run
+    continued from a checkpoint repeats the uninterrupted one. Losses are divided by the boxes of the global batch.
 
     Raises:
-        NonFiniteLoss: before anything is written to the parameters.
+        NonFiniteLoss: the weights may be spoilt by then, but no step that was read is.
     """
-    config = run_config.train
+    detector, pieces = accelerator.unwrap_model(model), accelerator.gradient_accumulation_steps
+    train = config.train
     dataset.set_epoch(progress.epoch)
-    batches = epoch_batches(len(dataset), config.batch_size, config.seed, progress.epoch)
-    loader = batch_loader(dataset, batches[progress.step_in_epoch :], config.workers)
-    parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
-    detector.train()
-    started = time.perf_counter()
-    for batch in loader:
-        factor = progress.learning_rate_factor(len(batches), config)
+    batches = epoch_batches(dataset.landscape, train.batch_size, train.seed, progress.epoch)
+    loader = iter(batch_loader(dataset, micro_batches(batches[progress.step_in_epoch :], accelerator), train.workers))
+    model.train()
+    step = None
+    while micros := list(islice(loader, pieces)):
+        factor = progress.learning_rate_factor(len(batches), train)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        routing = routing_values(run_config, progress.step, len(batches))
+        routing = routing_values(config, progress.step, len(batches))
         detector.set_routing(*routing)
+        settings = {
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "routing_strength": max(routing.strengths, default=0.0),
+            "aux_weight": routing.aux_weight,
+        }
 
-        batch = batch.to(device)
-        try:
-            losses = criterion(detector(batch.images, batch.padding_mask, batch.targets), batch.targets)
-        except FloatingPointError as error:
-            raise NonFiniteLoss(f"no finite loss at step {progress.step + 1}: {error}") from error
-        values = dict(zip(losses, torch.stack([part.detach() for part in losses.values()]).tolist(), strict=True))
-        check_finite(values, progress.step + 1)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
-        check_finite({"gradient norm": norm}, progress.step + 1)
-        optimizer.step()
-
-        now = time.perf_counter()
-        progress.count_step(values, now - started)
-        started = now
-        rate, strength = optimizer.param_groups[0]["lr"], max(routing.strengths, default=0.0)
-        scheduled = {"learning_rate": rate, "routing_strength": strength, "aux_weight": routing.aux_weight}
-        yield {**values, "grad_norm": norm, **scheduled}
-        if progress.out_of_time(config):
-            return
+        boxes = sum(len(target.labels) for batch in micros for target in batch.targets)
+        box_count = accelerator.reduce(torch.full((), float(boxes), device=accelerator.device), "sum")
+        box_count = box_count.clamp_min(1) / accelerator.num_processes  # gradients are averaged over the ranks
+        values = 0
+        for batch in micros:
+            batch = batch.to(accelerator.device, non_blocking=True)
+            with accelerator.accumulate(model):
+                try:
+                    output = model(batch.images, batch.padding_mask, batch.targets)
+                    losses = criterion(output, batch.targets, box_count)
+                except FloatingPointError as error:
+                    if step is not None:
+                        step.check()
+                    raise NonFiniteLoss(f"no finite loss at step {progress.step + 1}: {error}") from error
+                values = values + torch.stack([part.detach() for part in losses.values()])
+                accelerator.backward(losses["loss"] * pieces)
+                if accelerator.sync_gradients:
+                    average_gradients(accelerator, detector.decoder.routers)
+                    norm = accelerator.clip_grad_norm_(model.parameters(), train.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        step = Step(progress.step + 1, tuple(losses), values, norm, settings)
+        yield step
 
 
 @torch.no_grad()
 def evaluate(
-    detector: Detector,
+    model: nn.Module,
     dataset: CocoDetection,
     config: TrainConfig,
-    device: torch.device,
+    accelerator: Accelerator,
     category_ids: list[int] | None = None,
     after_batch: Callable[[int], object] = lambda images: None,
 ) -> dict[str, float | None]:
-    """Average precision of the main branch (plain self-attention) on ``dataset``.
+    """Average precision of the main branch (plain self-attention) on ``dataset``, which the ranks share; alike on all.
 
     ``category_ids`` gives the COCO category of each label where it is not the data set's own.
-    ``after_batch`` is called with the number of images done.
+    ``after_batch`` is called with the number of images that this rank has done, equally often on all.
 
     Raises:
         NoGroundTruth: the data set has no box to be found.
     """
-    detector.eval()
+    model.eval()
     indices = list(range(len(dataset)))
-    batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
+    batches = [indices[start : start + config.batch_size] for start in range(0, len(dataset), config.batch_size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    rounds = math.ceil(len(batches) / accelerator.num_processes)
     results, image_ids = [], []
-    for batch in batch_loader(dataset, batches, config.workers):
-        batch = batch.to(device)
-        ids = [target.image_id for target in batch.targets]
-        output = detector(batch.images, batch.padding_mask)
-        found = detections(output, [target.original_size for target in batch.targets], config.top_k)
-        results += coco_results(found, ids, category_ids or dataset.category_ids)
-        image_ids += ids
+    # A rank without a last batch computes one in vain: a sharded model needs all ranks to run it.
+    for turn, batch in enumerate(batch_loader(dataset, mine + batches[: rounds - len(mine)], config.workers)):
+        batch = batch.to(accelerator.device, non_blocking=True)
+        output = model(batch.images, batch.padding_mask)
+        if turn < len(mine):
+            ids = [target.image_id for target in batch.targets]
+            found = detections(output, [target.original_size for target in batch.targets], config.top_k)
+            results += coco_results(found, ids, category_ids or dataset.category_ids)
+            image_ids += ids
         after_batch(len(image_ids))
+    shares = everybodys((results, image_ids))
+    results, image_ids = ([entry for share in shares for entry in share[part]] for part in (0, 1))
     return average_precision(dataset.coco, results, image_ids)

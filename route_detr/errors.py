@@ -21,7 +21,11 @@ class NoGroundTruth(ValueError):
     """Average precision is undefined: the images hold no object to be found."""
 
 
-class NonFiniteLoss(RuntimeError):
+class RunFailed(RuntimeError):
+    """A run that cannot go on; the message says why and at which step."""
+
+
+class NonFiniteLoss(RunFailed):
     """The loss or its gradient is NaN or infinite; the message names the part and the step."""
 
 

@@ -11,7 +11,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from route_detr.config import Config
 from route_detr.schedule import sampled_schedule
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#777777"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -30,129 +28,116 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def _style(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=9)
 
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Loss, average precision, learning rate and routing schedule of a run from the lines of its metrics.jsonl."""
     steps = [record for record in records if record["kind"] == "step"]
     epochs = [record for record in records if record["kind"] == "epoch"]
+    scored = [record for record in epochs if "AP" in record]
     figure = Figure(figsize=(11, 7), layout="constrained")
     loss, precision, rate, schedule = figure.subplots(2, 2).flat
-    when = [record["step"] for record in steps]
-    loss.plot(when, [record["loss"] for record in steps], color=SKY, lw=0.8, alpha=0.8, label="step")
-    ends = [record["step"] for record in epochs]
-    loss.plot(
-        ends, [record["loss"] for record in epochs], color=BLUE, lw=2, marker="o", ms=3, label="mean of the epoch"
-    )
+
+    def draw(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=label, **style)
+
+    draw(loss, steps, "loss", "step", color=BLUE, lw=0.7, alpha=0.5)
+    draw(loss, epochs, "loss", "mean of the epoch", color=BLUE, lw=2, marker="o", ms=3)
     _style(loss, "Training loss (main + weighted auxiliary branch)", "step")
-
-    scored = [record for record in epochs if "AP" in record]
-    done = [record["epoch"] + 1 for record in scored]
-    for name, color, marker in (("AP50", ORANGE, "s"), ("AP", BLUE, "o"), ("AP75", GREEN, "^")):
-        precision.plot(done, [record[name] for record in scored], color=color, marker=marker, ms=3.5, label=name)
-    if scored:
-        top = max(scored, key=lambda record: record["AP"])
-        precision.axhline(top["AP"], color=BLUE, ls=":", lw=1)
-        precision.set_ylim(0, max(0.1, 1.1 * max(record["AP50"] for record in scored)))
-        best = f"Validation, main branch: best AP {top['AP']:.3f}, AP50 {top['AP50']:.3f} (epoch {top['epoch'] + 1})"
-    _style(precision, best if scored else "Validation, main branch", "epoch")
-    precision.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    precision.set_xlim(0, 1.03 * max(done, default=1))
-
-    rate.plot(when, [record["learning_rate"] for record in steps], color=PURPLE, lw=2, marker=".", ms=4)
-    rate.set_yscale("log")
+    for name, color in (("AP50", ORANGE), ("AP", BLUE), ("AP75", GREEN)):
+        draw(precision, scored, name, name, color=color, marker="o", ms=3.5)
+    best = max(scored, key=lambda record: record["AP"], default=None)
+    top = "" if best is None else f": best AP {best['AP']:.3f}, AP50 {best['AP50']:.3f} (epoch {best['epoch'] + 1})"
+    _style(precision, f"Validation, main branch{top}", "step")
+    draw(rate, steps, "learning_rate", "", color=PURPLE, lw=2, marker=".", ms=4)
     _style(rate, "Learning rate", "step")
-    schedule.plot(when, [record["routing_strength"] for record in steps], color=RED, lw=2, label="routing strength λ")
-    schedule.plot(
-        when, [record["aux_weight"] for record in steps], color=GREY, lw=2, ls="--", label="auxiliary weight α"
-    )
+    draw(schedule, steps, "routing_strength", "routing strength λ", color=RED, lw=2)
+    draw(schedule, steps, "aux_weight", "auxiliary weight α", color=GREY, lw=2, ls="--")
     _style(schedule, "Routing schedule", "step")
-    schedule.set_ylim(bottom=0)
-    for axes in (loss, rate, schedule):
-        axes.set_xlim(0, 1.03 * max(when + ends, default=1))
-    for axes in (loss, precision, schedule):
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=9)
+    for axes in (precision, schedule):
+        axes.set_ylim(bottom=0)
     save_figure(figure, path)
 
 
-def plot_schedule(config: Config, path: str | Path) -> None:
-    """lambda(t) and alpha(t) over the epochs of a run."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def plot_schedule(config: Config, steps_per_epoch: int, path: str | Path) -> None:
+    """lambda(t) of each routed layer, alpha(t) and the route type over the epochs of a run."""
+    when, values = zip(*sampled_schedule(config, steps_per_epoch), strict=True)
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
-    when, values = zip(*sampled_schedule(config, steps_per_epoch=1000), strict=True)
-    for index, layer in enumerate(config.detector.routed_layer_indices):
-        strengths = [each.strengths[index] for each in values]
-        axes.plot(when, strengths, color=RED, lw=2, alpha=0.5, label=f"routing strength λ(t), layer {layer}")
-    alphas = [each.aux_weight for each in values]
-    axes.plot(when, alphas, color=GREY, lw=2, ls="--", label="auxiliary weight α(t)")
-    axes.axvline(config.train.drop_at * config.train.epochs, color=PURPLE, lw=1, ls=":", label="learning rate × 0.1")
-    _style(axes, "Dual-branch schedule: L = L_main + α(t) L_aux, bias λ(t) B", "epoch")
+    layers = config.detector.routed_layer_indices
+    for number, layer in enumerate(layers):
+        shade = 0.5 + 0.5 * (number + 1) / len(layers)
+        strengths = [value.strengths[number] for value in values]
+        axes.plot(when, strengths, color=RED, lw=2, alpha=shade, label=f"routing strength λ, decoder layer {layer}")
+    axes.plot(when, [value.aux_weight for value in values], color=GREY, lw=2, ls="--", label="auxiliary weight α")
+    for kind, color in (("suppressor", ORANGE), ("delegator", PURPLE)):
+        stage = [value.route_type == kind for value in values]
+        if any(stage):
+            axes.fill_between(when, 0, 1, stage, transform=axes.get_xaxis_transform(), color=color, alpha=0.15)
+            axes.plot([], [], color=color, lw=6, alpha=0.3, label=f"{kind} alone")
+    axes.axvline(config.train.drop_at * config.train.epochs, color=GREEN, lw=1, ls=":", label="learning rate × 0.1")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _style(axes, "Dual-branch schedule: L = L_main + α(t) L_aux, bias λ(t) B", "epoch")
     save_figure(figure, path)
 
 
-def _show_image(axes: Axes, image: Image.Image) -> None:
+def _show_image(axes: Axes, image: Image.Image, title: str) -> None:
     axes.imshow(image, extent=(0, image.width, image.height, 0))  # pixel i covers i to i + 1, as boxes count
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
 
 
-def _draw_box(axes: Axes, box: Sequence[float], text: str, color: str, dashed: bool = False) -> None:
+def _draw_box(axes: Axes, box: Sequence[float], text: str, color: str, dashed: bool = False, lw: float = 1.6) -> None:
     """``box`` is (x0, y0, x1, y1) in pixels of the image shown."""
     x0, y0, x1, y1 = box
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=1.6, ls="--" if dashed else "-"))
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=lw, ls="--" if dashed else "-"))
     if text:
         label = {"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        inside = y0 < 0.05 * max(axes.get_ylim())
-        va = "top" if inside else "bottom"
+        va = "top" if y0 < 0.05 * max(axes.get_ylim()) else "bottom"
         axes.text(x0, y0, text, fontsize=6.5, color="white", va=va, ha="left", bbox=label, clip_on=True)
 
 
-def plot_detections(examples: Sequence[Mapping[str, Any]], names: Sequence[str], path: str | Path) -> None:
+def plot_detections(
+    images: Sequence[Image.Image],
+    truths: Sequence[Mapping[str, Tensor]],
+    founds: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    path: str | Path,
+) -> None:
     """Images with the truth above and the detections below.
 
-    Each example has ``image`` (PIL), ``truth`` and ``found``: dicts of boxes [K, 4] float xyxy in pixels, labels [K]
-    and, for ``found``, scores [K]. A detection is right when it overlaps a still free truth of its class by IoU 0.5.
+    Truths and detections are boxes [K, 4] float xyxy in pixels, labels [K] and, for detections, scores [K]. A detection
+    is right when it overlaps a still free truth of its class by IoU 0.5.
     """
-    columns = len(examples)
-    figure = Figure(figsize=(max(3.1 * columns, 6.5), 6.9), layout="constrained")
-    grid = figure.subplots(2, columns, squeeze=False)
-    for column, example in enumerate(examples):
-        truth, found = example["truth"], example["found"]
+    figure = Figure(figsize=(3.4 * len(images), 7.4), layout="constrained")
+    grid = figure.subplots(2, len(images), squeeze=False)
+    for (upper, lower), image, truth, found in zip(grid.T, images, truths, founds, strict=True):
         right, hit = matched(truth, found)
-        upper, lower = grid[:, column]
-        _show_image(upper, example["image"])
-        for box, label, was_found in zip(truth["boxes"].tolist(), truth["labels"].tolist(), hit, strict=True):
-            _draw_box(upper, box, names[label], BLUE if was_found else RED, dashed=not was_found)
-        upper.set_title(f"truth: {sum(hit)} of {len(hit)} found", fontsize=9)
-        _show_image(lower, example["image"])
-        for number, box in enumerate(found["boxes"].tolist()):
-            score = f"{found['scores'][number]:.2f}".lstrip("0")
-            text = f"{names[int(found['labels'][number])]} {score}"
-            _draw_box(lower, box, text, BLUE if right[number] else RED, dashed=not right[number])
-        lower.set_title(f"detected: {sum(right)} of {len(right)} right", fontsize=9)
-    figure.suptitle(
-        "Truth (top) and detections (bottom): blue = matched at IoU 0.5, red dashed = missed or wrong", fontsize=11
-    )
+        scores = [f" {score:.2f}" for score in found["scores"].tolist()]
+        for axes, boxes, good, notes, title in (
+            (upper, truth, hit, [""] * len(hit), f"truth: {sum(hit)} of {len(hit)} found"),
+            (lower, found, right, scores, f"detected: {sum(right)} of {len(right)} right"),
+        ):
+            _show_image(axes, image, title)
+            for box, label, is_good, note in zip(boxes["boxes"].tolist(), boxes["labels"], good, notes, strict=True):
+                _draw_box(axes, box, names[int(label)] + note, BLUE if is_good else RED, dashed=not is_good)
+    figure.suptitle("Truth (top) and detections: blue = matched at IoU 0.5, red dashed = missed or wrong", fontsize=11)
     save_figure(figure, path)
 
 
-def matched(truth: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
+def matched(truth: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[list[bool], list[bool]]:
     """Which detections are right, which truths are found: greedily, the most certain detection first."""
     right, hit = [False] * len(found["boxes"]), [False] * len(truth["boxes"])
-    overlap = pairwise_iou(found["boxes"], truth["boxes"])
+    same = found["labels"][:, None] == truth["labels"]
+    overlap = pairwise_iou(found["boxes"], truth["boxes"]) * same
     for number in found["scores"].argsort(descending=True).tolist():
-        same = truth["labels"] == found["labels"][number]
-        candidates = [
-            (float(overlap[number, other]), other) for other in range(len(hit)) if same[other] and not hit[other]
-        ]
-        best, other = max(candidates, default=(0.0, -1))
+        free = [(float(overlap[number, other]), other) for other, taken in enumerate(hit) if not taken]
+        best, other = max(free, default=(0.0, -1))
         if best >= 0.5:
             right[number] = hit[other] = True
     return right, hit
@@ -175,8 +160,7 @@ def competing_groups(boxes: Tensor, confidence: Tensor, overlap: float = 0.5) ->
     order = confidence.argsort(descending=True).tolist()
     groups: list[list[int]] = []
     while order:
-        leader = order[0]
-        members = [leader] + [query for query in order[1:] if iou[leader, query] >= overlap]
+        members = [order[0]] + [query for query in order[1:] if iou[order[0], query] >= overlap]
         groups.append(members)
         order = [query for query in order if query not in members]
     return sorted(groups, key=lambda members: float(boxes[members[0], 0] + boxes[members[0], 2]))
@@ -206,22 +190,18 @@ def _plot_layer(figure: SubFigure, name: str, image: Image.Image, view: Mapping[
     order = torch.tensor([query for members in groups for query in members])
     picture, bias_map, by_overlap, gate_map = figure.subplots(2, 2).flat
 
-    _show_image(picture, image)
+    _show_image(picture, image, f"{name}: {len(order)} queries in {len(groups)} groups, numbered from the left")
     for number, members in enumerate(groups, start=1):
-        contested = len(members) > 1
         for query in members[1:]:
-            x0, y0, x1, y1 = boxes[query].tolist()
-            picture.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=ORANGE, lw=0.6, alpha=0.7))
-        _draw_box(picture, boxes[members[0]].tolist(), str(number), RED if contested else GREY)
-    picture.set_title(f"{name}: {len(order)} queries in {len(groups)} groups, numbered from the left", fontsize=10)
+            _draw_box(picture, boxes[query].tolist(), "", ORANGE, lw=0.6)
+        _draw_box(picture, boxes[members[0]].tolist(), str(number), RED if len(members) > 1 else GREY)
 
     reach = max(float(bias.abs().quantile(0.995)), 1e-6)
-    shown = (
+    starts = np.cumsum([0] + [len(members) for members in groups])
+    for axes, values, title, colours, low, high, ink in (
         (bias_map, bias, "bias B (before λ)", "PuOr", -reach, reach, "black"),
         (gate_map, gate, "gate: share of the suppressor route", "cividis", 0.0, 1.0, "white"),
-    )
-    starts = np.cumsum([0] + [len(members) for members in groups])
-    for axes, values, title, colours, low, high, ink in shown:
+    ):
         drawn = axes.imshow(values[order][:, order].numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
         figure.colorbar(drawn, ax=axes, shrink=0.8)
         for number, (start, members) in enumerate(zip(starts, groups, strict=False), start=1):
@@ -229,11 +209,8 @@ def _plot_layer(figure: SubFigure, name: str, image: Image.Image, view: Mapping[
                 side = len(members)
                 axes.add_patch(Rectangle((start - 0.5, start - 0.5), side, side, fill=False, ec=ink, lw=1.2))
                 axes.text(start + side, start + side / 2 - 0.5, str(number), fontsize=7, va="center", color=ink)
+        axes.set(xlabel="key query", ylabel="attending query")
         axes.set_title(f"{title}, groups outlined", fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("key query")
-        axes.set_ylabel("attending query")
     _plot_by_overlap(by_overlap, pairwise_iou(boxes, boxes), bias)
 
 
@@ -242,12 +219,8 @@ def _plot_by_overlap(axes: Axes, iou: Tensor, bias: Tensor) -> None:
     pairs = ~torch.eye(len(bias), dtype=torch.bool)
     overlap, values = iou[pairs].numpy(), bias[pairs].numpy()
     axes.scatter(overlap, values, s=5, color=GREY, alpha=0.25, linewidths=0, rasterized=True)
-    edges = np.array([0.0, 1e-9, 0.2, 0.4, 0.6, 0.8, 1.0 + 1e-6])
-    which = np.digitize(overlap, edges) - 1
-    filled = [number for number in range(len(edges) - 1) if (which == number).any()]
-    centres = [overlap[which == number].mean() for number in filled]
-    means = [values[which == number].mean() for number in filled]
-    axes.plot(centres, means, color=BLUE, marker="o", lw=2, label="mean of the pairs")
+    bins = np.digitize(overlap, [1e-9, 0.2, 0.4, 0.6, 0.8])
+    means = [(overlap[bins == each].mean(), values[bins == each].mean()) for each in np.unique(bins)]
+    axes.plot(*zip(*means, strict=True) if means else ([], []), color=BLUE, marker="o", lw=2, label="mean of the pairs")
     axes.axhline(0, color="black", lw=0.8)
     _style(axes, "Does it act on competitors?", "overlap of the two queries' boxes (IoU)", "bias B")
-    axes.legend(frameon=False)

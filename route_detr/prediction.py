@@ -17,7 +17,7 @@ import route_kernels as rk
 from route_detr.boxes import corners
 from route_detr.checkpoint import CheckpointError, load_checkpoint, write_atomically, write_text
 from route_detr.config import Config
-from route_detr.data import CocoDetection, eval_view, image_pixels, normalised, read_rgb
+from route_detr.data import eval_view, image_pixels, normalised, read_rgb
 from route_detr.detector import Detector, detections
 from route_detr.evaluation import coco_results
 
@@ -81,18 +81,6 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this version of the detector: {error}") from error
     return Trained(detector.eval(), config, ids, names, state.get("data", {}), device)
-
-
-def detection_examples(
-    trained: Trained, dataset: CocoDetection, indices: Sequence[int], score: float
-) -> list[dict[str, Any]]:
-    """What `plots.plot_detections` shows of these images."""
-    examples = []
-    for index in indices:
-        image = dataset.raw_image(index)
-        truth = {"boxes": dataset.boxes(index), "labels": dataset.labels(index)}
-        examples.append({"image": image, "truth": truth, "found": trained.detect(image, score)})
-    return examples
 
 
 def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:

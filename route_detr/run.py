@@ -14,10 +14,13 @@ from route_detr.errors import RunError
 
 
 class Run:
-    """One folder. ``last.pt`` decides whether a run exists; everything else follows from it."""
+    """One folder. ``last.pt`` decides whether a run exists; everything else follows from it.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    Of several ranks only the first ``writes``; what the others record or save goes nowhere.
+    """
+
+    def __init__(self, folder: str | Path, writes: bool = True) -> None:
+        self.folder, self.writes = Path(folder), writes
         self.metrics_file = self.folder / "metrics.jsonl"
         self.last = self.folder / "last.pt"
         self.best = self.folder / "best.pt"
@@ -39,13 +42,16 @@ class Run:
             raise RunError(f"{self.folder}: nothing to resume, no last.pt; start the run without --resume")
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
         """Write ``last.pt``; before it ``best.pt`` when ``best``, so that a kill between them loses neither."""
-        if best:
+        if self.writes and best:
             save_checkpoint(self.best, state)
-        save_checkpoint(self.last, state)
+        if self.writes:
+            save_checkpoint(self.last, state)
 
     def records(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl; a line torn by a kill is left out."""
@@ -61,6 +67,8 @@ class Run:
 
     def rewind(self, epoch: int, step: int) -> None:
         """Drop what was recorded after a checkpoint of ``step`` steps and ``epoch`` finished epochs."""
+        if not self.writes:
+            return
         kept = [
             json.dumps(record) + "\n"
             for record in self.records()
@@ -74,6 +82,8 @@ class Run:
 
         ``record`` has ``kind`` ("step" or "epoch"), ``epoch``, ``step`` and numbers, which may be None.
         """
+        if not self.writes:
+            return
         with open(self.metrics_file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         if self._events is None:

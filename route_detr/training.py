@@ -1,4 +1,4 @@
-"""A training run from its first step, or from any checkpoint, to its pictures."""
+"""A training run from its first step, or from any checkpoint, to its last evaluation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from route_detr.checkpoint import load_checkpoint, random_state, restore_random_state
@@ -19,11 +21,12 @@ from route_detr.config import Config
 from route_detr.criterion import Criterion
 from route_detr.data import coco_layout, open_splits
 from route_detr.detector import Detector, parameter_groups
-from route_detr.engine import evaluate, train_one_epoch
-from route_detr.errors import CheckpointError, Interrupted
+from route_detr.engine import Step, evaluate, train_one_epoch
+from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed
 from route_detr.plots import plot_curves
-from route_detr.progress import Progress
+from route_detr.progress import LossSums, Progress
 from route_detr.run import Run
+from route_detr.scale_out import everybodys, is_lost_connection, load_model, load_optimizer, prepared, whole
 
 CURVES_EVERY_SECONDS = 30.0
 
@@ -32,10 +35,10 @@ class StopSignal:
     """Remembers SIGINT or SIGTERM so that a run stops between two steps. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signum
 
@@ -51,43 +54,61 @@ class StopSignal:
 
 
 class Training:
-    """Everything a run holds in memory.
+    """Everything a run holds in memory, on one of its ranks.
 
     ``data`` has the paths train_json, train_images, val_json and val_images; the data decide the number of classes.
+    ``cache`` is a folder for decoded training images.
     """
 
     def __init__(
-        self, run: Run, config: Config, data: dict[str, str], device: torch.device, preset: str | None = None
+        self,
+        run: Run,
+        config: Config,
+        data: dict[str, str],
+        accelerator: Accelerator,
+        preset: str | None = None,
+        cache: Path | None = None,
     ) -> None:
-        self.run, self.data, self.device, self.preset = run, data, device, preset
-        self.train_set, self.val_set = open_splits(coco_layout(**data), config.transforms, config.train.seed)
+        self.run, self.data, self.accelerator, self.preset = run, data, accelerator, preset
+        self.train_set, self.val_set = open_splits(
+            coco_layout(**data), config.transforms, config.train.seed, masks=config.detector.masks, cache=cache
+        )
         self.config = config = config.updated({"detector.num_classes": self.train_set.num_classes})
         torch.manual_seed(config.train.seed)
-        self.detector = Detector(config.detector).to(device)
+        self.detector = Detector(config.detector).to(accelerator.device)
         self.criterion = Criterion(config.train)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train))
-        for group in self.optimizer.param_groups:
+        optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train))
+        for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.progress = Progress()
+        micro_batch = config.train.batch_size // accelerator.num_processes // accelerator.gradient_accumulation_steps
+        self.model, self.optimizer = prepared(accelerator, self.detector, optimizer, micro_batch)
+        torch.manual_seed(config.train.seed + accelerator.process_index)
+        self.progress, self.sums = Progress(), self._loss_sums()
         self.stop = StopSignal()
+        several = accelerator.num_processes > 1
+        self.host_group = torch.distributed.new_group(backend="gloo") if several else None
         self.drawn = -math.inf  # when the curves were
+
+    def _loss_sums(self, before: dict[str, float] | None = None) -> LossSums:
+        return LossSums(lambda sums: self.accelerator.reduce(sums, "mean"), before)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_set) / self.config.train.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: tensors and plain containers."""
+        """What a checkpoint holds: tensors and plain containers, nothing of how the ranks share them."""
         return {
             "config": self.config.to_dict(),
             "preset": self.preset,
             "data": self.data,
             **self._data_identity(),
             "threads": torch.get_num_threads(),
-            "model": self.detector.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.detector.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "progress": self.progress.to_dict(),
-            "random": random_state(),
+            "loss_sums": self.sums.read(),
+            "random": everybodys(random_state()),
         }
 
     def _data_identity(self) -> dict[str, Any]:
@@ -100,45 +121,73 @@ class Training:
     def start(self) -> None:
         """Write the folder of a new run; from its first checkpoint on it can be resumed."""
         self.run.check_new()
-        self.run.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
         self._write_config()
         self.run.save(self.state())
 
     def resume(self) -> None:
-        """Go back to the run's last checkpoint, in memory and in its records."""
+        """Go back to the run's last checkpoint, in memory and in its records. Any number of ranks may go on."""
         self.run.check_resumable()
         state = load_checkpoint(self.run.last)
         for name, value in self._data_identity().items():
             if state.get(name) != value:
                 raise CheckpointError(f"{self.run.last}: the training set's {name} have changed since the run began")
         try:
-            self.detector.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_model(self.detector, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
             self.progress = Progress(**state["progress"])
-            restore_random_state(state["random"])
+            self.sums = self._loss_sums(state["loss_sums"])
+            if len(state["random"]) == self.accelerator.num_processes:
+                restore_random_state(state["random"][self.accelerator.process_index])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.run.last}: does not fit this run: {error}") from error
+        self.accelerator.wait_for_everyone()
         self.run.rewind(self.progress.epoch, self.progress.step)
         self._write_config()
 
     def _write_config(self) -> None:
-        self.run.write_config({**self.config.to_dict(), "data": self.data, "threads": torch.get_num_threads()})
+        here = {
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+            "distributed": str(self.accelerator.distributed_type.value),
+            "precision": self.accelerator.mixed_precision,
+            "accumulation": self.accelerator.gradient_accumulation_steps,
+        }
+        self.run.write_config({**self.config.to_dict(), "data": self.data, **here})
 
     def fit(self) -> None:
         """Train and evaluate until the last epoch is done or the time budget is spent.
 
         Raises:
             NonFiniteLoss: the last checkpoint stands.
+            RunFailed: a rank was lost; the last checkpoint stands.
             Interrupted: SIGINT or SIGTERM came; a checkpoint of this very step has been written.
         """
         progress, config = self.progress, self.config.train
-        total = config.epochs * self.steps_per_epoch
-        quiet = {"mininterval": 0.2 if sys.stderr.isatty() else 20.0, "dynamic_ncols": True}
-        with self.stop.watched(), tqdm(total=total, initial=progress.step, unit="step", smoothing=0.05, **quiet) as bar:
-            while not self.finished:
-                bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}", refresh=False)
-                self._finish_steps(bar)
-                self._finish_epoch(bar)
+        bar = tqdm(
+            total=config.epochs * self.steps_per_epoch,
+            initial=progress.step,
+            unit="step",
+            smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 20.0,
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_main_process,
+        )
+        with self.stop.watched(), bar:
+            try:
+                while not self.finished:
+                    bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}", refresh=False)
+                    self._finish_steps(bar)
+                    self._finish_epoch(bar)
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"{error}; {self.run.last} holds the run as it was before") from error
+            except RuntimeError as error:
+                if not is_lost_connection(error):
+                    raise
+                raise RunFailed(
+                    f"rank {self.accelerator.process_index} lost the connection to another process, which has ended, "
+                    f"at step {progress.step + 1}; {self.run.last} holds the run as it was before"
+                ) from error
 
     @property
     def finished(self) -> bool:
@@ -152,24 +201,38 @@ class Training:
         progress, config = self.progress, self.config.train
         if progress.step_in_epoch == self.steps_per_epoch or progress.out_of_time(config):
             return
+        started = perf_counter()
         steps = train_one_epoch(
-            self.detector, self.criterion, self.optimizer, self.train_set, progress, self.config, self.device
+            *(self.model, self.criterion, self.optimizer, self.train_set, progress, self.config, self.accelerator)
         )
-        for values in steps:
-            if progress.step % config.log_every == 0:
-                self.run.record(
-                    {"kind": "step", "epoch": progress.epoch, "step": progress.step, **values}
-                    | {"seconds": round(progress.elapsed, 3)}
-                )
+        for step in steps:
+            self.sums.add(step.names, step.values)
+            seconds, stop = self._agreed(perf_counter() - started, self.stop.received)
+            started = perf_counter()
+            progress.count_step(seconds)
             ends = progress.step_in_epoch == self.steps_per_epoch or progress.out_of_time(config)
-            if ends or self.stop.received or progress.step % config.checkpoint_every == 0:
-                self.run.save(self.state())
-            if config.time_budget:
-                affordable = int(progress.step * config.time_budget / progress.elapsed)
-                bar.total = min(config.epochs * self.steps_per_epoch, max(progress.step, affordable))
+            self._note(step, bar, save=ends or stop or progress.step % config.checkpoint_every == 0)
+            if stop:
+                raise Interrupted(int(stop), progress.step)
+            if ends:
+                return
+
+    def _note(self, step: Step, bar: tqdm, save: bool) -> None:
+        """Log and save what is due after a step; only then is anything read back from the device."""
+        progress, config = self.progress, self.config.train
+        log = progress.step % config.log_every == 0
+        if log or save:
+            values = step.read(self.accelerator)
             bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
-            bar.update()
-            self._stop_if_asked()
+        if log:
+            where = {"kind": "step", "epoch": progress.epoch, "step": progress.step}
+            self.run.record({**where, **values, "seconds": round(progress.elapsed, 3)})
+        if save:
+            self.run.save(self.state())
+        if config.time_budget:
+            affordable = int(progress.step * config.time_budget / progress.elapsed)
+            bar.total = min(config.epochs * self.steps_per_epoch, max(progress.step, affordable))
+        bar.update()
 
     def _finish_epoch(self, bar: tqdm) -> None:
         progress, config = self.progress, self.config.train
@@ -180,29 +243,40 @@ class Training:
         if evaluated:
             bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}, evaluating")
             metrics = evaluate(
-                self.detector, self.val_set, config, self.device, after_batch=lambda images: self._stop_if_asked()
+                *(self.model, self.val_set, config, self.accelerator), after_batch=lambda images: self._stop_if_asked()
             )
-        losses = progress.mean_losses()
+        losses = {name: total / progress.step_in_epoch for name, total in self.sums.read().items()}
         line = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step, **losses, **metrics}
         best = evaluated and metrics["AP"] > progress.best.get("AP", -1.0)
-        progress.elapsed += perf_counter() - started
+        progress.elapsed += self._agreed(perf_counter() - started)[0]
         progress.finish_epoch()
+        self.sums = self._loss_sums()
         if evaluated:
             progress.metrics = {**metrics, "epoch": progress.epoch}
         if best:
             progress.best = progress.metrics
         self.run.record({**line, "seconds": round(progress.elapsed, 3)})
         self.run.save(self.state(), best=best)
-        if evaluated and perf_counter() - self.drawn > CURVES_EVERY_SECONDS:
+        if evaluated and perf_counter() - self.drawn > CURVES_EVERY_SECONDS and self.accelerator.is_main_process:
             plot_curves(self.run.records(), self.run.folder / "curves.png")
             self.drawn = perf_counter()
         scores = f"  AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}" if evaluated else ""
-        bar.write(f"epoch {progress.epoch}/{config.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
+        if self.accelerator.is_main_process:
+            bar.write(f"epoch {progress.epoch}/{config.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
+
+    def _agreed(self, *values: float) -> list[float]:
+        """The maximum over the ranks of what they may see differently, without waiting for a device."""
+        if self.host_group is None:
+            return list(values)
+        agreed = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self.host_group)
+        return agreed.tolist()
 
     def _stop_if_asked(self) -> None:
-        """Between steps and between evaluation batches: the checkpoint of the last step stands."""
-        if self.stop.received:
-            raise Interrupted(self.stop.received, self.progress.step)
+        """Between evaluation batches: the checkpoint of the last step stands."""
+        stop = int(self._agreed(self.stop.received)[0])
+        if stop:
+            raise Interrupted(stop, self.progress.step)
 
     def summary(self) -> str:
         """Average precision of the latest and the best evaluation, in words."""

@@ -39,8 +39,8 @@ SMALL = {
 
 
 def options(changes: dict | None = None) -> list[str]:
-    """`SMALL`, with changes, as command-line options."""
-    return [f"--set={key}={json.dumps(value)}" for key, value in {**SMALL, **(changes or {})}.items()]
+    """`SMALL`, with changes, as words of the command line."""
+    return [f"{key}={json.dumps(value)}" for key, value in {**SMALL, **(changes or {})}.items()]
 
 
 def write_split(root: Path, split: str, images: int, seed: int, boxes_per_image: int = 3) -> None:

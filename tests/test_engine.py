@@ -2,6 +2,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from route_detr import run as run_module
 from route_detr import training as training_module
 from route_detr.config import preset
 from route_detr.data import coco_layout
-from route_detr.engine import check_finite, epoch_batches, train_one_epoch
+from route_detr.engine import Step, epoch_batches, micro_batches, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError
-from route_detr.progress import Progress
+from route_detr.progress import LossSums, Progress
 from route_detr.run import Run
+from route_detr.scale_out import start_processes
 from route_detr.training import Training
 
 
@@ -41,13 +43,13 @@ def small_config(changes=None):
 
 
 def new_training(folder, data, changes=None):
-    training = Training(Run(folder), small_config(changes), data, torch.device("cpu"))
+    training = Training(Run(folder), small_config(changes), data, start_processes("cpu"))
     training.start()
     return training
 
 
 def resumed(folder, data, changes=None):
-    training = Training(Run(folder), small_config(changes), data, torch.device("cpu"))
+    training = Training(Run(folder), small_config(changes), data, start_processes("cpu"))
     training.resume()
     return training
 
@@ -153,7 +155,7 @@ def test_a_stop_signal_saves_the_step_and_the_run_continues(tmp_path, data, unin
 
     def then_signal(run, line):
         record(run, line)
-        if line["step"] == 6:
+        if line["step"] == 5:  # noticed after the step that follows
             os.kill(os.getpid(), signum)
 
     with monkeypatch.context() as patch:
@@ -191,29 +193,31 @@ def _matching_fails(losses):
     raise FloatingPointError("matching cost of layer0, image 0 is not finite")
 
 
+@pytest.mark.parametrize("every", [1, 2, 100], ids=lambda every: f"read back every {every}")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_infinite_part, "the loss is not finite at step 4: loss = inf, layer1/giou = nan"),
-        (_infinite_gradient, "the loss is not finite at step 4: gradient norm = "),
-        (_matching_fails, "no finite loss at step 4: matching cost of layer0"),
+        (_infinite_part, "the loss is not finite at step 3: loss = inf, layer1/giou = nan, grad_norm = "),
+        (_infinite_gradient, "the loss is not finite at step 3: grad_norm = "),
+        (_matching_fails, "no finite loss at step 3: matching cost of layer0"),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, data, spoil, message):
-    training = new_training(tmp_path / "run", data, {"schedule.warmup": 5})
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, data, spoil, message, every):
+    """Whenever it is noticed: at the step itself where it is logged or saved, else in the matching of the next one."""
+    training = new_training(tmp_path / "run", data, {"schedule.warmup": 5, "train.log_every": every})
     criterion = training.criterion
 
-    def criterion_that_fails_in_step_4(output, targets):
-        losses = criterion(output, targets)
-        return spoil(losses) if training.progress.step == 3 else losses
+    def criterion_that_fails_in_step_3(output, targets, box_count):
+        losses = criterion(output, targets, box_count)
+        return spoil(losses) if training.progress.step == 2 else losses
 
-    training.criterion = criterion_that_fails_in_step_4
-    with pytest.raises(NonFiniteLoss, match=message):
+    training.criterion = criterion_that_fails_in_step_3
+    with pytest.raises(NonFiniteLoss, match=message) as caught:
         training.fit()
+    assert f"{training.run.last} holds the run as it was before" in str(caught.value)
     good = torch.load(training.run.last, weights_only=True)
-    assert (good["progress"]["step"], training.progress.step) == (2, 3)
-    for state in (good["model"], training.detector.state_dict()):
-        assert all(value.isfinite().all() for value in state.values())
+    assert good["progress"]["step"] == 2
+    assert all(value.isfinite().all() for value in good["model"].values())
 
 
 def test_weights_that_are_not_finite_are_a_loss_that_is_not_finite(tmp_path, data):
@@ -224,18 +228,50 @@ def test_weights_that_are_not_finite_are_a_loss_that_is_not_finite(tmp_path, dat
         training.fit()
 
 
-def test_check_finite_names_every_bad_part():
-    with pytest.raises(NonFiniteLoss, match=r"step 9: loss = inf, b = nan$"):
-        check_finite({"loss": math.inf, "a": 1.0, "b": math.nan}, 9)
+def test_a_step_names_every_bad_part():
+    step = Step(9, ("loss", "a", "b"), torch.tensor([math.inf, 1.0, math.nan]), torch.tensor(2.0), {})
+    for look in (step.check, lambda: step.read(start_processes("cpu"))):
+        with pytest.raises(NonFiniteLoss, match=r"step 9: loss = inf, b = nan$"):
+            look()
+
+
+def test_loss_sums_follow_names_that_change_and_survive_a_checkpoint():
+    sums = LossSums(lambda tensor: tensor, {"loss": 1.0})
+    sums.add(("loss", "layer0"), torch.tensor([2.0, 0.5]))
+    sums.add(("loss", "layer0.main"), torch.tensor([3.0, 0.25]))
+    sums.add(("loss", "layer0.main"), torch.tensor([1.0, 0.25]))
+    assert sums.read() == {"loss": 7.0, "layer0": 0.5, "layer0.main": 0.5}
 
 
 def test_the_order_of_an_epoch_is_a_permutation_that_seed_and_epoch_decide():
-    batches = epoch_batches(11, 4, seed=5, epoch=2)
-    assert [len(batch) for batch in batches] == [4, 4, 3]
-    assert sorted(index for batch in batches for index in batch) == list(range(11))
+    batches = epoch_batches([True] * 11, 4, seed=5, epoch=2)
+    order = [index for batch in batches for index in batch]
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert sorted(order[:11]) == list(range(11)) and order[11] == order[0]
+    assert [len(batch) for batch in epoch_batches([True] * 3, 8, seed=0, epoch=0)] == [8]
     torch.manual_seed(0)
-    assert epoch_batches(11, 4, seed=5, epoch=2) == batches
-    assert epoch_batches(11, 4, seed=5, epoch=3) != batches != epoch_batches(11, 4, seed=6, epoch=2)
+    assert epoch_batches([True] * 11, 4, seed=5, epoch=2) == batches
+    assert epoch_batches([True] * 11, 4, seed=5, epoch=3) != batches != epoch_batches([True] * 11, 4, seed=6, epoch=2)
+
+
+@pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_ranks_and_accumulation_steps_divide_the_same_global_batches(ranks, pieces):
+    batches = epoch_batches([True] * 11, 4, seed=0, epoch=0)
+    shares = [
+        micro_batches(
+            batches, SimpleNamespace(num_processes=ranks, process_index=rank, gradient_accumulation_steps=pieces)
+        )
+        for rank in range(ranks)
+    ]
+    for number, batch in enumerate(batches):
+        parts = [share[number * pieces : (number + 1) * pieces] for share in shares]
+        assert sorted(index for part in parts for piece in part for index in piece) == sorted(batch)
+
+
+def test_a_batch_that_ranks_cannot_divide_is_an_error():
+    several = SimpleNamespace(num_processes=3, process_index=0, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match=r"train.batch_size: expected a multiple of 3 .*, got 4"):
+        micro_batches([[0, 1, 2, 3]], several)
 
 
 def test_learning_rate_warms_up_and_drops():
@@ -267,11 +303,11 @@ def test_evaluation_may_be_rarer_and_always_ends_the_run(tmp_path, data):
 def test_one_epoch_without_routing_leaves_lambda_and_alpha_at_zero(tmp_path, data):
     training = new_training(tmp_path / "run", data, {"detector.route": False})
     steps = train_one_epoch(
-        *(training.detector, training.criterion, training.optimizer, training.train_set),
-        *(training.progress, training.config, training.device),
+        *(training.model, training.criterion, training.optimizer, training.train_set),
+        *(training.progress, training.config, training.accelerator),
     )
-    values = list(steps)
-    assert len(values) == training.progress.step == 4
+    values = [step.read(training.accelerator) for step in steps]
+    assert len(values) == 4
     assert {(v["routing_strength"], v["aux_weight"]) for v in values} == {(0.0, 0.0)}
 
 

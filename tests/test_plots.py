@@ -37,7 +37,7 @@ def test_pictures_of_next_to_nothing(tmp_path):
     plot_curves([], tmp_path / "curves.png")
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
     image = Image.new("RGB", (20, 10))
-    plot_detections([{"image": image, "truth": nothing, "found": nothing}], ["a"], tmp_path / "detections.png")
+    plot_detections([image], [nothing], [nothing], ["a"], tmp_path / "detections.png")
     view = {"bias": torch.zeros(1, 1), "gate": torch.ones(1, 1), "boxes": BOXES[:1], "confidence": torch.ones(1)}
     plot_routing(image, {0: view, 1: view}, tmp_path / "routing.png")
     for name in ("curves", "detections", "routing"):
@@ -45,7 +45,18 @@ def test_pictures_of_next_to_nothing(tmp_path):
             assert picture.format == "PNG" and min(picture.size) > 300
 
 
-def test_a_schedule_is_drawn(tmp_path):
-    plot_schedule(preset("tiny"), tmp_path / "schedule.png")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"detector.route": False},
+        {"schedule.unit": "step", "schedule.ramp": 900, "schedule.shape": "linear"},
+        {"schedule.suppressor_until": 1, "schedule.delegator_until": 2},
+        {"detector.routed_layers": "all", "schedule.layer_strengths": [0.1, 0.5, 1.0]},
+    ],
+    ids=["paper's", "plain", "by step", "by stage", "by layer"],
+)
+def test_a_schedule_is_drawn(tmp_path, changes):
+    plot_schedule(preset("tiny").updated(changes), 625, tmp_path / "schedule.png")
     with Image.open(tmp_path / "schedule.png") as picture:
         assert picture.format == "PNG"

@@ -1,0 +1,99 @@
+"""A trained detector as a `torch.export` program or an ONNX model, checked against itself."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import route_kernels as rk
+from route_detr.checkpoint import write_atomically
+from route_detr.errors import UsageError
+from route_detr.prediction import Trained
+from route_kernels.testing.eager import ms_deform_attn_fused as grid_sampled
+
+OPSET = 20  # GridSample of any batch, LayerNormalization, Gelu
+TOLERANCE = 1e-3  # of logits and boxes, relative to the largest: float32 through a whole detector
+
+
+class Inference(nn.Module):
+    """Images [B, 3, H, W] of one size, normalised -> logits [B, N, K] and boxes [B, N, 4] (cx, cy, w, h) in [0, 1]."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.detector(images)
+        return output.logits, output.boxes
+
+
+@contextmanager
+def sampling_by_grid() -> Iterator[None]:
+    """Deformable attention as `grid_sample`, an operator that ONNX has, in place of its gathers written out."""
+    fused, rk.nn.ms_deform_attn_fused = rk.nn.ms_deform_attn_fused, grid_sampled
+    try:
+        yield
+    finally:
+        rk.nn.ms_deform_attn_fused = fused
+
+
+def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> str:
+    """Write ``path`` (NAME.onnx or NAME.pt2) for any number of images of ``size`` (height, width); says what it wrote.
+
+    Raises:
+        UsageError: another kind of file is asked for, or what computes ONNX models is not installed.
+        RuntimeError: what was exported computes something else; nothing is written.
+    """
+    if path.suffix not in (".onnx", ".pt2"):
+        raise UsageError(f"--out: expected a name that ends in .onnx or .pt2, got {path}")
+    height, width = size or (trained.config.transforms.eval_scale,) * 2
+    model, images = Inference(trained.detector), torch.randn(2, 3, height, width)
+    with torch.no_grad(), sampling_by_grid():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / path.name
+        found = (_onnx_outputs if path.suffix == ".onnx" else _program_outputs)(program, written, images[:1])
+        with torch.no_grad():
+            expected = model(images[:1])
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+        if not worst <= TOLERANCE:
+            raise RuntimeError(f"{path}: the exported detector differs from the trained one by {worst:.1e}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda stream: stream.write(written.read_bytes()))
+    return f"written to {path}: images [B, 3, {height}, {width}], differs from eager PyTorch by {worst:.1e} at most"
+
+
+def _program_outputs(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> Sequence[Tensor]:
+    torch.export.save(program, path)
+    return torch.export.load(path).module()(images)
+
+
+def _onnx_outputs(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> Sequence[Tensor]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx asks for it later, less clearly)
+    except ImportError as error:
+        raise UsageError(
+            f"--out {path.name}: {error.name} is not installed (pip install onnx onnxscript onnxruntime)"
+        ) from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            *(program, (), path),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits", "boxes"],
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]

@@ -1,0 +1,158 @@
+"""One process or many: what Accelerate is told about the detector, and what it leaves to us."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from route_detr.errors import UsageError
+
+
+def start_processes(device: str = "auto") -> Accelerator:
+    """This process's part in a run that `accelerate launch`, `torchrun` or nobody has started.
+
+    Precision, gradient accumulation, FSDP (version 2, a shard a layer) and DeepSpeed are what the launcher's options or
+    Accelerate's environment variables say.
+
+    Raises:
+        UsageError: there is no such device, or it is one of several that the launcher deals out.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if ":" in device:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UsageError(f"--device {device}: expected cpu, cuda or auto in a run of several processes")
+        torch.cuda.set_device(chosen)
+    sharding = None
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        sharding = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["EncoderLayer", "DecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+    accelerator = Accelerator(cpu=chosen.type == "cpu", fsdp_plugin=sharding)
+    if sharding is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate shards on GPUs alone; FSDP2 itself runs on CPUs too, over gloo.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = sharding
+    return accelerator
+
+
+def prepared(
+    accelerator: Accelerator, detector: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Detector and optimizer, wrapped as the run needs them.
+
+    The routers stay whole on every rank and outside the wrapper: they have no gradient while lambda is 0, and FSDP
+    takes no scalar parameters. `average_gradients` is theirs. Norms that learn from the batch learn from all ranks'.
+    """
+    if accelerator.num_processes > 1:
+        for module in detector.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = GlobalBatchNorm2d
+    if accelerator.distributed_type == DistributedType.FSDP:
+        detector.to(memory_format=torch.contiguous_format)  # a shard is cut from the first dimension
+        accelerator.state.fsdp_plugin.ignored_modules = list(detector.decoder.routers.values())
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+    else:
+        routers = {id(parameter) for parameter in detector.decoder.routers.parameters()}
+        ignored = [name for name, parameter in detector.named_parameters() if id(parameter) in routers]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(detector, ignored)
+    return accelerator.prepare(detector, optimizer)
+
+
+def average_gradients(accelerator: Accelerator, routers: nn.Module) -> None:
+    """The routers' gradients of all ranks, averaged in one all-reduce."""
+    gradients = [parameter.grad for parameter in routers.parameters() if parameter.grad is not None]
+    if accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.DEEPSPEED or not gradients:
+        return
+    average = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, part in zip(gradients, average.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of all ranks, on any device: `nn.SyncBatchNorm` has none for CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W]; B, H and W may differ between ranks."""
+        if not self.training:
+            return super().forward(x)
+        pixels = x.numel() // x.shape[1]
+        sums = AcrossRanks.apply(torch.cat([x.sum((0, 2, 3)), x.new_full((1,), pixels)]))
+        count = sums[-1]
+        centred = x - (sums[:-1] / count)[:, None, None]
+        variance = AcrossRanks.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(sums[:-1] / count, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+class AcrossRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return AcrossRanks.apply(gradient)
+
+
+def whole(state: Any) -> Any:
+    """A state dict with every sharded tensor in one piece, on the CPU. All ranks take part."""
+    gathered = tree_map_only(DTensor, lambda tensor: tensor.full_tensor(), state)
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), gathered)
+
+
+def _placed(value: Tensor, like: Tensor | None) -> Tensor:
+    """A whole tensor as ``like`` is: sharded, or as it stands. Every rank has the whole, so none sends."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_model(detector: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a `whole` state dict into a detector whose parameters may be sharded."""
+    own = detector.state_dict()
+    detector.load_state_dict({name: _placed(value, own.get(name)) for name, value in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a `whole` optimizer state into one whose parameters may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {name: value if name == "step" else _placed(value, parameters[index]) for name, value in each.items()}
+        for index, each in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+def everybodys(item: Any) -> list[Any]:
+    """The picklable ``item`` of every rank, by rank, on all ranks."""
+    return gather_object([item])
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended (gloo raises a plain RuntimeError)."""
+    return isinstance(error, torch.distributed.DistError) or "onnection " in str(error)
