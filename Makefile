@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= -q -n auto --dist loadfile
 BENCH_FLAGS ?=
 GPU_REPORT_FLAGS ?=
 DEMO_RUN := runs/demo
-DEMO_TRAINING := --preset tiny --time-budget 290
+DEMO_TRAINING := --preset tiny train.time_budget=290
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     digits.add_argument("--train-images", type=int, default=5000)
     digits.add_argument("--val-images", type=int, default=100)
     digits.add_argument("--image-size", type=int, default=128)
-    cityscapes = sets.add_parser("cityscapes", parents=[common], help="the official Cityscapes folders as a COCO folder")
+    cityscapes = sets.add_parser(
+        "cityscapes", parents=[common], help="the official Cityscapes folders as a COCO folder"
+    )
     cityscapes.set_defaults(action="write_cityscapes")
     cityscapes.add_argument("root", type=Path, help="folder with leftImg8bit/ and gtFine/")
     cityscapes.add_argument("out", type=Path)

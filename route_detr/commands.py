@@ -19,6 +19,7 @@ from route_detr.checkpoint import load_checkpoint, write_text
 from route_detr.cli import run_folder
 from route_detr.config import Config, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, read_rgb
+from route_detr.data.cityscapes import write_cityscapes as write_cityscapes_folder
 from route_detr.data.images import opened
 from route_detr.engine import evaluate as evaluate_detector
 from route_detr.errors import UsageError
@@ -241,6 +242,6 @@ def write_digits(args: argparse.Namespace) -> int:
 
 
 def write_cityscapes(args: argparse.Namespace) -> int:
-    counts = detection_data.write_cityscapes(args.root, args.out, args.workers)
+    counts = write_cityscapes_folder(args.root, args.out, args.workers)
     print(f"written to {args.out}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     return 0

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 
 from route_detr.config import Config, TrainConfig
 from route_detr.criterion import Criterion
-from route_detr.data import CocoDetection, collate
-from route_detr.data.batch import shuffled
+from route_detr.data import CocoDetection, collate, shuffled
 from route_detr.detector import detections
 from route_detr.errors import NonFiniteLoss
 from route_detr.evaluation import average_precision, coco_results

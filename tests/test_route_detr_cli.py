@@ -134,7 +134,7 @@ def test_the_plain_baseline_has_no_routing(data, tmp_path, capsys):
     assert {record.get("routing_strength", 0) for record in Run(folder).records()} == {0}
     assert {file.name for file in folder.iterdir()} >= RUN_FILES and not (folder / "routing.png").exists()
     assert "trained with --no-route" in fails(capsys, "inspect", "routing", folder)
-    assert "--route = True: the run to resume has another value" in fails(
+    assert "detector.route=True: the run to resume has another value" in fails(
         capsys, "train", "--out", folder, "--resume", "--route"
     )
 
@@ -228,7 +228,7 @@ def test_folders_are_expanded_in_order(odd_images):
 def test_inspect_draws_routing_and_schedule(run, data, tmp_path):
     image = str(data / "val2017" / "2.png")
     assert main(["inspect", "routing", str(run), "--image", image, "--out", str(tmp_path / "routing.png")]) == 0
-    assert main(["inspect", "schedule", "--set", "train.epochs=6", "--out", str(tmp_path / "schedule.png")]) == 0
+    assert main(["inspect", "schedule", "train.epochs=6", "--out", str(tmp_path / "schedule.png")]) == 0
     assert is_picture(tmp_path / "routing.png") and is_picture(tmp_path / "schedule.png")
 
 
@@ -263,16 +263,20 @@ def test_without_data_the_bundled_digits_are_made_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "train.speed=9"], "--set train.speed: unknown key 'train.speed'; did you mean"),
-        (["--epochs", "2", "--set", "train.epochs=2"], "--set train.epochs: given by --epochs too"),
-        (["--set", "train.epochs"], "--set train.epochs: expected KEY=VALUE"),
-        (["--set", "train.epochs=many"], "--set train.epochs: train.epochs: .*integer.*, got 'many'"),
-        (["--epochs", "0"], "--epochs: train.epochs: Input should be greater than 0, got 0"),
+        (["train.speed=9"], "unknown key 'train.speed'; did you mean"),
+        (["train.epochs=2", "train.epochs=3"], "train.epochs: given twice"),
+        (["--no-route", "detector.route=true"], "detector.route: given twice"),
+        (["train.epochs"], "train.epochs: expected KEY=VALUE"),
+        (["train.epochs=many"], "train.epochs: .*integer.*, got 'many'"),
+        (["train.epochs=0"], "train.epochs: Input should be greater than 0, got 0"),
+        (["--routed-layers", "last:9"], "routed_layers: expected 'all', 'last:1' to 'last:3'"),
+        (["--preset", "tiny", "--config", "my.yaml"], "--preset and --config: expected one of them"),
+        (["--config", "no_such.yaml"], "no_such.yaml"),
         (["--preset", "huge"], "preset: expected one of .*tiny"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--device", "quantum"], "--device quantum: "),
         (["--name", "x"], "--name and --out: expected one of them"),
-        (["--set", "detector.num_classes=5"], "--set detector.num_classes: the data set has 2 categories"),
+        (["detector.num_classes=5"], "detector.num_classes: the data set has 2 categories"),
         (["--data", "no/such/folder"], "no COCO data set found from no/such/folder"),
         (["--resume"], "nothing to resume"),
     ],
@@ -285,6 +289,35 @@ def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, argume
     assert not (tmp_path / "run").exists()
 
 
+def test_a_yaml_file_and_overrides_anywhere_in_the_line(data, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: tiny\ntrain: {epochs: 4, learning_rate: 1e-4}\n")
+    out = str(tmp_path / "run")
+    words = ["train", "train.learning_rate=2e-3", "--config", str(file), *options({"train.epochs": 1})[:-1]]
+    words = [word for word in words if not word.startswith("train.learning_rate=0")]
+    assert main([*words, "--data", str(data), "train.seed=3", "--out", out, "transforms.eval_scale=48"]) == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["train"]["learning_rate"] == 2e-3 and written["train"]["epochs"] == 1
+    assert (written["train"]["seed"], written["transforms"]["eval_scale"]) == (3, 48)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["preset"] == str(file)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "export", "inspect schedule", "inspect routing"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([*command.split(), "--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    if command == "train":
+        assert "examples:" in shown and "accelerate launch" in shown and "KEY=VALUE" in shown
+
+
+def test_a_misspelt_option_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--epoch", "3"])
+    assert "unrecognized arguments: --epoch" in capsys.readouterr().err
+
+
 def test_a_run_is_never_written_over(run, data, capsys):
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     assert "already holds a run" in fails(capsys, *train_arguments(data, run))
@@ -294,10 +327,10 @@ def test_a_run_is_never_written_over(run, data, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--epochs", "9"], "--epochs = 9: the run to resume has another value"),
-        (["--set", "detector.embed_dim=32"], "--set detector.embed_dim = 32: the run to resume has another value"),
-        (["--set", "train.speed=1"], "unknown key 'train.speed'"),
-        (["--preset", "deformable-detr-pp-r50"], "--preset deformable-detr-pp-r50: the run to resume began with"),
+        (["train.epochs=9"], "train.epochs=9: the run to resume has another value"),
+        (["detector.embed_dim=32"], "detector.embed_dim=32: the run to resume has another value"),
+        (["train.speed=1"], "unknown key 'train.speed'"),
+        (["--preset", "deformable-detr-pp-r50"], "--preset, --config: the run to resume began with tiny"),
     ],
 )
 def test_resume_rejects_what_contradicts_the_run(run, capsys, option, message):
@@ -307,7 +340,7 @@ def test_resume_rejects_what_contradicts_the_run(run, capsys, option, message):
 def test_resume_rejects_other_data_and_takes_what_agrees(run, data, tmp_path, capsys):
     other = write_data(tmp_path / "other")
     assert "--data" in fails(capsys, "train", "--out", run, "--resume", "--data", other)
-    assert main(train_arguments(data, run, "--resume", "--workers", "1")) == 0
+    assert main(train_arguments(data, run, "--resume", "train.workers=1")) == 0
 
 
 def test_bad_checkpoints_and_runs_are_named(tmp_path, capsys, run):
