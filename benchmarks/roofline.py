@@ -337,6 +337,8 @@ def _dtypes(op: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
         "query_similarity": lambda: (arguments["x"], arguments["x"]),
         "ms_deform_attn": lambda: (arguments["value"], arguments["sampling_locations"]),
         "ms_deform_attn_fused": lambda: (arguments["value"], arguments["sampling_offsets"]),
+        "add_layer_norm": lambda: (arguments["x"], arguments["weight"]),
+        "sigmoid_focal_loss": lambda: (arguments["logits"], arguments["logits"]),
     }[op]()
     main, factor = (str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     return main, factor

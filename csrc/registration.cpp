@@ -2,10 +2,12 @@
 // check every shape and dtype; what an output is called `grad_x`, it has the shape and dtype of `x`. The CPU's kernels
 // are registered below, those of the CUDA library in registration_cuda.cpp.
 
+#include "add_layer_norm/op.h"
 #include "common/stable_tensor.h"
 #include "ms_deform_attn/op.h"
 #include "query_similarity/op.h"
 #include "routed_attention/op.h"
+#include "sigmoid_focal_loss/op.h"
 
 STABLE_TORCH_LIBRARY(route_kernels_native, m) {
   m.def("simd_level() -> str");
@@ -37,6 +39,17 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
       "Tensor reference_points, Tensor offsets, Tensor logits, int[] points, Tensor? value_mask, "
       "Tensor(a!) grad_value, Tensor(b!)? grad_reference, Tensor(c!) grad_offsets, Tensor(d!) grad_logits, "
       "bool deterministic=False) -> ()");
+  m.def(
+      "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor channels, "
+      "Tensor(a!) output, Tensor(b!) rstd, Tensor(c!) normalized) -> ()");
+  m.def(
+      "add_layer_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, "
+      "Tensor weight, Tensor bias, Tensor(a!) grad_sum, Tensor(b!) sums) -> ()");
+  m.def(
+      "sigmoid_focal_loss_forward(Tensor logits, Tensor targets, float alpha, float gamma, float scale, "
+      "Tensor(a!) loss, Tensor(b!)? grad) -> ()");
+  m.def(
+      "sigmoid_focal_loss_backward(Tensor grad_loss, Tensor grad, float scale, Tensor(a!) grad_logits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {
@@ -51,4 +64,8 @@ STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
   m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn_backward));
   m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn_fused_forward));
   m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn_fused_backward));
+  m.impl("add_layer_norm_forward", TORCH_BOX(&rk::add_layer_norm_forward));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&rk::add_layer_norm_backward));
+  m.impl("sigmoid_focal_loss_forward", TORCH_BOX(&rk::sigmoid_focal_loss_forward));
+  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&rk::sigmoid_focal_loss_backward));
 }

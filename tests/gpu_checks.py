@@ -20,6 +20,7 @@ Function = Callable[..., Tensor]
 TWO_31 = 2**31
 SUMMED_BY_ATOMICS = {("ms_deform_attn", "grad value"), ("ms_deform_attn_fused", "grad value")}
 """(op, result) that need not be bitwise the same twice, except under torch.use_deterministic_algorithms(True)."""
+FLOAT32_UNDER_AUTOCAST = ("query_similarity", "add_layer_norm", "sigmoid_focal_loss")
 
 
 def public(op: str) -> Function:
@@ -105,13 +106,13 @@ def check_compiled(
 
 
 def check_autocast(op: str, function: Function, arguments: Arguments, dtype: torch.dtype) -> None:
-    """float32 arguments under autocast: output in `dtype` (similarities stay as they are), gradients in float32."""
+    """float32 arguments under autocast: output in `dtype`, or float32 of ops that autocast keeps so; gradients too."""
     device = next(tensor.device for _, tensor in named_tensors(arguments))
     grad_output = grad_output_for(function, arguments)
     expected = results_of(function, arguments, grad_output)
     with torch.autocast(device.type, dtype):
         results = results_of(function, arguments, grad_output)
-    assert results["output"].dtype == (torch.float32 if op == "query_similarity" else dtype)
+    assert results["output"].dtype == (torch.float32 if op in FLOAT32_UNDER_AUTOCAST else dtype)
     for name, tensor in expected.items():
         assert name == "output" or results[name].dtype == torch.float32, name
         torch.testing.assert_close(results[name].float(), tensor, rtol=0.1, atol=0.1, msg=name)
@@ -156,15 +157,19 @@ def check_beyond_32_bits(op: str, function: Function, arguments: Arguments) -> N
 
 
 def check_many_images(op: str, function: Function, arguments: Arguments) -> None:
-    """The first and the last images of a batch too large to verify whole are right, gradients too."""
+    """The first and the last images of a batch too large to verify whole are right, their gradients too."""
     grad_output = grad_output_for(function, arguments)
     found = results_of(function, arguments, grad_output)
     images = next(tensor.shape[0] for _, tensor in named_tensors(arguments))
     for start in (0, max(0, images - 2)):
         few = slice(start, start + 2)
-        of_few = map_tensors(arguments, lambda x, few=few: x.detach()[few].clone().requires_grad_(x.requires_grad))
-        found_of_few = {name: tensor[few] for name, tensor in found.items()}
-        assert_accurate(op, found_of_few, of_few, grad_output[few])
+
+        def of_few(x: Tensor, few: slice = few) -> Tensor:
+            x_of_few = x.detach()[few] if x.shape[0] == images else x.detach()
+            return x_of_few.clone().requires_grad_(x.requires_grad and x.shape[0] == images)
+
+        found_of_few = {name: tensor[few] for name, tensor in found.items() if tensor.shape[0] == images}
+        assert_accurate(op, found_of_few, map_tensors(arguments, of_few), grad_output[few])
 
 
 def peak_beside_inputs(run: Callable[[], object], device: torch.device) -> int:

@@ -207,7 +207,12 @@ def test_more_than_2_31_elements(op, backend, most_of_the_gpu):
 
 
 def many_of(image, batch):
-    """[1, ...] -> [batch, ...], the last two images each a copy in another order: what is read elsewhere differs."""
+    """[1, ...] -> [batch, ...], the last two images each a copy in another order: what is read elsewhere differs.
+
+    What has one dimension belongs to all images.
+    """
+    if image.dim() == 1:
+        return image
     tensor = image.detach().expand(batch, *image.shape[1:]).contiguous()
     tensor[-1] = image.detach()[0].flip(0)
     return tensor.requires_grad_(image.requires_grad)

@@ -12,7 +12,7 @@ import route_kernels as rk
 from benchmarks import gpu_contenders, gpu_profile, gpu_run, gpu_tables
 from benchmarks.chips import CHIPS
 from benchmarks.gpu_registry import MIB, SAMPLED_BY, GpuCase, gpu_cases, parts, sampled_on_gpu
-from benchmarks.registry import OURS, Contender, Sampling, Target, Unavailable
+from benchmarks.registry import LEVERS, OURS, Contender, Sampling, Target, Unavailable
 from benchmarks.report import markdown
 from benchmarks.roofline import call_floor, least_work, sizes_of
 from route_kernels.backends import OPS
@@ -299,4 +299,4 @@ def test_tables_from_a_file(tmp_path, capsys):
 
 
 def test_parts_of_the_cases():
-    assert parts() == ["attention", "flex", *SAMPLED_BY, "query_similarity"]
+    assert parts() == ["attention", "flex", *SAMPLED_BY, "query_similarity", *LEVERS]

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from gpu_checks import FLOAT32_UNDER_AUTOCAST
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -204,8 +205,7 @@ def test_autocast(op, label, backend):
         with torch.autocast("cpu", torch.bfloat16):
             results = public_outcome(op, arguments)
             doubled = call(op, double) if takes_double else None
-    float32 = ("query_similarity", "add_layer_norm", "sigmoid_focal_loss")
-    assert results["output"].dtype == (torch.float32 if op in float32 else torch.bfloat16)
+    assert results["output"].dtype == (torch.float32 if op in FLOAT32_UNDER_AUTOCAST else torch.bfloat16)
     assert doubled is None or doubled.dtype == torch.float64
     for name, tensor in expected.items():
         assert name == "output" or results[name].dtype == torch.float32, name

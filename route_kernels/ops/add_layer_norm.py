@@ -163,33 +163,28 @@ def _backward_fake(grad_output, output, rstd, normalized, channels, weight, bias
     return _new_grads(output, weight)
 
 
-def _plain_forward(x, residual, weight, bias, eps, channels, output, rstd, normalized):
-    s = x.to(rstd.dtype) + residual.to(rstd.dtype)
-    centred = s - s.mean(-1, keepdim=True)
-    rstd.copy_(torch.rsqrt(centred.square().mean(-1) + eps))
-    x_hat = centred * rstd[:, None]
-    output.copy_(x_hat * weight + bias)
-    normalized.copy_(x_hat if len(channels) == x.shape[-1] else x_hat[:, channels.long()])
+def _cpu_forward(*arguments):
+    torch.ops.route_kernels_native.add_layer_norm_forward(*arguments)
 
 
-def _plain_backward(grad_output, output, rstd, normalized, channels, weight, bias, grad_sum, sums):
-    accumulate = sums.dtype
-    w, b = weight.to(accumulate), bias.to(accumulate)
-    w = torch.where(w.abs() > torch.finfo(output.dtype).eps / 2 * b.abs(), w, torch.nan)
-    x_hat = (output.to(accumulate) - b) / w
-    if len(channels) == output.shape[-1]:
-        x_hat = normalized.to(accumulate)
-    else:
-        x_hat[:, channels.long()] = normalized.to(accumulate)
-    dy = grad_output.to(accumulate)
-    g = dy * weight.to(accumulate)
-    grad_sum.copy_(rstd[:, None] * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)))
-    sums.zero_()
-    sums[0, 0], sums[0, 1] = (dy * x_hat).sum(0), dy.sum(0)
+def _cpu_backward(*arguments):
+    torch.ops.route_kernels_native.add_layer_norm_backward(*arguments)
 
 
-_FORWARD = {"cpu": _plain_forward}
-_BACKWARD = {"cpu": _plain_backward}
+def _triton_forward(*arguments):
+    from ..triton.add_layer_norm import forward
+
+    forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from ..triton.add_layer_norm import backward
+
+    backward(*arguments)
+
+
+_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
+_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):

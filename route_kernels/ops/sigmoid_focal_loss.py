@@ -114,7 +114,7 @@ def _kernel(logits, targets, alpha, gamma, differentiated, backend):
     if logits.numel() == 0:
         return loss.zero_(), grad
     _FORWARD[backends.resolve(OP, backend, logits)](
-        _rows(logits), targets.reshape(-1), alpha, gamma, kept_scale(logits.dtype), loss.view(-1),
+        _rows(logits), targets.reshape(-1).contiguous(), alpha, gamma, kept_scale(logits.dtype), loss.view(-1),
         grad.view(-1, logits.shape[-1]) if differentiated else None,
     )  # fmt: skip
     return loss, grad
@@ -129,7 +129,7 @@ def _backward_kernel(grad_loss, grad, backend):
     grad_logits = grad.new_empty(grad.shape)
     if grad.numel():
         _BACKWARD[backends.resolve(OP, backend, grad)](
-            grad_loss.reshape(-1), _rows(grad), 1 / kept_scale(grad.dtype), _rows(grad_logits)
+            grad_loss.reshape(-1).contiguous(), _rows(grad), 1 / kept_scale(grad.dtype), _rows(grad_logits)
         )
     return grad_logits
 
@@ -138,26 +138,28 @@ def _backward_fake(grad_loss, grad, backend):
     return grad.new_empty(grad.shape)
 
 
-def _plain_forward(logits, targets, alpha, gamma, scale, loss, grad):
-    positive = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    x = logits.to(loss.dtype)
-    z = torch.where(positive, -x, x)
-    log_q = torch.nn.functional.logsigmoid(z)
-    softplus = -torch.nn.functional.logsigmoid(-z)
-    q = torch.sigmoid(z)
-    factor = torch.where(positive, alpha, 1 - alpha) * torch.exp(gamma * log_q)
-    loss.copy_((factor * softplus).sum(-1))
-    if grad is not None:
-        dz = factor * (gamma * torch.sigmoid(-z) * softplus + q)
-        grad.copy_(scale * torch.where(positive, -dz, dz))
+def _cpu_forward(*arguments):
+    torch.ops.route_kernels_native.sigmoid_focal_loss_forward(*arguments)
 
 
-def _plain_backward(grad_loss, grad, scale, grad_logits):
-    grad_logits.copy_(grad.to(grad_loss.dtype) * (scale * grad_loss)[:, None])
+def _cpu_backward(*arguments):
+    torch.ops.route_kernels_native.sigmoid_focal_loss_backward(*arguments)
 
 
-_FORWARD = {"cpu": _plain_forward}
-_BACKWARD = {"cpu": _plain_backward}
+def _triton_forward(*arguments):
+    from ..triton.sigmoid_focal_loss import forward
+
+    forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from ..triton.sigmoid_focal_loss import backward
+
+    backward(*arguments)
+
+
+_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
+_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):

@@ -158,7 +158,8 @@ def add_layer_norm_arguments(
 
 def sigmoid_focal_loss_arguments(
     *, batch: int = 2, queries: int = 9, classes: int = 7, alpha: float = 0.25, gamma: float = 2.0,
-    weighted: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
+    weighted: bool = False, reduction: str = "none", dtype: torch.dtype = torch.float32, device: str = "cpu",
+    seed: int = 0,
 ) -> Arguments:  # fmt: skip
     """Logits as of a detector in training, most of them of low probability; a third of the queries have a target."""
     normal = _normals(seed, device)
@@ -169,6 +170,7 @@ def sigmoid_focal_loss_arguments(
         "targets": targets.to(device),
         "alpha": alpha,
         "gamma": gamma,
+        "reduction": reduction,
     }
     if weighted:
         arguments["weight"] = torch.rand(batch, 1, generator=generator).to(device)
@@ -235,11 +237,8 @@ _SAMPLES: dict[str, Callable[[torch.dtype, dict[str, Any]], dict[str, Arguments]
         "few channels": add_layer_norm_arguments(dtype=dtype, channels=3, zeros=1, **sizes),
     },
     "sigmoid_focal_loss": lambda dtype, sizes: {
-        "sum": sigmoid_focal_loss_arguments(dtype=dtype, **sizes),
-        "weights of images": {
-            **sigmoid_focal_loss_arguments(dtype=dtype, gamma=1.5, alpha=0.6, weighted=True, **sizes),
-            "reduction": "none",
-        },
+        "sum": sigmoid_focal_loss_arguments(dtype=dtype, reduction="sum", **sizes),
+        "weights of images": sigmoid_focal_loss_arguments(dtype=dtype, gamma=1.5, alpha=0.6, weighted=True, **sizes),
         "one class": sigmoid_focal_loss_arguments(dtype=dtype, classes=1, **sizes),
     },
 }
