@@ -19,7 +19,7 @@ from .decoder import Decoder, best_class_probability
 from .denoising import Denoised, Denoising, separated
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
-from .masks import PixelEmbedding
+from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits
 from .matcher import PaddedTargets, padded_targets
 from .proposals import Proposals, Queries
 from .schedule import ROUTE_TYPES, RouteType, RoutingValues
@@ -212,24 +212,40 @@ def _check_images(images: Tensor, padding_mask: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def detections(output: DetectorOutput, sizes: list[tuple[int, int]], top_k: int = 100) -> list[dict[str, Tensor]]:
+def detections(
+    output: DetectorOutput,
+    sizes: list[tuple[int, int]],
+    top_k: int = 100,
+    input_sizes: list[tuple[int, int]] | None = None,
+) -> list[dict[str, Tensor]]:
     """The top_k (query, class) pairs of each image, best first, from the main branch's last layer.
 
     sizes: (height, width) in pixels of each image. Returns for each image scores [k], labels [k] int64 and boxes [k, 4]
-    (x0, y0, x1, y1) in pixels, clipped to the image; k = min(top_k, N K).
+    (x0, y0, x1, y1) in pixels, clipped to the image; k = min(top_k, N K). With masks also masks [k, height, width],
+    bool; for them input_sizes gives (height, width) of the images that the detector saw, None: without padding.
     """
     probabilities = output.logits.sigmoid()
     batch, queries, classes = probabilities.shape
     if len(sizes) != batch:
         raise ValueError(f"sizes: expected {batch} pairs (height, width), got {len(sizes)}")
     scores, best = probabilities.flatten(1).topk(min(top_k, queries * classes), dim=1)
+    query = best // classes
     boxes = corners(output.boxes).clamp(0, 1)
-    boxes = boxes.gather(1, (best // classes)[..., None].expand(-1, -1, 4))
+    boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
     scale = boxes.new_tensor([(width, height, width, height) for height, width in sizes])[:, None]
-    return [
+    found = [
         {"scores": s, "labels": label, "boxes": box}
         for s, label, box in zip(scores, best % classes, boxes * scale, strict=True)
     ]
+    if output.pixel_embeddings is not None:
+        embeddings = output.layers[-1].mask_embeddings[:, 0]
+        for image, (pixels, size) in enumerate(zip(output.pixel_embeddings, sizes, strict=True)):
+            seen = (MASK_STRIDE * pixels.shape[1], MASK_STRIDE * pixels.shape[2])
+            logits = image_mask_logits(
+                embeddings[image, query[image]], pixels, seen if input_sizes is None else input_sizes[image]
+            )
+            found[image]["masks"] = full_masks(logits, size)
+    return found
 
 
 def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict]:

@@ -151,13 +151,18 @@ def compressed_mask(annotation: dict, size: tuple[int, int]) -> bytes:
     Raises ValueError for one that is missing, malformed or of another size.
     """
     found, shape = annotation.get("segmentation"), [size[1], size[0]]
-    if isinstance(found, list) and found and all(isinstance(polygon, list) and len(polygon) >= 6 for polygon in found):
-        found = rle.merge(rle.frPyObjects(found, *shape))
-    elif isinstance(found, dict) and isinstance(found.get("counts"), list):
-        found = rle.frPyObjects(found, *found["size"])
-    if not isinstance(found, dict) or found.get("size") != shape:
+    try:
+        if isinstance(found, list) and min(map(len, found)) >= 6:
+            found = rle.merge(rle.frPyObjects(found, *shape))
+        elif list(found["size"]) != shape:
+            raise ValueError("another size")
+        elif isinstance(found["counts"], list):
+            if sum(found["counts"]) != shape[0] * shape[1]:
+                raise ValueError("lengths that are not the image's")
+            found = rle.frPyObjects(found, *shape)
+        return found["counts"].encode() if isinstance(found["counts"], str) else found["counts"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"annotation {annotation['id']}: expected a segmentation: polygons of three or more points, or run "
-            f"lengths of size {shape}, for training masks"
-        )
-    return found["counts"].encode() if isinstance(found["counts"], str) else found["counts"]
+            f"annotation {annotation['id']}: expected a segmentation: polygons of three or more points, or run lengths "
+            f"of size {shape}, for training masks"
+        ) from error

@@ -101,7 +101,7 @@ class CocoDetection(Dataset):
         if masks:
             try:
                 encoded = [compressed_mask(*each) for each in objects]
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise DatasetError(f"{self.annotation_file}: {error}") from error
             self._masks = np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)])
 
