@@ -214,9 +214,9 @@ def _check_images(images: Tensor, padding_mask: Tensor | None) -> None:
 @torch.no_grad()
 def detections(
     output: DetectorOutput,
-    sizes: list[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]],
     top_k: int = 100,
-    input_sizes: list[tuple[int, int]] | None = None,
+    input_sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[dict[str, Tensor]]:
     """The top_k (query, class) pairs of each image, best first, from the main branch's last layer.
 

@@ -191,10 +191,11 @@ def evaluate(
         output = model(batch.images, batch.padding_mask)
         if turn < len(mine):
             ids = [target.image_id for target in batch.targets]
-            found = detections(output, [target.original_size for target in batch.targets], config.top_k)
+            sizes, seen = zip(*((target.original_size, target.size) for target in batch.targets), strict=True)
+            found = detections(output, sizes, config.top_k, seen)
             results += coco_results(found, ids, category_ids or dataset.category_ids)
             image_ids += ids
         after_batch(len(image_ids))
     shares = everybodys((results, image_ids))
     results, image_ids = ([entry for share in shares for entry in share[part]] for part in (0, 1))
-    return average_precision(dataset.coco, results, image_ids)
+    return average_precision(dataset.coco, results, image_ids, masks=output.pixel_embeddings is not None)

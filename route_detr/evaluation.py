@@ -62,13 +62,16 @@ def _result_set(ground_truth: COCO, results: Sequence[dict[str, Any]], kind: str
     return detected
 
 
-def check_ground_truth(ground_truth: COCO, image_ids: Sequence[int]) -> None:
-    """Raise `NoGroundTruth` when the images hold no object that counts (crowd regions do not)."""
+def check_ground_truth(ground_truth: COCO, image_ids: Sequence[int], masks: bool = False) -> None:
+    """Raise `NoGroundTruth` when the images hold no object that counts (no crowd regions do), or one without a mask."""
     annotations = ground_truth.loadAnns(ground_truth.getAnnIds(imgIds=list(image_ids), iscrowd=False))
     if not annotations:
         raise NoGroundTruth(
             f"average precision is undefined: none of the {len(image_ids)} evaluated images has an annotated box"
         )
+    without = [each["id"] for each in annotations if masks and not each.get("segmentation")]
+    if without:
+        raise NoGroundTruth(f"average precision of masks is undefined: annotation {without[0]} has no segmentation")
 
 
 def average_precision(
@@ -79,9 +82,9 @@ def average_precision(
     No detections give 0. A size class without any object gives None.
 
     Raises:
-        NoGroundTruth: no object is annotated in these images.
+        NoGroundTruth: no object is annotated in these images, or one has no mask to compare with.
     """
-    check_ground_truth(ground_truth, image_ids)
+    check_ground_truth(ground_truth, image_ids, masks)
     metrics: dict[str, float | None] = {}
     for kind, names in (("bbox", METRICS), ("segm", MASK_METRICS))[: 1 + masks]:
         with contextlib.redirect_stdout(io.StringIO()):

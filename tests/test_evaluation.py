@@ -163,3 +163,8 @@ def test_table_has_a_row_for_masks():
     head, boxes, masks = table(metrics).splitlines()
     assert head.split() == list(METRICS)
     assert boxes.split() == ["0.500"] * 6 + ["boxes"] and masks.split() == ["0.250"] * 6 + ["masks"]
+
+
+def test_an_object_without_a_mask_to_compare_with_is_an_error():
+    with pytest.raises(NoGroundTruth, match="annotation 1 has no segmentation"):
+        average_precision(ground_truth(TRUTH), [], [1, 2, 3], masks=True)

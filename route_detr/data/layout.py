@@ -75,7 +75,7 @@ def open_splits(
         raise ValueError("layout: expected both splits, got one")
     options = {"train": True, "seed": seed, "masks": masks, "cache": cache}
     train = CocoDetection(layout.train.annotations, layout.train.images, config, **options)
-    val = CocoDetection(layout.val.annotations, layout.val.images, config)
+    val = CocoDetection(layout.val.annotations, layout.val.images, config, masks=masks)
     require_same_categories(train, val)
     for dataset in (train, val):
         if dataset.num_boxes == 0:
