@@ -1,4 +1,4 @@
-"""route-detr train | eval | predict | export | inspect | data."""
+"""route-detr train | eval | predict | import | export | inspect | data."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--name", help="name of the run: its folder is runs/NAME (default: the preset's name)")
     train.add_argument("--out", type=Path, help="the run's folder, instead of runs/NAME")
     train.add_argument("--cache", type=Path, metavar="FOLDER", help="keep decoded training images there")
+    train.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint file")
     train.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
     _add_configuration(train)
 
@@ -59,6 +60,21 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", help="image files, or folders of images")
     predict.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
     predict.add_argument("--score-threshold", type=float, default=0.3, help="leave out less certain detections (0.3)")
+
+    importing = commands.add_parser(
+        "import",
+        parents=[common],
+        help="a public checkpoint as one of ours",
+        description="Turn weights of Deformable DETR, Dual-R-DETR or DINO (as their authors publish them, or of "
+        "transformers) into a checkpoint that eval, predict, export and train --init read.",
+    )
+    importing.set_defaults(action="import_weights")
+    importing.add_argument("source", help="file of the authors, folder of a transformers model, or its name on the hub")
+    importing.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    importing.add_argument(
+        "--categories", type=Path, metavar="COCO.json", help="annotation file that names the classes by their numbers"
+    )
+    _add_configuration(importing, "the one that the weights were trained with")
 
     export = commands.add_parser("export", parents=[common], help="a trained detector as ONNX or torch.export file")
     export.set_defaults(action="export")
@@ -100,11 +116,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_configuration(command: argparse.ArgumentParser) -> None:
+def _add_configuration(command: argparse.ArgumentParser, default: str = "tiny") -> None:
     group = command.add_argument_group(
         "configuration", "a preset or a file, and what overrides it; config.json of a run has all fields"
     )
-    group.add_argument("--preset", help="named configuration to start from (default: tiny)")
+    group.add_argument("--preset", help=f"named configuration to start from (default: {default})")
     group.add_argument("--config", type=Path, metavar="FILE.yaml", help="fields that differ from its `base`, a preset")
     group.add_argument("--route", action=argparse.BooleanOptionalAction, help="--no-route trains the plain baseline")
     group.add_argument("--routed-layers", metavar="LAYERS", help="decoder layers with routing: last:2, all or 3,4")

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from route_detr import data as detection_data
-from route_detr.checkpoint import load_checkpoint, write_text
+from route_detr.checkpoint import load_checkpoint, save_checkpoint, write_text
 from route_detr.cli import run_folder
 from route_detr.config import Config, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, read_rgb
@@ -25,10 +25,11 @@ from route_detr.engine import evaluate as evaluate_detector
 from route_detr.errors import UsageError
 from route_detr.evaluation import table
 from route_detr.export import export as export_detector
+from route_detr.importing import imported, read_published
 from route_detr.plots import plot_curves, plot_detections, plot_routing, plot_schedule
 from route_detr.prediction import Trained, image_files, load_trained, predict_files
 from route_detr.run import Run, find_checkpoint
-from route_detr.scale_out import start_processes
+from route_detr.scale_out import start_processes, take_weights
 from route_detr.training import Training
 
 BUNDLED_DATA = "data/digits"
@@ -119,11 +120,19 @@ def _started(args: argparse.Namespace, run: Run) -> Training:
     classes = training.config.detector.num_classes
     if _overrides(args).get("detector.num_classes", classes) != classes:
         raise UsageError(f"detector.num_classes: the data set has {classes} categories")
+    if args.init:
+        new = take_weights(training.detector, find_checkpoint(args.init))
+        if run.writes and new:
+            print(
+                f"weights of {args.init}; {len(new)} tensors begin anew: {', '.join(new[:4])}{' ...' * (len(new) > 4)}"
+            )
     training.start()
     return training
 
 
 def _resumed(args: argparse.Namespace, run: Run) -> Training:
+    if args.init:
+        raise UsageError("--init and --resume: expected one of them, got both")
     run.check_resumable()
     state = load_checkpoint(run.last)
     stored, data = Config.from_dict(state["config"]), state["data"]
@@ -213,6 +222,25 @@ def predict(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     _, trained = _load(args, torch.device("cpu"))
     print(export_detector(trained, args.out, args.size))
+    return 0
+
+
+def import_weights(args: argparse.Namespace) -> int:
+    """A public checkpoint as one of ours: eval, predict and export read it, train begins with it (--init)."""
+    state, config, names = read_published(args.source)
+    if args.preset or args.config:
+        _, config = _configured(args)
+    else:
+        config = config.updated(_overrides(args))
+    detector = imported(state, config)
+    if args.categories:
+        content = json.loads(args.categories.read_text(encoding="utf-8"))
+        names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
+    categories = [{"id": i, "name": names.get(i, str(i))} for i in range(config.detector.num_classes)]
+    save_checkpoint(
+        args.out, {"config": config.to_dict(), "categories": categories, "model": detector.state_dict(), "data": {}}
+    )
+    print(f"{len(detector.state_dict())} tensors of {args.source} written to {args.out}")
     return 0
 
 

@@ -6,13 +6,18 @@ publish them, and `DeformableDetrForObjectDetection` of `transformers`.
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import DeformableDetrConfig, PretrainedConfig
 
 from .config import Config, preset
 from .detector import Detector
@@ -71,9 +76,9 @@ AUTHORS: Rules = {
     r"label_enc\.weight": "denoising.content.weight",
     r"transformer\.(?:encoder_class_head|enc_out_class_embed)\.(.+)": r"proposals.head.classify.\1",
     r"transformer\.(?:encoder_bbox_head|enc_out_bbox_embed)\.layers\.(\d)\.(.+)": r"proposals.head.refine.\1.\2",
-    r"transformer\.decoder\.(?:class|bbox)_embed\..+": "",  # the same tensors as without the prefix
-    r"(?:transformer\.decoder\.class_head|class_embed)\.(\d+\..+)": r"heads.classify.\1",
-    r"(?:transformer\.decoder\.bbox_head|bbox_embed)\.(\d+)\.layers\.(\d\..+)": r"heads.refine.\1.\2",
+    # Heads have two names, here and below, for the same tensors; a file may have either or both.
+    r"(?:transformer\.decoder\.)?class_(?:head|embed)\.(\d+\..+)": r"heads.classify.\1",
+    r"(?:transformer\.decoder\.)?bbox_(?:head|embed)\.(\d+)\.layers\.(\d\..+)": r"heads.refine.\1.\2",
     r"_classes_|criterion\..+": "",
 }
 TRANSFORMERS: Rules = {
@@ -95,13 +100,57 @@ TRANSFORMERS: Rules = {
     r"model\.enc_output_norm\.(.+)": r"proposals.project.1.\1",
     r"model\.pos_trans\.(.+)": r"proposals.content.0.\1",
     r"model\.pos_trans_norm\.(.+)": r"proposals.content.1.\1",
-    r"model\.decoder\.(?:class|bbox)_embed\..+": "",
-    r"class_embed\.(\d+\..+)": r"heads.classify.\1",
-    r"bbox_embed\.(\d+)\.layers\.(\d\..+)": r"heads.refine.\1.\2",
+    r"(?:model\.decoder\.)?class_embed\.(\d+\..+)": r"heads.classify.\1",
+    r"(?:model\.decoder\.)?bbox_embed\.(\d+)\.layers\.(\d\..+)": r"heads.refine.\1.\2",
 }
 BACKBONE = re.compile(
     r"(?:model\.backbone\.(?:conv_encoder\.)?model(?:\._backbone)?|backbone\.0(?:\.body)?|backbone)\.(.+)"
 )
+
+
+def read_published(source: str) -> tuple[dict[str, Tensor], Config, dict[int, str]]:
+    """State dict, configuration and class names of a public checkpoint.
+
+    source: an author's file; or a `transformers` model, as a folder with config.json and its weights or a hub id.
+
+    Raises FileNotFoundError, or ValueError for a file that is none of these or a model that is no such detector.
+    """
+    path = Path(source)
+    if path.is_file():
+        state = _torch_file(path)
+        return state, source_config(state), {}
+    if not path.is_dir():
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise FileNotFoundError(f"{source}: no such file or folder, and not the name of a model on a hub")
+        patterns = ["config.json", "*.safetensors", "pytorch_model.bin"]
+        path = Path(snapshot_download(source, allow_patterns=patterns))
+    config = DeformableDetrConfig.from_pretrained(path)
+    if config.model_type != json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type"):
+        raise ValueError(f"{source}: expected a model of type {config.model_type}")
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model.bin"))
+    if not files:
+        raise FileNotFoundError(f"{source}: neither *.safetensors nor pytorch_model.bin in it")
+    state = {}
+    for file in files:
+        state |= load_file(file) if file.suffix == ".safetensors" else _torch_file(file)
+    return state, transformers_config(config), {int(label): name for label, name in config.id2label.items()}
+
+
+def _torch_file(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of torch.save; nothing in it is run."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign or damaged file can fail anywhere inside the unpickler
+        raise ValueError(
+            f"{path}: expected tensors written by torch.save ({str(error).splitlines()[0][:160]})"
+        ) from error
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: expected a state dict, alone or under 'model'")
+    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
 def imported(state: Mapping[str, Tensor], config: Config) -> Detector:
@@ -209,7 +258,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     unknown = []
     for source, tensor in state.items():
-        name = _our_name(source.removeprefix("module."), rules)
+        name = _our_name(source, rules)
         if name is None:
             unknown.append(source)
         elif "{" in name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from route_detr.errors import UsageError
+from route_detr.checkpoint import load_checkpoint
+from route_detr.errors import CheckpointError, UsageError
 
 
 def start_processes(device: str = "auto") -> Accelerator:
@@ -136,6 +138,20 @@ def load_model(detector: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a `whole` state dict into a detector whose parameters may be sharded."""
     own = detector.state_dict()
     detector.load_state_dict({name: _placed(value, own.get(name)) for name, value in state.items()})
+
+
+def take_weights(detector: nn.Module, checkpoint: str | Path) -> list[str]:
+    """Load another run's weights where names and shapes agree; returns the names of what stays as it was.
+
+    lambda and alpha are this run's own. Raises CheckpointError where nothing fits.
+    """
+    own, given = whole(detector.state_dict()), load_checkpoint(checkpoint)["model"]
+    weights = [name for name in own if not name.startswith("routing.")]
+    fitting = {name: given[name] for name in weights if name in given and given[name].shape == own[name].shape}
+    if not fitting:
+        raise CheckpointError(f"{checkpoint}: none of its weights fits this detector")
+    load_model(detector, {**own, **fitting})
+    return [name for name in weights if name not in fitting]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

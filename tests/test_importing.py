@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 
@@ -12,7 +13,12 @@ pytest.importorskip("transformers")
 
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
-from route_detr.importing import imported, source_config, transformers_config
+from route_detr.cli import main
+from route_detr.config import DetectorConfig
+from route_detr.detector import Detector
+from route_detr.importing import imported, read_published, source_config, transformers_config
+from route_detr.prediction import load_trained
+from route_detr.scale_out import take_weights
 
 
 def small_transformers_model(**changes) -> DeformableDetrForObjectDetection:
@@ -272,8 +278,14 @@ def test_every_published_name_finds_its_place_and_every_place_its_tensor(name):
     assert detector.config.num_queries == (900 if "dino" in name else 300)
 
 
+def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Heads with two names are one tensor, as in the files."""
+    state = {key: torch.randn(shape) for key, shape in shapes.items()}
+    return {key: state.get(key.removeprefix("transformer.decoder."), tensor) for key, tensor in state.items()}
+
+
 def test_what_changes_its_layout_does_so():
-    state = {key: torch.randn(shape) for key, shape in dino(swin=False).items()}
+    state = random_state(dino(swin=False))
     detector = imported(state, source_config(state))
     authors, ours = state["transformer.decoder.ref_point_head.layers.0.weight"], detector.decoder.anchor[0].weight
     assert torch.equal(ours[:, :128], authors[:, 128:256]) and torch.equal(ours[:, 128:256], authors[:, :128])
@@ -285,7 +297,7 @@ def test_what_changes_its_layout_does_so():
 
 
 def test_routers_are_new_where_the_checkpoint_has_none_and_a_first_stage_ranks_by_the_first_class():
-    state = {key: torch.randn(shape) for key, shape in deformable_detr().items()}
+    state = random_state(deformable_detr())
     detector = imported(state, source_config(state).updated({"detector.route": True}))
     assert list(detector.decoder.routers) == ["4", "5"]
     assert all(router.router_U_sup.weight.abs().sum() > 0 for router in detector.decoder.routers.values())
@@ -311,3 +323,41 @@ def test_a_one_stage_checkpoint_is_refused():
     state = {key: torch.zeros(shape) for key, shape in deformable_detr().items() if "pos_trans" not in key}
     with pytest.raises(ValueError, match="two-stage"):
         source_config(state)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_checkpoint_that_eval_and_train_read(tmp_path, capsys):
+    model = small_transformers_model(num_labels=10, id2label={i: f"digit {i}" for i in range(10)})
+    model.save_pretrained(tmp_path / "published")
+    assert main(["import", str(tmp_path / "published"), "--out", str(tmp_path / "ours.pt")]) == 0
+    trained = load_trained(tmp_path / "ours.pt", torch.device("cpu"))
+    assert trained.category_names[3] == "digit 3"
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(trained.detector(images).logits, model(images).logits, rtol=0, atol=1e-4)
+
+    settings = {**trained.config.to_dict()["detector"], "num_classes": 3, "route": True}
+    torch.manual_seed(0)
+    detector = Detector(DetectorConfig(**settings))
+    before = detector.decoder.heads[0].classify.weight.clone()
+    new = take_weights(detector, tmp_path / "ours.pt")
+    assert torch.equal(detector.encoder.level_embedding, trained.detector.encoder.level_embedding)
+    assert torch.equal(detector.decoder.heads[0].classify.weight, before)
+    assert "decoder.heads.0.classify.weight" in new and any("routers" in name for name in new)
+
+
+def test_a_file_of_the_authors_is_read_with_its_arguments_and_prefixes(tmp_path):
+    state = {f"module.{key}": torch.zeros(shape) for key, shape in deformable_detr().items()}
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 49}, tmp_path / "checkpoint.pth")
+    read, config, _ = read_published(str(tmp_path / "checkpoint.pth"))
+    assert read.keys() == deformable_detr().keys() and config.detector.query_content == "joint"
+
+
+@pytest.mark.parametrize(("content", "named"), [(b"no weights", "torch.save"), (None, "no such file")])
+def test_a_file_that_is_no_checkpoint_is_one_error(tmp_path, capsys, content, named):
+    if content is not None:
+        (tmp_path / "bad.pth").write_bytes(content)
+    assert main(["import", str(tmp_path / "bad.pth"), "--out", str(tmp_path / "ours.pt")]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "ours.pt").exists()
