@@ -333,6 +333,19 @@ def test_workers_change_nothing_and_living_workers_see_the_epoch(augmented):
         assert fingerprint(loader) == alone[epoch]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_images_are_decoded_once_and_the_same(folder, augmented, workers):
+    augmented.set_epoch(1)
+    expected = fingerprint([augmented[0], augmented[1]])
+    cached = opened(folder, config=AUGMENTED, train=True, seed=3, cache=folder / "decoded")
+    cached.set_epoch(1)
+    assert fingerprint(DataLoader(cached, batch_size=None, num_workers=workers)) == expected
+    assert sorted(path.name for path in (folder / "decoded").iterdir()) == ["a.png.npy", "b.png.npy"]
+    for name in ("a.png", "b.png"):
+        (folder / "images" / name).unlink()
+    assert fingerprint([cached[0], cached[1]]) == expected
+
+
 def test_a_data_set_can_be_pickled_for_spawned_workers(augmented):
     assert len(augmented.coco.anns) == 2
     again = pickle.loads(pickle.dumps(augmented))

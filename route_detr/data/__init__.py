@@ -1,6 +1,7 @@
 """Detection data: COCO-format sets, their transforms, the bundled crowded digits, and Cityscapes as a COCO folder."""
 
 from route_detr.data.batch import Batch, Target, collate, shuffled
+from route_detr.data.cityscapes import write_cityscapes
 from route_detr.data.coco import CocoDetection
 from route_detr.data.digits import DigitsParameters, is_digits_folder, write_digits
 from route_detr.data.images import read_rgb
@@ -31,5 +32,6 @@ __all__ = [
     "require_same_categories",
     "shuffled",
     "train_view",
+    "write_cityscapes",
     "write_digits",
 ]
