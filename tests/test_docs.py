@@ -8,6 +8,7 @@ import sys
 import pytest
 from markdown_pages import ROOT, blocks, commands, dead_links, imports, missing_packages, names_of_the_reader
 
+import route_detr.cli
 from route_kernels.integrations import CODEBASES
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -29,7 +30,7 @@ def as_far_as_it_can_run(code):
 def test_python_blocks_run(page):
     """One process a page, a fresh namespace a block."""
     code = blocks("python", page.read_text())
-    assert code, "a page shows the one line"
+    assert code or commands(page.read_text()), "a page shows what to type"
     missing = {package for block in code for package in missing_packages(block)}
     there = [
         (f"{page.name}, block {number}", as_far_as_it_can_run(block))
@@ -56,7 +57,10 @@ def test_commands_of_ours_exist(page):
             done = subprocess.run([sys.executable, "-c", f"import {words[2]}"], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         if words[0] == "route-kernels":
-            assert words[1] in ("info", "bench", "doctor")
+            assert words[1] in ("info", "bench", "doctor", "tune", "memory")
+        elif "route-detr" in words or "route_detr" in words:
+            ours = next(index for index, word in enumerate(words) if word in ("route-detr", "route_detr"))
+            assert route_detr.cli.parsed(words[ours + 1 :])
 
 
 @pytest.mark.parametrize("codebase", [*CODEBASES, "add_routing"])
