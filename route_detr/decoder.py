@@ -17,7 +17,7 @@ from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
 
 from .blocks import AddNorm, FeedForward
 from .config import DetectorConfig
-from .denoising import DenoisingTargets, group_similarity
+from .denoising import group_similarity
 from .encoder import Memory
 from .heads import PredictionHead, Predictions, side_by_side
 from .masks import MaskHead
@@ -80,29 +80,23 @@ class Decoder(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.packed = config.branches == "packed"
+        dim, heads = config.embed_dim, 1 if config.share_heads else config.decoder_layers
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        dim = config.embed_dim
-        self.heads = nn.ModuleList(
-            PredictionHead(dim, config.num_classes) for _ in range(1 if config.share_heads else config.decoder_layers)
-        )
+        self.heads = nn.ModuleList(PredictionHead(dim, config.num_classes) for _ in range(heads))
         self.mask_head = MaskHead(dim) if config.masks else None
         self.norm = nn.LayerNorm(dim) if config.decoder_norm else None
         self.look_forward_twice = config.look_forward_twice
         self.routed_queries = config.routed_queries
         self.anchor = _two_layers(2 * dim, dim) if config.query_position != "proposal" else None
         self.anchor_scale = _two_layers(dim, dim) if config.query_position == "scaled_anchor" else None
+        sizes = {
+            "rank": config.router_rank,
+            "hidden_dim": config.router_hidden_dim,
+            "gate_rank": config.router_gate_rank,
+        }
+        form = {"limit": config.router_limit, "nonnegative": config.router_nonnegative}
         self.routers = nn.ModuleDict(
-            {
-                str(index): QueryRouter(
-                    config.embed_dim,
-                    rank=config.router_rank,
-                    hidden_dim=config.router_hidden_dim,
-                    gate_rank=config.router_gate_rank,
-                    limit=config.router_limit,
-                    nonnegative=config.router_nonnegative,
-                )
-                for index in config.routed_layer_indices
-            }
+            {str(index): QueryRouter(dim, **sizes, **form) for index in config.routed_layer_indices}
         )
 
     def forward(self, queries: Queries, memory: Memory, routing: RoutingValues | None = None) -> list[Predictions]:
@@ -160,21 +154,16 @@ class Decoder(nn.Module):
         of queries that are not to be routed are zero.
         """
         content = queries.content[:, -1]
-        similarity = self._similarity(content.detach(), queries.denoising)
-        confidence = None if queries.logits is None else best_class_probability(queries.logits[:, -1])
         area = queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1)
         factors = self.routers[str(index)](
             content + queries.position[:, -1],
-            similarity=similarity,
-            confidence=confidence,
+            similarity=self._similarity(content.detach(), queries),
+            confidence=queries.confidence[:, -1],
             geometry=area.clamp_min(MIN_AREA).log(),
             strength=strength,
         )
         if queries.denoising is not None and self.routed_queries != "both":
-            denoising = (
-                torch.arange(content.shape[1], device=content.device)
-                >= content.shape[1] - queries.denoising.target.shape[1]
-            )
+            denoising = torch.arange(content.shape[1], device=content.device) >= queries.matching
             routed = (denoising == (self.routed_queries == "denoising"))[:, None]
             factors = factors._replace(sup_q=factors.sup_q * routed, del_q=factors.del_q * routed)
         if route_type == "suppressor":
@@ -184,12 +173,12 @@ class Decoder(nn.Module):
         return factors
 
     @staticmethod
-    def _similarity(content: Tensor, denoising: DenoisingTargets | None) -> Tensor:
-        """Mean rectified cosine similarity to the queries of the same part that a query can see: [B, N]."""
-        if denoising is None:
+    def _similarity(content: Tensor, queries: Queries) -> Tensor:
+        """To the other matching queries, or for a denoising query to the others of its group: [B, N, C] -> [B, N]."""
+        if queries.denoising is None:
             return rk.query_similarity(content)
-        matching, noisy = content.tensor_split([content.shape[1] - denoising.target.shape[1]], 1)
-        return torch.cat([rk.query_similarity(matching), group_similarity(noisy, denoising)], 1)
+        matching, noisy = content.tensor_split([queries.matching], 1)
+        return torch.cat([rk.query_similarity(matching), group_similarity(noisy, queries.denoising)], 1)
 
     @torch.no_grad()
     def observed_queries(self, queries: Queries, memory: Memory) -> dict[int, Queries]:
@@ -201,8 +190,3 @@ class Decoder(nn.Module):
 
 def _two_layers(width: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, dim), nn.ReLU(), nn.Linear(dim, dim))
-
-
-def best_class_probability(logits: Tensor) -> Tensor:
-    """[..., K] -> [...]: sigmoid of the highest class logit."""
-    return logits.amax(-1).sigmoid()

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
-from route_kernels.nn import MSDeformAttn
 
 from .backbone import Backbone, FeatureLevels
 from .boxes import corners
 from .config import DetectorConfig, TrainConfig
-from .decoder import Decoder, best_class_probability
+from .decoder import Decoder
 from .denoising import Denoised, Denoising, separated
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
 from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits
 from .matcher import PaddedTargets, padded_targets
-from .proposals import Proposals, Queries
+from .proposals import Proposals
 from .schedule import ROUTE_TYPES, RouteType, RoutingValues
 
 
@@ -184,19 +183,16 @@ class Detector(nn.Module):
             _check_images(images, padding_mask)
             memory = self._encoded(self.backbone(images), padding_mask)
             entering = self.decoder.observed_queries(self.proposals(memory)[1], memory)
-            return {index: self._view(index, queries) for index, queries in entering.items()}
+            return {
+                index: RoutedLayerView(
+                    self.decoder.routing(index, queries, strength=1.0, route_type="gated"),
+                    queries.box_logits[:, 0].sigmoid(),
+                    queries.confidence[:, 0],
+                )
+                for index, queries in entering.items()
+            }
         finally:
             self.train(was_training)
-
-    def _view(self, index: int, queries: Queries) -> RoutedLayerView:
-        boxes = queries.box_logits[:, 0].sigmoid()
-        if queries.logits is None:
-            confidence = boxes.new_zeros(boxes.shape[:2])
-        else:
-            confidence = best_class_probability(queries.logits[:, 0])
-        return RoutedLayerView(
-            self.decoder.routing(index, queries, strength=1.0, route_type="gated"), boxes, confidence
-        )
 
 
 def _check_images(images: Tensor, padding_mask: Tensor | None) -> None:
@@ -264,25 +260,13 @@ def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict]:
         "backbone": config.backbone_learning_rate_scale,
         "sampling": config.sampling_learning_rate_scale,
     }
-    sampling = {
-        parameter
-        for module in detector.modules()
-        if isinstance(module, MSDeformAttn)
-        for parameter in module.sampling_offsets.parameters()
-    }
-    backbone = set(detector.backbone.parameters())
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in scales}
-    for parameter in detector.parameters():
+    for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
-            name = "sampling" if parameter in sampling else "backbone" if parameter in backbone else "main"
-            groups[name].append(parameter)
+            kind = "backbone" if name.startswith("backbone.") else "sampling" if "sampling_offsets" in name else "main"
+            groups[kind].append(parameter)
     return [
-        {
-            "name": name,
-            "params": groups[name],
-            "lr": config.learning_rate * scale,
-            "weight_decay": config.weight_decay,
-        }
-        for name, scale in scales.items()
-        if groups[name]
+        {"name": kind, "params": groups[kind], "lr": config.learning_rate * scale, "weight_decay": config.weight_decay}
+        for kind, scale in scales.items()
+        if groups[kind]
     ]

@@ -29,6 +29,16 @@ class Queries(NamedTuple):
     key_ranges: Tensor | None = None  # [B, N, 2, 2] int32: which queries each may see; None: all
     denoising: DenoisingTargets | None = None
 
+    @property
+    def matching(self) -> int:
+        """How many of the N queries are not denoising ones."""
+        return self.content.shape[2] - (0 if self.denoising is None else self.denoising.target.shape[1])
+
+    @property
+    def confidence(self) -> Tensor:
+        """Highest class probability that the layer before gave, 0 before the first: [B, G, N]."""
+        return torch.zeros_like(self.content[..., 0]) if self.logits is None else self.logits.amax(-1).sigmoid()
+
 
 class Proposals(nn.Module):
     """Memory -> predictions for all S positions, and queries from the best.

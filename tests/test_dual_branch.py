@@ -5,6 +5,8 @@ import torch
 from small_detector import assert_close, small_batch, small_detector, trained_step
 
 import route_kernels as rk
+from route_detr.config import TrainConfig
+from route_detr.criterion import Criterion
 from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
 
 
@@ -36,6 +38,53 @@ def test_packed_branches_equal_two_passes(routed, strength):
     assert gradients.keys() == expected.keys()
     for name in expected:
         assert_close(gradients[name], expected[name])
+
+
+@pytest.mark.parametrize(("strengths", "fork"), [((0.2, 0.9), 1), ((0.0, 0.4), 2), ((0.4, 0.0), 1)])
+def test_each_routed_layer_has_its_own_strength(strengths, fork):
+    detectors = [small_detector(branches=form) for form in ("packed", "two_pass")]
+    (packed, losses, gradients), (_, expected_losses, expected) = (
+        trained_step(detector, small_batch(), strengths, 0.6) for detector in detectors
+    )
+    assert [layer.boxes.shape[1] for layer in packed.layers] == [1] * fork + [2] * (3 - fork)
+    assert_close(losses["loss"], expected_losses["loss"])
+    for name, gradient in expected.items():
+        assert_close(gradients[name], gradient)
+    routers = [sum(g.abs().sum() for n, g in gradients.items() if f".routers.{layer}." in n) for layer in (1, 2)]
+    assert [bool(total > 0) for total in routers] == [strength > 0 for strength in strengths]
+
+
+@pytest.mark.parametrize(("route_type", "other"), [("suppressor", "del"), ("delegator", "sup")])
+def test_a_fixed_route_type_is_that_product_alone(route_type, other):
+    detector = small_detector(routed_layers=(1,))
+    images, padding_mask, _ = batch = small_batch()
+    factors = detector.routing_factors(images, padding_mask)[1].factors
+    memory = detector.eval()._encoded(detector.backbone(images), padding_mask)
+    queries = detector.decoder.observed_queries(detector.proposals(memory)[1], memory)[1]
+    fixed = detector.decoder.routing(1, queries, 1.0, route_type)
+    q, k = (factors.sup_q, factors.sup_k) if route_type == "suppressor" else (factors.del_q, factors.del_k)
+    assert_close(rk.routing_bias(fixed), (q @ k.mT).clamp(-5, 5))
+    detector.train().set_routing(0.3, 0.6, route_type)
+    images, padding_mask, targets = batch
+    Criterion(TrainConfig())(detector(images, padding_mask), targets)["loss"].backward()
+    router = dict(detector.decoder.routers["1"].named_parameters())
+    unused = {name for name, parameter in router.items() if parameter.grad is None or not parameter.grad.abs().sum()}
+    assert unused == {
+        *("selector_a.weight", "selector_b.weight", f"router_gamma_{other}"),
+        *(f"router_{side}_{other}.weight" for side in "UV"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (((0.1, 0.1, 0.1), 0.5), "strength: expected one number or 2, one a routed layer, got 3"),
+        ((0.1, 0.5, "both"), "route_type: expected one of gated, suppressor, delegator, got 'both'"),
+    ],
+)
+def test_bad_routing_is_a_clear_error(values, message):
+    with pytest.raises(ValueError, match=message):
+        small_detector().set_routing(*values)
 
 
 def test_every_trained_parameter_gets_a_gradient():
