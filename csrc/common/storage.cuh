@@ -53,8 +53,10 @@ struct AccessOf<16> {
 };
 
 template <DType STORAGE, int COUNT>
-__device__ __forceinline__ void unpack(
-    typename AccessOf<COUNT * StorageOf<STORAGE>::BYTES>::type access, AccumulateOf<STORAGE> (&to)[COUNT]) {
+using Access = typename AccessOf<COUNT * StorageOf<STORAGE>::BYTES>::type;  // COUNT values
+
+template <DType STORAGE, int COUNT>
+__device__ __forceinline__ void unpack(Access<STORAGE, COUNT> access, AccumulateOf<STORAGE> (&to)[COUNT]) {
   if constexpr (STORAGE == DType::float32 || STORAGE == DType::float64) {
     memcpy(to, &access, sizeof(access));
   } else if constexpr (COUNT == 1) {
@@ -84,8 +86,8 @@ __device__ __forceinline__ unsigned short bits_of(T x) {
 }
 
 template <DType STORAGE, int COUNT, typename T>
-__device__ __forceinline__ typename AccessOf<COUNT * StorageOf<STORAGE>::BYTES>::type pack(const T (&from)[COUNT]) {
-  typename AccessOf<COUNT * StorageOf<STORAGE>::BYTES>::type access;
+__device__ __forceinline__ Access<STORAGE, COUNT> pack(const T (&from)[COUNT]) {
+  Access<STORAGE, COUNT> access;
   if constexpr (STORAGE == DType::float32 || STORAGE == DType::float64) {
     AccumulateOf<STORAGE> values[COUNT];
 #pragma unroll
@@ -103,24 +105,23 @@ __device__ __forceinline__ typename AccessOf<COUNT * StorageOf<STORAGE>::BYTES>:
   return access;
 }
 
-// to = data[at, at + COUNT); the access is COUNT values wide, which must be aligned to it.
+// data[at, at + COUNT), which must be aligned to that many values
 template <DType STORAGE, int COUNT>
 __device__ __forceinline__ void read_vector(const void* data, int64_t at, AccumulateOf<STORAGE> (&to)[COUNT]) {
-  constexpr int BYTES = StorageOf<STORAGE>::BYTES;
-  using Access = typename AccessOf<COUNT * BYTES>::type;
-  const Access* from = reinterpret_cast<const Access*>(static_cast<const char*>(data) + at * BYTES);
-  unpack<STORAGE, COUNT>(__ldg(from), to);
+  unpack<STORAGE, COUNT>(
+      __ldg(reinterpret_cast<const Access<STORAGE, COUNT>*>(
+          static_cast<const char*>(data) + at * StorageOf<STORAGE>::BYTES)),
+      to);
 }
 
 template <DType STORAGE, int COUNT, typename T>
 __device__ __forceinline__ void write_vector(void* data, int64_t at, const T (&from)[COUNT]) {
-  constexpr int BYTES = StorageOf<STORAGE>::BYTES;
-  using Access = typename AccessOf<COUNT * BYTES>::type;
-  __stcs(reinterpret_cast<Access*>(static_cast<char*>(data) + at * BYTES), pack<STORAGE, COUNT>(from));
+  __stcs(
+      reinterpret_cast<Access<STORAGE, COUNT>*>(static_cast<char*>(data) + at * StorageOf<STORAGE>::BYTES),
+      pack<STORAGE, COUNT>(from));
 }
 
-// Calls call(std::integral_constant of the dtype), which is known at run time only. A value that is accumulated in T
-// comes with others that T holds exactly, so float64 occurs with double alone.
+// Calls call(Storage) with a dtype that is known at run time only. What is accumulated in float holds no float64.
 template <DType STORAGE>
 struct Storage {
   static constexpr DType dtype = STORAGE;
@@ -133,29 +134,50 @@ __device__ __forceinline__ void with_storage(DType dtype, Call call) {
   else call(Storage<DType::bfloat16>{});
 }
 
+// view[at, at + COUNT) and back, value by value
+template <typename T, int COUNT>
+__device__ __forceinline__ void read(const View& view, int64_t at, T (&to)[COUNT]) {
+  with_storage<T>(view.dtype, [&](auto storage) {
+    constexpr DType STORAGE = decltype(storage)::dtype;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      AccumulateOf<STORAGE> one[1];
+      read_vector<STORAGE, 1>(view.data, at + i, one);
+      to[i] = T(one[0]);
+    }
+  });
+}
+
+template <typename T, int COUNT>
+__device__ __forceinline__ void write(const View& view, int64_t at, const T (&from)[COUNT]) {
+  with_storage<T>(view.dtype, [&](auto storage) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const T one[1] = {from[i]};
+      write_vector<decltype(storage)::dtype, 1>(view.data, at + i, one);
+    }
+  });
+}
+
 template <typename T>
 __device__ __forceinline__ T read(const View& view, int64_t at) {
-  T value;
-  with_storage<T>(view.dtype, [&](auto storage) {
-    AccumulateOf<decltype(storage)::dtype> one[1];
-    read_vector<decltype(storage)::dtype, 1>(view.data, at, one);
-    value = T(one[0]);
-  });
-  return value;
+  T one[1];
+  read(view, at, one);
+  return one[0];
 }
 
 template <typename T>
 __device__ __forceinline__ void write(const View& view, int64_t at, T value) {
   const T one[1] = {value};
-  with_storage<T>(view.dtype, [&](auto storage) { write_vector<decltype(storage)::dtype, 1>(view.data, at, one); });
+  write(view, at, one);
 }
 
-// grad[at, at + COUNT) += value, in any order: without the previous value, so that it is a reduction in the cache
-__device__ __forceinline__ void add(double* grad, const double (&value)[1]) { atomicAdd(grad, value[0]); }
-__device__ __forceinline__ void add(float* grad, const float (&value)[1]) { atomicAdd(grad, value[0]); }
+// sums += values, in any order; the sum before is not asked for, so this is a reduction in the cache
+__device__ __forceinline__ void add(double* sums, const double (&values)[1]) { atomicAdd(sums, values[0]); }
+__device__ __forceinline__ void add(float* sums, const float (&values)[1]) { atomicAdd(sums, values[0]); }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void add(float* grad, const float (&value)[4]) {
-  atomicAdd(reinterpret_cast<float4*>(grad), make_float4(value[0], value[1], value[2], value[3]));
+__device__ __forceinline__ void add(float* sums, const float (&values)[4]) {
+  atomicAdd(reinterpret_cast<float4*>(sums), make_float4(values[0], values[1], values[2], values[3]));
 }
 #endif
 

@@ -9,15 +9,13 @@
 namespace rk {
 namespace deform {
 
-constexpr int BACKWARD_SPAN = 4;
-
 // grad_output . corner of the four corners of a point
 template <typename T>
 struct Products {
   T corner[CORNERS];
 };
 
-// The gradient of output, VECTORS times VEC channels of a lane; VECTORS = 0: read anew for every point, channel by channel.
+// The gradient of output, VECTORS times VEC channels of a lane; with no VECTORS read anew for every point, one by one.
 template <DType STORAGE, int VEC, int LANES, int VECTORS>
 struct GradOutput {
   using T = AccumulateOf<STORAGE>;
@@ -35,20 +33,17 @@ struct GradOutput {
     }
   }
 
-  // Calls call(channel, values of grad_output) for the channels of a lane.
+  // Calls call(first channel, values of grad_output, whether they exist) for the vectors of a lane.
   template <typename Call>
-  __device__ __forceinline__ void for_channels(const DeviceArgs& args, int lane, Call call) const {
+  __device__ __forceinline__ void for_vectors(const DeviceArgs& args, int lane, Call call) const {
     if constexpr (VECTORS > 0) {
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        const int64_t channel = (v * LANES + lane) * VEC;
-        if (channel < args.D) call(channel, kept[v]);
-      }
+      for (int v = 0; v < VECTORS; ++v) call(v * (LANES * VEC), kept[v], (v * LANES + lane) * VEC < args.D);
     } else {
-      for (int64_t channel = lane * VEC; channel < args.D; channel += LANES * VEC) {
-        T values[VEC];
-        read_vector<STORAGE, VEC>(data, row + channel, values);
-        call(channel, values);
+      for (int64_t channel = lane; channel < args.D; channel += LANES) {
+        T values[1];
+        read_vector<STORAGE, 1>(data, row + channel, values);
+        call(channel - lane, values, true);
       }
     }
   }
@@ -58,20 +53,24 @@ struct GradOutput {
 
 template <DType STORAGE, int VEC, int LANES, int VECTORS, typename T>
 __device__ __forceinline__ Products<T> products_of_lane(
-    const DeviceArgs& args, const GradOutput<STORAGE, VEC, LANES, VECTORS>& grad, int64_t row, int lane, int32_t width,
-    const Corners<T>& corners) {
+    const DeviceArgs& args, const GradOutput<STORAGE, VEC, LANES, VECTORS>& grad, const ValueRows<STORAGE, VEC>& rows,
+    int lane, int32_t width, const Corners<T>& corners) {
   Products<T> products = {};
+  grad.for_vectors(args, lane, [&](int64_t channels, const T(&values)[VEC], bool readable) {
+    Access<STORAGE, VEC> read[CORNERS];
 #pragma unroll
-  for (int c = 0; c < CORNERS; ++c) {
-    if (!is_there(corners.weight[c])) continue;
-    const int64_t at = row + row_of_corner(corners, c, width, args.value.stride[1]);
-    grad.for_channels(args, lane, [&](int64_t channel, const T(&values)[VEC]) {
+    for (int c = 0; c < CORNERS; ++c) read[c] = rows.read(corners, c, width, channels, readable);
+#pragma unroll
+    for (int c = 0; c < CORNERS; ++c) {
       T corner[VEC];
-      read_vector<STORAGE, VEC>(args.value.data, at + channel, corner);
+      unpack<STORAGE, VEC>(read[c], corner);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) products.corner[c] += values[i] * corner[i];
-    });
-  }
+    }
+  });
+#pragma unroll
+  for (int c = 0; c < CORNERS; ++c)  // 0 times an infinite gradient would be NaN
+    products.corner[c] = is_there(corners.weight[c]) ? products.corner[c] : T(0);
   return products;
 }
 
@@ -96,19 +95,20 @@ __device__ __forceinline__ Products<T> exchange(int lane, int first, const OfLan
   }
 }
 
-template <int LANES, typename T, typename OfLane>
+// Of SPAN points: those of point `span` + i belong to the slot and lane that located it.
+template <int LANES, int SPAN, int SLOTS, typename T, typename OfLane>
 __device__ __forceinline__ void sum_products(
-    int lane, int span, const OfLane& products_of, Products<T> (&products)[SLOTS<LANES, BACKWARD_SPAN>]) {
-  constexpr int TOGETHER = LANES < BACKWARD_SPAN ? LANES : BACKWARD_SPAN;
+    int lane, int span, const OfLane& products_of, Products<T> (&products)[SLOTS]) {
+  constexpr int TOGETHER = LANES < SPAN ? LANES : SPAN;
 #pragma unroll
-  for (int j = 0; j < BACKWARD_SPAN; j += TOGETHER) {
+  for (int j = 0; j < SPAN; j += TOGETHER) {
     Products<T> sums = exchange<TOGETHER, T>(lane, span + j, products_of);
 #pragma unroll
     for (int distance = TOGETHER; distance < LANES; distance *= 2)
 #pragma unroll
       for (int c = 0; c < CORNERS; ++c) sums.corner[c] += __shfl_xor_sync(ALL_LANES, sums.corner[c], distance);
-    if (LANES <= BACKWARD_SPAN) products[j / TOGETHER] = sums;
-    else if (lane / BACKWARD_SPAN == span / BACKWARD_SPAN) products[0] = sums;
+    if (LANES <= SPAN) products[j / TOGETHER] = sums;
+    else if (lane / SPAN == span / SPAN) products[0] = sums;
   }
 }
 
@@ -143,9 +143,8 @@ __device__ __forceinline__ T finish_point(
       sums.of[2] += of_x.extent, sums.of[3] += of_y.extent;
     }
   }
-  const int64_t at = 2 * (row * args.K + k);
-  write(args.grad_places, at, x);
-  write(args.grad_places, at + 1, y);
+  const T pair[2] = {x, y};
+  write(args.grad_places, 2 * (row * args.K + k), pair);
   return adjoint.weight;
 }
 
@@ -189,26 +188,38 @@ constexpr int WIDEST_ADDED = 1;  // before sm_90 there is no reduction of float 
 template <typename T, int VEC>
 constexpr int ADDED = sizeof(T) == 8 || VEC < WIDEST_ADDED ? 1 : WIDEST_ADDED;
 
-// grad_value += weight grad_output at the corners of a span of points
-template <DType STORAGE, int VEC, int LANES, int VECTORS, typename T>
-__device__ __forceinline__ void add_span(
-    const DeviceArgs& args, const GradOutput<STORAGE, ADDED<T, VEC>, LANES, VECTORS * VEC / ADDED<T, VEC>>& grad,
-    int64_t row, int lane, int32_t width, const Corners<T> (&located)[SLOTS<LANES, BACKWARD_SPAN>], int span) {
-  constexpr int COUNT = ADDED<T, VEC>;
+template <DType STORAGE, int VEC, int LANES, int VECTORS>
+using AddedOutput = GradOutput<
+    STORAGE, ADDED<AccumulateOf<STORAGE>, VEC>, LANES, VECTORS * VEC / ADDED<AccumulateOf<STORAGE>, VEC>>;
+
+// The rows of the gradient of value of a batch element and head, from a lane's first channel on.
+template <typename T, int VEC>
+struct SumRows {
+  char* first;
+  typename StrideOf<VEC>::type stride;
+
+  __device__ __forceinline__ SumRows(const DeviceArgs& args, const Work& work, int lane) {
+    const int64_t at = (work.b * args.S * args.H + work.h) * args.D + lane * ADDED<T, VEC>;
+    first = static_cast<char*>(args.grad_value_sums.data) + at * int64_t(sizeof(T));
+    stride = typename StrideOf<VEC>::type(args.H * args.D * int64_t(sizeof(T)));
+  }
+};
+
+// grad_value += weight grad_output at the corners of a point
+template <DType STORAGE, int COUNT, int LANES, int VECTORS, int VEC, typename T>
+__device__ __forceinline__ void add_point(
+    const DeviceArgs& args, const GradOutput<STORAGE, COUNT, LANES, VECTORS>& grad, const SumRows<T, VEC>& rows,
+    int lane, int32_t width, const Corners<T>& corners) {
 #pragma unroll
-  for (int j = 0; j < BACKWARD_SPAN; ++j) {
-    const Corners<T> corners = corners_at<LANES, SLOTS<LANES, BACKWARD_SPAN>>(located, span + j);
+  for (int c = 0; c < CORNERS; ++c) {
+    if (!is_there(corners.weight[c])) continue;
+    T* const to = reinterpret_cast<T*>(rows.first + row_of_corner(corners, c, width, rows.stride));
+    grad.for_vectors(args, lane, [&](int64_t channels, const T(&values)[COUNT], bool exists) {
+      T part[COUNT];
 #pragma unroll
-    for (int c = 0; c < CORNERS; ++c) {
-      if (!is_there(corners.weight[c])) continue;
-      T* const to = static_cast<T*>(args.grad_value_sums.data) + row + row_of_corner(corners, c, width, args.H * args.D);
-      grad.for_channels(args, lane, [&](int64_t channel, const T(&values)[COUNT]) {
-        T part[COUNT];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) part[i] = corners.weight[c] * values[i];
-        add(to + channel, part);
-      });
-    }
+      for (int i = 0; i < COUNT; ++i) part[i] = corners.weight[c] * values[i];
+      if (exists) add(to + channels, part);
+    });
   }
 }
 
@@ -229,18 +240,23 @@ __device__ __forceinline__ void write_cell(
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
 
+// Blocks of a multiprocessor, so many that nothing is spilled.
+template <DType STORAGE, int VECTORS>
+constexpr int BACKWARD_BLOCKS = STORAGE == DType::float64 || VECTORS != 1 ? 1 : 2;
+
 template <DType STORAGE, int VEC, int LANES, int VECTORS>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<STORAGE, VECTORS>)
 deform_backward(const __grid_constant__ DeviceArgs args, const __grid_constant__ WorkOrder order) {
   using T = AccumulateOf<STORAGE>;
+  constexpr int SPAN = VECTORS > 2 ? 1 : 2, CHUNK = LANES < SPAN ? SPAN : LANES, SLOTS = CHUNK / LANES;
   const int lane = int(threadIdx.x) % LANES, query_of_block = int(threadIdx.x) / LANES;
   const Work work = work_of(args, order, query_of_block);
   const Softmax<T> softmax = softmax_of<LANES, T>(args, work, lane);
   const int64_t row = (work.b * args.N + work.n) * args.H + work.h;
-  const int64_t value_row = work.b * args.value.stride[0] + work.h * args.value.stride[2];
-  const int64_t grad_value_row = (work.b * args.S * args.H + work.h) * args.D;
   const GradOutput<STORAGE, VEC, LANES, VECTORS> grad(args, work, lane);
-  const GradOutput<STORAGE, ADDED<T, VEC>, LANES, VECTORS * VEC / ADDED<T, VEC>> added(args, work, lane);
+  const AddedOutput<STORAGE, VEC, LANES, VECTORS> added(args, work, lane);
+  const ValueRows<STORAGE, VEC> rows(args, work, lane * VEC);
+  const SumRows<T, VEC> sums(args, work, lane);
   SharedArray<T> grad_weights;
   const int first_shared = query_of_block * int(args.K);
   T expected = 0;  // of the gradients of weights, over the softmax
@@ -248,30 +264,32 @@ deform_backward(const __grid_constant__ DeviceArgs args, const __grid_constant__
   for (int32_t l = 0; l < args.L; ++l) {
     const Level<T> level = level_of<T>(args, work, l);
     ReferenceSums<T> reference_sums = {};
-    for (int32_t first = 0; first < level.points; first += CHUNK<LANES, BACKWARD_SPAN>) {
-      Point<T> points[SLOTS<LANES, BACKWARD_SPAN>];
-      Corners<T> located[SLOTS<LANES, BACKWARD_SPAN>];
-      Products<T> products[SLOTS<LANES, BACKWARD_SPAN>] = {};
+    for (int32_t first = 0; first < level.points; first += CHUNK) {
+      Point<T> points[SLOTS];
+      Corners<T> located[SLOTS];
+      Products<T> products[SLOTS] = {};
 #pragma unroll
-      for (int slot = 0; slot < SLOTS<LANES, BACKWARD_SPAN>; ++slot) {
+      for (int slot = 0; slot < SLOTS; ++slot) {
         points[slot] = point_of(args, work, softmax, level, first + slot * LANES + lane);
         located[slot] = corners_of(args, work, level, points[slot]);
       }
 #pragma unroll 1
-      for (int span = 0; span < CHUNK<LANES, BACKWARD_SPAN> && first + span < level.points; span += BACKWARD_SPAN) {
+      for (int span = 0; span < CHUNK && first + span < level.points; span += SPAN) {
         const auto products_of = [&](int index) {
-          return products_of_lane(args, grad, value_row, lane, level.width, corners_at<LANES, SLOTS<LANES, BACKWARD_SPAN>>(located, index));
+          return products_of_lane(args, grad, rows, lane, level.width, corners_at<LANES>(located, index));
         };
-        sum_products<LANES>(lane, span, products_of, products);
-        if (args.grad_value_sums.data != nullptr)
-          add_span<STORAGE, VEC, LANES, VECTORS>(args, added, grad_value_row, lane, level.width, located, span);
+        sum_products<LANES, SPAN>(lane, span, products_of, products);
+        if (args.grad_value_sums.data == nullptr) continue;
+#pragma unroll
+        for (int j = 0; j < SPAN; ++j)
+          add_point(args, added, sums, lane, level.width, corners_at<LANES>(located, span + j));
       }
 #pragma unroll
-      for (int slot = 0; slot < SLOTS<LANES, BACKWARD_SPAN>; ++slot) {
+      for (int slot = 0; slot < SLOTS; ++slot) {
         if (!points[slot].exists) continue;
-        const int64_t k = level.first_point + first + slot * LANES + lane;
+        const int32_t k = level.first_point + first + slot * LANES + lane;
         const T grad_weight = finish_point(args, row, level, k, points[slot], products[slot], reference_sums);
-        if (args.fused) grad_weights.write(first_shared + int(k), grad_weight);
+        if (args.fused) grad_weights.write(first_shared + k, grad_weight);
         else write(args.grad_weights, row * args.K + k, grad_weight);
         expected += points[slot].weight * grad_weight;
         if (args.cell.data != nullptr)

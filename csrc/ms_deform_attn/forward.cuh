@@ -7,63 +7,77 @@
 namespace rk {
 namespace deform {
 
-constexpr int FORWARD_SPAN = 2;
-
-// sums += weight row over the corners of a span of points
-template <DType STORAGE, int VEC, int LANES, int VECTORS, typename T>
+// sums += weight row over the corners of SPAN points, whose rows are in flight together
+template <DType STORAGE, int VEC, int LANES, int VECTORS, int SPAN, int SLOTS, typename T>
 __device__ __forceinline__ void gather_span(
-    const DeviceArgs& args, const void* value, int64_t row, int64_t channel, const Level<T>& level,
-    const Corners<T> (&located)[SLOTS<LANES, FORWARD_SPAN>], int span, T (&sums)[VECTORS][VEC]) {
+    const ValueRows<STORAGE, VEC>& rows, const bool (&readable)[VECTORS], int32_t width,
+    const Corners<T> (&located)[SLOTS], int span, T (&sums)[VECTORS][VEC]) {
+  Corners<T> corners[SPAN];
+  Access<STORAGE, VEC> read[SPAN][CORNERS][VECTORS];
 #pragma unroll
-  for (int j = 0; j < FORWARD_SPAN; ++j) {
-    const Corners<T> corners = corners_at<LANES, SLOTS<LANES, FORWARD_SPAN>>(located, span + j);
+  for (int j = 0; j < SPAN; ++j) {
+    corners[j] = corners_at<LANES>(located, span + j);
 #pragma unroll
-    for (int c = 0; c < CORNERS; ++c) {
-      const int64_t at = row + row_of_corner(corners, c, level.width, args.value.stride[1]) + channel;
-      const bool there = is_there(corners.weight[c]);
+    for (int c = 0; c < CORNERS; ++c)
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v)
+        read[j][c][v] = rows.read(corners[j], c, width, v * (LANES * VEC), readable[v]);
+  }
+#pragma unroll
+  for (int j = 0; j < SPAN; ++j)
+#pragma unroll
+    for (int c = 0; c < CORNERS; ++c)
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        T corner[VEC] = {};
-        if (there && channel + v * (LANES * VEC) < args.D)
-          read_vector<STORAGE, VEC>(value, at + v * (LANES * VEC), corner);
+        T corner[VEC];
+        unpack<STORAGE, VEC>(read[j][c][v], corner);
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) sums[v][i] += corners.weight[c] * corner[i];
+        for (int i = 0; i < VEC; ++i) sums[v][i] += corners[j].weight[c] * corner[i];
       }
+}
+
+template <DType STORAGE, int VEC, int LANES, int VECTORS, typename T>
+__device__ __forceinline__ void forward_channels(
+    const DeviceArgs& args, const Work& work, const Softmax<T>& softmax, int lane, int64_t channel) {
+  constexpr int SPAN = VECTORS > 1 || LANES == 1 ? 1 : 2, CHUNK = LANES < SPAN ? SPAN : LANES, SLOTS = CHUNK / LANES;
+  const ValueRows<STORAGE, VEC> rows(args, work, channel);
+  bool readable[VECTORS];
+  T sums[VECTORS][VEC] = {};
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) readable[v] = channel + v * (LANES * VEC) < args.D;
+  for (int32_t l = 0; l < args.L; ++l) {
+    const Level<T> level = level_of<T>(args, work, l);
+    for (int32_t first = 0; first < level.points; first += CHUNK) {
+      Corners<T> located[SLOTS];
+#pragma unroll
+      for (int slot = 0; slot < SLOTS; ++slot) {
+        const Point<T> point = point_of(args, work, softmax, level, first + slot * LANES + lane);
+        located[slot] = corners_of(args, work, level, point);
+      }
+#pragma unroll 1
+      for (int span = 0; span < CHUNK && first + span < level.points; span += SPAN)
+        gather_span<STORAGE, VEC, LANES, VECTORS, SPAN>(rows, readable, level.width, located, span, sums);
     }
   }
+  if (!work.exists) return;
+  const int64_t at = ((work.b * args.N + work.n) * args.H + work.h) * args.D + channel;
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v)
+    if (readable[v]) write_vector<STORAGE, VEC>(args.output.data, at + v * (LANES * VEC), sums[v]);
 }
 
 template <DType STORAGE, int VEC, int LANES, int VECTORS>
-__global__ void __launch_bounds__(256, 3)
+__global__ void __launch_bounds__(THREADS, VEC == 1 || VECTORS > 2 ? 2 : 3)
 deform_forward(const __grid_constant__ DeviceArgs args, const __grid_constant__ WorkOrder order) {
   using T = AccumulateOf<STORAGE>;
   const int lane = int(threadIdx.x) % LANES;
   const Work work = work_of(args, order, int32_t(threadIdx.x) / LANES);
   const Softmax<T> softmax = softmax_of<LANES, T>(args, work, lane);
-  const int64_t row = work.b * args.value.stride[0] + work.h * args.value.stride[2];
-  // once, unless channels are read one by one
-  for (int64_t channel = lane * VEC; channel - lane * VEC < args.D; channel += VECTORS * LANES * VEC) {
-    T sums[VECTORS][VEC] = {};
-    for (int32_t l = 0; l < args.L; ++l) {
-      const Level<T> level = level_of<T>(args, work, l);
-      for (int32_t first = 0; first < level.points; first += CHUNK<LANES, FORWARD_SPAN>) {
-        Corners<T> located[SLOTS<LANES, FORWARD_SPAN>];
-#pragma unroll
-        for (int slot = 0; slot < SLOTS<LANES, FORWARD_SPAN>; ++slot) {
-          const Point<T> point = point_of(args, work, softmax, level, first + slot * LANES + lane);
-          located[slot] = corners_of(args, work, level, point);
-        }
-#pragma unroll 1
-        for (int span = 0; span < CHUNK<LANES, FORWARD_SPAN> && first + span < level.points; span += FORWARD_SPAN)
-          gather_span<STORAGE, VEC, LANES, VECTORS>(args, args.value.data, row, channel, level, located, span, sums);
-      }
-    }
-    if (!work.exists) continue;
-    const int64_t at = ((work.b * args.N + work.n) * args.H + work.h) * args.D + channel;
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v)
-      if (channel + v * (LANES * VEC) < args.D)
-        write_vector<STORAGE, VEC>(args.output.data, at + v * (LANES * VEC), sums[v]);
+  if constexpr (VEC > 1) {
+    forward_channels<STORAGE, VEC, LANES, VECTORS>(args, work, softmax, lane, lane * VEC);
+  } else {
+    for (int64_t first = 0; first < args.D; first += LANES)
+      forward_channels<STORAGE, 1, LANES, 1>(args, work, softmax, lane, first + lane);
   }
 }
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ void add_run(
 
 // `lanes` have one row of channels; the 32 / lanes groups of a warp share the points of a position.
 template <DType STORAGE, int VEC>
-__global__ void __launch_bounds__(256, 4)
+__global__ void __launch_bounds__(THREADS, 4)
 deform_gather(const __grid_constant__ DeviceArgs args, const int lanes) {
   using T = AccumulateOf<STORAGE>;
   const int lane_of_warp = int(threadIdx.x) % 32, lane = lane_of_warp % lanes, group = lane_of_warp / lanes;

@@ -9,7 +9,6 @@
 namespace rk {
 namespace deform {
 
-constexpr int64_t THREADS = 256;
 constexpr int64_t SHARED_BYTES = 48 * 1024;  // of a block without asking for more
 constexpr int64_t MAX_BLOCKS = INT32_MAX;
 
@@ -22,43 +21,47 @@ inline bool is_aligned(const View& view, int64_t bytes_of_value, int dimensions)
   return true;
 }
 
-// Whether the rows of channels can be accessed by 16 bytes.
+// Whether rows of channels can be accessed by 16 bytes, and found with 32-bit strides.
 template <DType STORAGE>
-bool rows_are_aligned(const DeviceArgs& args) {
-  constexpr int64_t BYTES = StorageOf<STORAGE>::BYTES;
-  return args.D % VECTOR_OF<STORAGE> == 0 && is_aligned(args.value, BYTES, 3) && is_aligned(args.grad_output, BYTES, 2) &&
-      is_aligned(args.output, BYTES, 0) && is_aligned(args.grad_value, BYTES, 0) &&
-      is_aligned(args.grad_value_sums, sizeof(AccumulateOf<STORAGE>), 0);
+bool rows_are_vectors(const DeviceArgs& args) {
+  constexpr int64_t BYTES = StorageOf<STORAGE>::BYTES, SUM_BYTES = sizeof(AccumulateOf<STORAGE>);
+  return args.D % VECTOR_OF<STORAGE> == 0 && args.value.stride[1] <= INT32_MAX / BYTES &&
+      args.H * args.D <= INT32_MAX / SUM_BYTES && is_aligned(args.value, BYTES, 3) &&
+      is_aligned(args.grad_output, BYTES, 2) && is_aligned(args.output, BYTES, 0) &&
+      is_aligned(args.grad_value, BYTES, 0) && is_aligned(args.grad_value_sums, SUM_BYTES, 0);
 }
 
 inline bool is_supported(const DeviceArgs& args) {
   return args.L <= MAX_LEVELS && args.K <= MAX_POINTS && args.S <= MAX_POSITIONS;
 }
 
-// Tiles of positions, as square as powers of two allow, where queries are positions of the levels; else runs of queries.
+// Tiles of positions, as square as powers of two allow, where queries are positions of the levels; else runs of them.
 inline WorkOrder order_of(const DeviceArgs& args, int64_t queries_of_block) {
   int64_t positions = 0;
   for (int64_t l = 0; l < args.L; ++l) positions += int64_t(args.levels[l].height) * args.levels[l].width;
   WorkOrder order{};
   order.tile_height = 1, order.tile_width = int32_t(queries_of_block);
   order.queries_are_positions = args.N == positions;
-  if (!order.queries_are_positions) {
-    order.tiles = ceiling(args.N, queries_of_block);
-    return order;
+  int64_t tiles = 0;
+  if (order.queries_are_positions) {
+    while (4 * order.tile_height <= order.tile_width) order.tile_height *= 2, order.tile_width /= 2;
+    for (int64_t l = 0; l < args.L; ++l)
+      tiles += ceiling(args.levels[l].height, order.tile_height) * ceiling(args.levels[l].width, order.tile_width);
+  } else {
+    tiles = ceiling(args.N, queries_of_block);
   }
-  while (4 * order.tile_height <= order.tile_width) order.tile_height *= 2, order.tile_width /= 2;
-  for (int64_t l = 0; l < args.L; ++l)
-    order.tiles +=
-        ceiling(args.levels[l].height, order.tile_height) * ceiling(args.levels[l].width, order.tile_width);
+  order.tiles = uint32_t(tiles < MAX_BLOCKS ? tiles : MAX_BLOCKS);
   return order;
 }
 
+inline int64_t blocks_of(const DeviceArgs& args, const WorkOrder& order) { return args.B * args.H * order.tiles; }
+
 template <typename... Parameters, typename... Given>
 int enqueue(
-    void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared, CUstream_st* stream,
+    void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, CUstream_st* stream,
     const Given&... given) {
   if (blocks == 0) return cudaSuccess;
-  if (blocks > MAX_BLOCKS) return cudaErrorInvalidConfiguration;
+  if (blocks >= MAX_BLOCKS) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
@@ -74,7 +77,7 @@ struct Forward {
   static int run(const DeviceArgs& args, CUstream_st* stream) {
     const WorkOrder order = order_of(args, THREADS / LANES);
     return enqueue(
-        deform_forward<STORAGE, VEC, LANES, VECTORS>, args.B * order.tiles * args.H, THREADS, 0, stream, args, order);
+        deform_forward<STORAGE, VEC, LANES, VECTORS>, blocks_of(args, order), THREADS, 0, stream, args, order);
   }
 };
 
@@ -84,14 +87,14 @@ struct Backward {
   template <DType STORAGE, int VEC, int LANES, int VECTORS>
   static int run(const DeviceArgs& args, CUstream_st* stream) {
     const int64_t shared_of_query = args.fused ? args.K * int64_t(sizeof(AccumulateOf<STORAGE>)) : 0;
-    int64_t threads = THREADS;  // fewer where many points fill the shared memory
+    int threads = THREADS;  // fewer where many points fill the shared memory
     while (threads > 32 && threads / LANES * shared_of_query > SHARED_BYTES) threads /= 2;
     const int64_t shared = threads / LANES * shared_of_query;
     if constexpr (LANES < 32)
       if (shared > SHARED_BYTES) return run<STORAGE, 1, 32, 0>(args, stream);
     const WorkOrder order = order_of(args, threads / LANES);
     return enqueue(
-        deform_backward<STORAGE, VEC, LANES, VECTORS>, args.B * order.tiles * args.H, threads, shared, stream, args,
+        deform_backward<STORAGE, VEC, LANES, VECTORS>, blocks_of(args, order), threads, shared, stream, args,
         order);
   }
 };
@@ -101,7 +104,7 @@ struct Backward {
 template <typename Kernel, DType STORAGE, int LANES = 8 / VECTOR_OF<STORAGE>, int VECTORS = 1>
 int launch(const DeviceArgs& args, CUstream_st* stream) {
   constexpr int VEC = VECTOR_OF<STORAGE>, CHANNELS = VEC * LANES * VECTORS;
-  if (args.D > 256 || !rows_are_aligned<STORAGE>(args))
+  if (args.D > 256 || !rows_are_vectors<STORAGE>(args))
     return Kernel::template run<STORAGE, 1, 32, Kernel::ONE_BY_ONE>(args, stream);
   if constexpr (CHANNELS < 256)
     if (args.D > CHANNELS)
@@ -134,7 +137,7 @@ template <DType STORAGE>
 int launch_gather(const DeviceArgs& args, CUstream_st* stream) {
   if (!is_supported(args)) return cudaErrorInvalidValue;
   if (args.D == 0) return cudaSuccess;
-  return rows_are_aligned<STORAGE>(args) ? enqueue_gather<STORAGE, VECTOR_OF<STORAGE>>(args, stream)
+  return rows_are_vectors<STORAGE>(args) ? enqueue_gather<STORAGE, VECTOR_OF<STORAGE>>(args, stream)
                                          : enqueue_gather<STORAGE, 1>(args, stream);
 }
 

@@ -11,13 +11,8 @@
 namespace rk {
 namespace deform {
 
+constexpr int THREADS = 256;  // of a block, at most
 constexpr unsigned ALL_LANES = 0xffffffffu;
-
-// Points are located CHUNK at a time, SLOTS by each lane; the rows of SPAN points are in flight together.
-template <int LANES, int SPAN>
-constexpr int CHUNK = LANES < SPAN ? SPAN : LANES;
-template <int LANES, int SPAN>
-constexpr int SLOTS = CHUNK<LANES, SPAN> / LANES;
 
 template <int LANES, typename T>
 __device__ __forceinline__ T sum_over_lanes(T x) {
@@ -69,25 +64,25 @@ template <typename T>
 struct Level {
   int64_t start;
   int32_t height, width, first_point, points;
-  T half_step;              // 0.5 / P
   T x, y, extent_x, extent_y;  // the query's reference point or box
+  T half_step;                 // 0.5 / P, of boxes
 };
 
 template <typename T>
 __device__ __forceinline__ Level<T> level_of(const DeviceArgs& args, const Work& work, int32_t l) {
   const DeviceLevel& stored = args.levels[l];
-  Level<T> level = {
-      stored.start, stored.height, stored.width, stored.first_point, stored.points,
-      T(0.5) / T(stored.points), T(0), T(0), T(0), T(0)};
+  Level<T> level = {stored.start, stored.height, stored.width, stored.first_point, stored.points};
   if (!args.fused || !work.exists || stored.points == 0) return level;
   const View& reference = args.reference;
   const int64_t row = args.reference_levels == 1 ? 0 : l;
   const int64_t at = work.b * reference.stride[0] + work.n * reference.stride[1] + row * reference.stride[2];
-  level.x = read<T>(reference, at);
-  level.y = read<T>(reference, at + 1);
+  T pair[2];
+  read(reference, at, pair);
+  level.x = pair[0], level.y = pair[1];
   if (args.reference_size == 4) {
-    level.extent_x = read<T>(reference, at + 2);
-    level.extent_y = read<T>(reference, at + 3);
+    read(reference, at + 2, pair);
+    level.extent_x = pair[0], level.extent_y = pair[1];
+    level.half_step = T(0.5) / T(stored.points);
   }
   return level;
 }
@@ -106,9 +101,10 @@ __device__ __forceinline__ Point<T> point_of(
   Point<T> point = {};
   point.exists = work.exists && of_level < level.points;
   if (!point.exists) return point;
-  const int64_t k = level.first_point + of_level, at = row_of_points(args.places, work) + 2 * k;
-  point.x = read<T>(args.places, at);
-  point.y = read<T>(args.places, at + 1);
+  const int32_t k = level.first_point + of_level;
+  T place[2];
+  read(args.places, row_of_points(args.places, work) + 2 * k, place);
+  point.x = place[0], point.y = place[1];
   point.weight = weight_of(args, softmax, row_of_points(args.weights, work) + k);
   const T width = T(level.width), height = T(level.height);
   T x, y;
@@ -147,24 +143,22 @@ template <typename T>
 __device__ __forceinline__ Corners<T> corners_of(
     const DeviceArgs& args, const Work& work, const Level<T>& level, const Point<T>& point) {
   const Cell<T>& cell = point.cell;
-  bool there[CORNERS] = {
-      cell.top && cell.left, cell.top && cell.right, cell.bottom && cell.left, cell.bottom && cell.right};
-  const int64_t position = level.start + int64_t(cell.row) * level.width + cell.column;
-  if (args.value_mask.data != nullptr) {
-    const unsigned char* mask = static_cast<const unsigned char*>(args.value_mask.data) + work.b * args.value_mask.stride[0];
-    const int64_t stride = args.value_mask.stride[1];
-#pragma unroll
-    for (int c = 0; c < CORNERS; ++c)
-      if (there[c]) there[c] = __ldg(mask + (position + c / 2 * level.width + c % 2) * stride) == 0;
-  }
-  Corners<T> corners;
-  corners.position = int32_t(position);
   const CornerWeights<T> share = corner_weights(cell.fraction_x, cell.fraction_y, point.weight);
-  // - 0 + 0 is + 0
-  corners.weight[0] = there[0] ? share.top_left + T(0) : -T(0);
-  corners.weight[1] = there[1] ? share.top_right + T(0) : -T(0);
-  corners.weight[2] = there[2] ? share.bottom_left + T(0) : -T(0);
-  corners.weight[3] = there[3] ? share.bottom_right + T(0) : -T(0);
+  const int64_t position = level.start + int64_t(cell.row) * level.width + cell.column;
+  Corners<T> corners = {
+      int32_t(position),  // - 0 + 0 is + 0
+      {cell.top && cell.left ? share.top_left + T(0) : -T(0), cell.top && cell.right ? share.top_right + T(0) : -T(0),
+       cell.bottom && cell.left ? share.bottom_left + T(0) : -T(0),
+       cell.bottom && cell.right ? share.bottom_right + T(0) : -T(0)}};
+  if (args.value_mask.data == nullptr) return corners;
+  const unsigned char* mask = static_cast<const unsigned char*>(args.value_mask.data);
+#pragma unroll
+  for (int c = 0; c < CORNERS; ++c) {
+    const int64_t at = position + c / 2 * level.width + c % 2;
+    if (is_there(corners.weight[c]) &&
+        __ldg(mask + work.b * args.value_mask.stride[0] + at * args.value_mask.stride[1]) != 0)
+      corners.weight[c] = -T(0);
+  }
   return corners;
 }
 
@@ -183,11 +177,49 @@ __device__ __forceinline__ Corners<T> corners_at(const Corners<T> (&located)[SLO
   }
 }
 
-// Where a corner's row is among rows that are `stride` values apart.
-template <typename T>
-__device__ __forceinline__ int64_t row_of_corner(const Corners<T>& corners, int corner, int32_t width, int64_t stride) {
-  return corners.position * stride + (corner / 2 * (width * stride) + corner % 2 * stride);
+// ---- rows --------------------------------------------------------------------------------------------------------
+
+// Bytes from one position's row to the next. Rows of vectors are so near each other that one multiply-add, of 32 bits
+// to 64, finds an address; the launch sees to that.
+template <int VEC>
+struct StrideOf {
+  using type = int32_t;
+};
+template <>
+struct StrideOf<1> {
+  using type = int64_t;
+};
+
+// In bytes from the row of position 0.
+template <typename T, typename Stride>
+__device__ __forceinline__ int64_t row_of_corner(const Corners<T>& corners, int corner, int32_t width, Stride stride) {
+  return corners.position * int64_t(stride) + (corner / 2 * (width * int64_t(stride)) + corner % 2 * int64_t(stride));
 }
+
+// The rows of value of a batch element and head, from a lane's first channel on.
+template <DType STORAGE, int VEC>
+struct ValueRows {
+  const char* first;
+  typename StrideOf<VEC>::type stride;
+
+  __device__ __forceinline__ ValueRows(const DeviceArgs& args, const Work& work, int64_t channel) {
+    constexpr int64_t BYTES = StorageOf<STORAGE>::BYTES;
+    const int64_t at = work.b * args.value.stride[0] + work.h * args.value.stride[2] + channel;
+    first = static_cast<const char*>(args.value.data) + at * BYTES;
+    stride = typename StrideOf<VEC>::type(args.value.stride[1] * BYTES);
+  }
+
+  // VEC values, or zeros where there is nothing to read
+  template <typename T>
+  __device__ __forceinline__ Access<STORAGE, VEC> read(
+      const Corners<T>& corners, int corner, int32_t width, int64_t channels, bool readable) const {
+    const char* from = first + row_of_corner(corners, corner, width, stride) + channels * StorageOf<STORAGE>::BYTES;
+    Access<STORAGE, VEC> access{};
+    if (readable && is_there(corners.weight[corner]))
+      access = __ldg(reinterpret_cast<const Access<STORAGE, VEC>*>(from));
+    return access;
+  }
+};
 
 }  // namespace deform
 }  // namespace rk

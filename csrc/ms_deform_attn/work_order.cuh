@@ -9,7 +9,7 @@ namespace rk {
 namespace deform {
 
 struct WorkOrder {
-  int64_t tiles;  // of a batch element and head
+  uint32_t tiles;  // of a batch element and head
   int32_t tile_height, tile_width;  // their product is the number of queries of a block
   bool queries_are_positions;
 };
@@ -21,25 +21,24 @@ struct Work {
 };
 
 __device__ __forceinline__ Work work_of(const DeviceArgs& args, const WorkOrder& order, int32_t query_of_block) {
-  const int64_t block = blockIdx.x, of_heads = block / args.H;
+  const uint32_t block = blockIdx.x, heads = uint32_t(args.H), of_heads = block / heads, b = of_heads / order.tiles;
+  uint32_t tile = of_heads - b * order.tiles;
   Work work;
-  work.h = int32_t(block - of_heads * args.H);
-  work.b = of_heads / order.tiles;
-  int64_t tile = of_heads - work.b * order.tiles;
+  work.b = b, work.h = int32_t(block - of_heads * heads);
   if (!order.queries_are_positions) {
-    work.n = tile * order.tile_width + query_of_block;
+    work.n = int64_t(tile) * order.tile_width + query_of_block;
     work.exists = work.n < args.N;
     return work;
   }
   int64_t before = 0;
   for (int32_t l = 0; l < args.L; ++l) {
     const int32_t height = args.levels[l].height, width = args.levels[l].width;
-    const int64_t across = (width + order.tile_width - 1) / order.tile_width;
-    const int64_t tiles = across * ((height + order.tile_height - 1) / order.tile_height);
+    const uint32_t across = uint32_t(width + order.tile_width - 1) / order.tile_width;
+    const uint32_t tiles = across * (uint32_t(height + order.tile_height - 1) / order.tile_height);
     if (tile < tiles) {
-      const int64_t row = tile / across * order.tile_height + query_of_block / order.tile_width;
-      const int64_t column = tile % across * order.tile_width + query_of_block % order.tile_width;
-      work.n = before + row * width + column;
+      const int32_t row = int32_t(tile / across) * order.tile_height + query_of_block / order.tile_width;
+      const int32_t column = int32_t(tile % across) * order.tile_width + query_of_block % order.tile_width;
+      work.n = before + int64_t(row) * width + column;
       work.exists = row < height && column < width;
       return work;
     }

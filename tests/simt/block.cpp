@@ -1,5 +1,8 @@
 #include "block.h"
 
+#include <string.h>
+
+#include <algorithm>
 #include <sstream>
 
 namespace simt {
@@ -38,11 +41,18 @@ void Block::enter() {
     block.error = text.str();
   }
   block.threads[size_t(block.active)]->done = true;
-}  // uc_link: back to the scheduler
+  _longjmp(block.scheduler, 1);
+}
 
-void Block::resume(int thread) {
-  active = thread;
-  swapcontext(&scheduler, &threads[size_t(thread)]->context);
+// A fiber is entered as a context, and left and resumed by jumps, which ask nothing of the operating system.
+void Block::resume(int chosen) {
+  active = chosen;
+  Thread& thread = *threads[size_t(chosen)];
+  if (_setjmp(scheduler) == 0) {
+    if (thread.started) _longjmp(thread.left_at, 1);
+    thread.started = true;
+    setcontext(&thread.context);
+  }
   if (!error.empty()) throw Error(error);
 }
 
@@ -54,7 +64,7 @@ void Block::run(const std::function<void()>& of_thread) {
     getcontext(&context);
     context.uc_stack.ss_sp = stack_of(i);
     context.uc_stack.ss_size = STACK_BYTES;
-    context.uc_link = &scheduler;
+    context.uc_link = nullptr;
     makecontext(&context, &Block::enter, 0);
   }
   for (;;) {
@@ -75,13 +85,13 @@ void Block::wait(Meeting meeting, unsigned mask, Site site) {
   if (meeting != Meeting::block_barrier && (mask >> (active % WARP) & 1) == 0)
     throw Error("waits at " + site.text() + " with a mask that does not name it");
   thread.meeting = meeting, thread.mask = mask, thread.site = site;
-  swapcontext(&thread.context, &scheduler);
+  if (_setjmp(thread.left_at) == 0) _longjmp(scheduler, 1);
 }
 
 uint64_t Block::shuffle(unsigned mask, uint64_t value, int source, Site site) {
   Thread& thread = *threads[size_t(active)];
   if ((mask >> source & 1) == 0)
-    throw Error("shuffles at " + site.text() + " from lane " + std::to_string(source) + ", which the mask does not name");
+    throw Error("shuffles at " + site.text() + " from lane " + std::to_string(source) + ", not in its mask");
   thread.value = value, thread.source = source;
   wait(Meeting::shuffle, mask, site);
   return thread.received;
@@ -99,7 +109,7 @@ bool Block::meet() {
     waiting.push_back(i);
   }
   for (int i : waiting)
-    if (threads[size_t(i)]->site.line != threads[size_t(waiting[0])]->site.line) return false;
+    if (!(threads[size_t(i)]->site == threads[size_t(waiting[0])]->site)) return false;
   release(waiting);
   return true;
 }
@@ -110,15 +120,14 @@ bool Block::meet_warp(int first) {
   for (int lane = 0; lane < WARP; ++lane) {
     const Thread& thread = *threads[size_t(first + lane)];
     if (thread.done || (thread.meeting != Meeting::shuffle && thread.meeting != Meeting::warp_barrier)) continue;
-    std::vector<int> named;
-    bool all_here = true;
-    for (int other = 0; other < WARP; ++other) {
-      if ((thread.mask >> other & 1) == 0) continue;
-      const Thread& partner = *threads[size_t(first + other)];
-      all_here = all_here && !partner.done && partner.meeting == thread.meeting && partner.mask == thread.mask &&
-          partner.site.line == thread.site.line && std::string(partner.site.file) == thread.site.file;
-      named.push_back(first + other);
-    }
+    named.clear();
+    for (int other = 0; other < WARP; ++other)
+      if (thread.mask >> other & 1) named.push_back(first + other);
+    const bool all_here = std::all_of(named.begin(), named.end(), [&](int i) {
+      const Thread& partner = *threads[size_t(i)];
+      return !partner.done && partner.meeting == thread.meeting && partner.mask == thread.mask &&
+          partner.site == thread.site;
+    });
     if (!all_here) continue;
     if (thread.meeting == Meeting::shuffle)
       for (int i : named) threads[size_t(i)]->received = threads[size_t(first + threads[size_t(i)]->source)]->value;

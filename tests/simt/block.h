@@ -1,8 +1,10 @@
 #pragma once
-// A block of emulated threads, each a fiber. A thread runs until it waits for others (a shuffle or a barrier); when every
-// thread that the wait names has come to the same place, all go on. Threads that wait for what never comes are an error.
+// A block of emulated threads, each a fiber. A thread runs until it waits for others (a shuffle or a barrier); when
+// every thread that the wait names has come to the same place, all go on. Waiting for what never comes is an error.
 
+#include <setjmp.h>
 #include <stdint.h>
+#include <string.h>
 #include <ucontext.h>
 
 #include <functional>
@@ -21,6 +23,9 @@ enum class Meeting { none, shuffle, warp_barrier, block_barrier };
 struct Site {
   const char* file;
   int line;
+  bool operator==(const Site& other) const {
+    return line == other.line && (file == other.file || strcmp(file, other.file) == 0);
+  }
   std::string text() const { return std::string(file) + ":" + std::to_string(line); }
 };
 
@@ -51,7 +56,9 @@ class Block {
 
  private:
   struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it starts
+    jmp_buf left_at;
+    bool started = false;
     Meeting meeting = Meeting::none;
     unsigned mask = 0;
     Site site{"", 0};
@@ -69,8 +76,9 @@ class Block {
   SharedMemory shared;
   bool backwards;
   std::vector<std::unique_ptr<Thread>> threads;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   int active = -1;
+  std::vector<int> named;
   const std::function<void()>* body = nullptr;
   std::string error;
 

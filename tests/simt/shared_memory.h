@@ -1,7 +1,7 @@
 #pragma once
-// Shared memory of an emulated block. Every access is checked: bounds, alignment, whether the byte was ever written, and
-// whether a barrier orders it after the other threads' accesses (vector clocks: a thread knows how far each other thread
-// had come when a barrier last joined them).
+// Shared memory of an emulated block. Every access is checked: bounds, alignment, whether the byte was ever written,
+// and whether a barrier orders it after the other threads' accesses (vector clocks: a thread knows how far each other
+// thread had come when a barrier last joined them).
 
 #include <stdint.h>
 #include <string.h>
@@ -25,7 +25,7 @@ class SharedMemory {
       Byte& byte = bytes[size_t(at + i)];
       if (byte.writer < 0) throw Error("reads shared memory at byte " + std::to_string(at + i) + ", never written");
       if (!is_before(byte.writer, byte.written_at, thread, clock))
-        throw Error("reads shared memory that thread " + std::to_string(byte.writer) + " wrote without a barrier since");
+        throw race("reads", byte.writer, "wrote");
       byte.readers.push_back({thread, clock[size_t(thread)]});
       static_cast<uint8_t*>(to)[i] = byte.value;
     }
@@ -36,10 +36,10 @@ class SharedMemory {
     for (int64_t i = 0; i < size; ++i) {
       Byte& byte = bytes[size_t(at + i)];
       if (byte.writer >= 0 && !is_before(byte.writer, byte.written_at, thread, clock))
-        throw Error("writes shared memory that thread " + std::to_string(byte.writer) + " wrote without a barrier since");
+        throw race("writes", byte.writer, "wrote");
       for (const auto& reader : byte.readers)
         if (!is_before(reader.first, reader.second, thread, clock))
-          throw Error("writes shared memory that thread " + std::to_string(reader.first) + " read without a barrier since");
+          throw race("writes", reader.first, "read");
       byte = {static_cast<const uint8_t*>(from)[i], thread, clock[size_t(thread)], {}};
     }
   }
@@ -55,6 +55,11 @@ class SharedMemory {
 
   static bool is_before(int other, int64_t time, int thread, const Clock& clock) {
     return other == thread || clock[size_t(other)] > time;
+  }
+
+  static Error race(const char* verb, int other, const char* other_verb) {
+    return Error(std::string(verb) + " shared memory that thread " + std::to_string(other) + " " + other_verb +
+                 " with no barrier since");
   }
 
   void check_place(const char* verb, int64_t at, int64_t size) const {
