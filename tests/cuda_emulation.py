@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
+from route_kernels.ops.contract import last_dim_contiguous
 from route_kernels.ops.levels import flat_spatial_shapes, level_pairs, level_starts
 from route_kernels.reference.precision import accumulate_dtype
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O0", "-g0", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int32, torch.int64)
 NAMES = (
     "value", "value_mask", "places", "weights", "reference", "output", "grad_output", "grad_places", "grad_weights",
@@ -131,7 +132,7 @@ class Kernels:
         if reference_grad:
             of_heads = (*weights.shape[:3], len(levels), reference.shape[3])
             made["grad_reference"] = _poisoned(value, *of_heads, dtype=accumulate)
-        inputs = {**inputs, "grad_output": grad_output}
+        inputs = {**inputs, "grad_output": last_dim_contiguous(grad_output)}
         cells = 1 + sum((height + 1) * (width + 1) for _, height, width, _, _ in levels)
         if self.deterministic:
             made["cell"] = _poisoned(weights, *weights.shape, dtype=torch.int32)

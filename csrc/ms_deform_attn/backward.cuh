@@ -20,27 +20,27 @@ template <DType STORAGE, int VEC, int LANES, int VECTORS>
 struct GradOutput {
   using T = AccumulateOf<STORAGE>;
   const void* data;
-  int64_t row;
+  int64_t row, channels;  // none where there is no query
   T kept[VECTORS > 0 ? VECTORS : 1][VEC];
 
   __device__ __forceinline__ GradOutput(const DeviceArgs& args, const Work& work, int lane) : kept{} {
-    data = args.grad_output.data;
+    data = args.grad_output.data, channels = work.exists ? args.D : 0;
     row = work.b * args.grad_output.stride[0] + work.n * args.grad_output.stride[1] + work.h * args.D;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t channel = (v * LANES + lane) * VEC;
-      if (work.exists && channel < args.D) read_vector<STORAGE, VEC>(data, row + channel, kept[v]);
+      if (channel < channels) read_vector<STORAGE, VEC>(data, row + channel, kept[v]);
     }
   }
 
   // Calls call(first channel, values of grad_output, whether they exist) for the vectors of a lane.
   template <typename Call>
-  __device__ __forceinline__ void for_vectors(const DeviceArgs& args, int lane, Call call) const {
+  __device__ __forceinline__ void for_vectors(int lane, Call call) const {
     if constexpr (VECTORS > 0) {
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) call(v * (LANES * VEC), kept[v], (v * LANES + lane) * VEC < args.D);
+      for (int v = 0; v < VECTORS; ++v) call(v * (LANES * VEC), kept[v], (v * LANES + lane) * VEC < channels);
     } else {
-      for (int64_t channel = lane; channel < args.D; channel += LANES) {
+      for (int64_t channel = lane; channel < channels; channel += LANES) {
         T values[1];
         read_vector<STORAGE, 1>(data, row + channel, values);
         call(channel - lane, values, true);
@@ -53,13 +53,13 @@ struct GradOutput {
 
 template <DType STORAGE, int VEC, int LANES, int VECTORS, typename T>
 __device__ __forceinline__ Products<T> products_of_lane(
-    const DeviceArgs& args, const GradOutput<STORAGE, VEC, LANES, VECTORS>& grad, const ValueRows<STORAGE, VEC>& rows,
-    int lane, int32_t width, const Corners<T>& corners) {
+    const GradOutput<STORAGE, VEC, LANES, VECTORS>& grad, const ValueRows<STORAGE, VEC>& rows, int lane, int32_t width,
+    const Corners<T>& corners) {
   Products<T> products = {};
-  grad.for_vectors(args, lane, [&](int64_t channels, const T(&values)[VEC], bool readable) {
+  grad.for_vectors(lane, [&](int64_t channel, const T(&values)[VEC], bool readable) {
     Access<STORAGE, VEC> read[CORNERS];
 #pragma unroll
-    for (int c = 0; c < CORNERS; ++c) read[c] = rows.read(corners, c, width, channels, readable);
+    for (int c = 0; c < CORNERS; ++c) read[c] = rows.read(corners, c, width, channel, readable);
 #pragma unroll
     for (int c = 0; c < CORNERS; ++c) {
       T corner[VEC];
@@ -196,29 +196,29 @@ using AddedOutput = GradOutput<
 template <typename T, int VEC>
 struct SumRows {
   char* first;
-  typename StrideOf<VEC>::type stride;
+  int64_t stride;  // in bytes
 
   __device__ __forceinline__ SumRows(const DeviceArgs& args, const Work& work, int lane) {
     const int64_t at = (work.b * args.S * args.H + work.h) * args.D + lane * ADDED<T, VEC>;
     first = static_cast<char*>(args.grad_value_sums.data) + at * int64_t(sizeof(T));
-    stride = typename StrideOf<VEC>::type(args.H * args.D * int64_t(sizeof(T)));
+    stride = args.H * args.D * int64_t(sizeof(T));
   }
 };
 
 // grad_value += weight grad_output at the corners of a point
 template <DType STORAGE, int COUNT, int LANES, int VECTORS, int VEC, typename T>
 __device__ __forceinline__ void add_point(
-    const DeviceArgs& args, const GradOutput<STORAGE, COUNT, LANES, VECTORS>& grad, const SumRows<T, VEC>& rows,
-    int lane, int32_t width, const Corners<T>& corners) {
+    const GradOutput<STORAGE, COUNT, LANES, VECTORS>& grad, const SumRows<T, VEC>& rows, int lane, int32_t width,
+    const Corners<T>& corners) {
 #pragma unroll
   for (int c = 0; c < CORNERS; ++c) {
     if (!is_there(corners.weight[c])) continue;
     T* const to = reinterpret_cast<T*>(rows.first + row_of_corner(corners, c, width, rows.stride));
-    grad.for_vectors(args, lane, [&](int64_t channels, const T(&values)[COUNT], bool exists) {
+    grad.for_vectors(lane, [&](int64_t channel, const T(&values)[COUNT], bool exists) {
       T part[COUNT];
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) part[i] = corners.weight[c] * values[i];
-      if (exists) add(to + channels, part);
+      if (exists) add(to + channel, part);
     });
   }
 }
@@ -266,23 +266,25 @@ deform_backward(const __grid_constant__ DeviceArgs args, const __grid_constant__
     ReferenceSums<T> reference_sums = {};
     for (int32_t first = 0; first < level.points; first += CHUNK) {
       Point<T> points[SLOTS];
-      Corners<T> located[SLOTS];
+      Corners<T> located[SLOTS], added_at[SLOTS];  // in value and in its gradient
       Products<T> products[SLOTS] = {};
 #pragma unroll
       for (int slot = 0; slot < SLOTS; ++slot) {
         points[slot] = point_of(args, work, softmax, level, first + slot * LANES + lane);
-        located[slot] = corners_of(args, work, level, points[slot]);
+        const Corners<T> corners = corners_of(args, work, level, points[slot]);
+        located[slot] = in_bytes(corners, rows.stride);
+        added_at[slot] = in_bytes(corners, sums.stride);
       }
 #pragma unroll 1
       for (int span = 0; span < CHUNK && first + span < level.points; span += SPAN) {
         const auto products_of = [&](int index) {
-          return products_of_lane(args, grad, rows, lane, level.width, corners_at<LANES>(located, index));
+          return products_of_lane(grad, rows, lane, level.width, corners_at<LANES>(located, index));
         };
         sum_products<LANES, SPAN>(lane, span, products_of, products);
         if (args.grad_value_sums.data == nullptr) continue;
 #pragma unroll
         for (int j = 0; j < SPAN; ++j)
-          add_point(args, added, sums, lane, level.width, corners_at<LANES>(located, span + j));
+          add_point(added, sums, lane, level.width, corners_at<LANES>(added_at, span + j));
       }
 #pragma unroll
       for (int slot = 0; slot < SLOTS; ++slot) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ void forward_channels(
 #pragma unroll
       for (int slot = 0; slot < SLOTS; ++slot) {
         const Point<T> point = point_of(args, work, softmax, level, first + slot * LANES + lane);
-        located[slot] = corners_of(args, work, level, point);
+        located[slot] = in_bytes(corners_of(args, work, level, point), rows.stride);
       }
 #pragma unroll 1
       for (int span = 0; span < CHUNK && first + span < level.points; span += SPAN)

@@ -21,12 +21,11 @@ inline bool is_aligned(const View& view, int64_t bytes_of_value, int dimensions)
   return true;
 }
 
-// Whether rows of channels can be accessed by 16 bytes, and found with 32-bit strides.
+// Whether rows of channels can be accessed by 16 bytes.
 template <DType STORAGE>
 bool rows_are_vectors(const DeviceArgs& args) {
   constexpr int64_t BYTES = StorageOf<STORAGE>::BYTES, SUM_BYTES = sizeof(AccumulateOf<STORAGE>);
-  return args.D % VECTOR_OF<STORAGE> == 0 && args.value.stride[1] <= INT32_MAX / BYTES &&
-      args.H * args.D <= INT32_MAX / SUM_BYTES && is_aligned(args.value, BYTES, 3) &&
+  return args.D % VECTOR_OF<STORAGE> == 0 && is_aligned(args.value, BYTES, 3) &&
       is_aligned(args.grad_output, BYTES, 2) && is_aligned(args.output, BYTES, 0) &&
       is_aligned(args.grad_value, BYTES, 0) && is_aligned(args.grad_value_sums, SUM_BYTES, 0);
 }

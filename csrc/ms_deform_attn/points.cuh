@@ -130,7 +130,7 @@ constexpr int CORNERS = 4;  // (row, column), (row, column + 1), (row + 1, colum
 // both, and what is not there is neither read nor multiplied by a NaN.
 template <typename T>
 struct Corners {
-  int32_t position;  // of the first corner, whether it exists or not
+  int64_t row;  // of the first corner, whether it exists or not: counted in positions, then in bytes
   T weight[CORNERS];
 };
 
@@ -146,7 +146,7 @@ __device__ __forceinline__ Corners<T> corners_of(
   const CornerWeights<T> share = corner_weights(cell.fraction_x, cell.fraction_y, point.weight);
   const int64_t position = level.start + int64_t(cell.row) * level.width + cell.column;
   Corners<T> corners = {
-      int32_t(position),  // - 0 + 0 is + 0
+      position,  // - 0 + 0 is + 0
       {cell.top && cell.left ? share.top_left + T(0) : -T(0), cell.top && cell.right ? share.top_right + T(0) : -T(0),
        cell.bottom && cell.left ? share.bottom_left + T(0) : -T(0),
        cell.bottom && cell.right ? share.bottom_right + T(0) : -T(0)}};
@@ -170,7 +170,7 @@ __device__ __forceinline__ Corners<T> corners_at(const Corners<T> (&located)[SLO
   } else {
     const Corners<T>& from = located[SLOTS == 1 ? 0 : index / LANES];
     Corners<T> corners;
-    corners.position = __shfl_sync(ALL_LANES, from.position, index % LANES, LANES);
+    corners.row = __shfl_sync(ALL_LANES, (long long)(from.row), index % LANES, LANES);
 #pragma unroll
     for (int c = 0; c < CORNERS; ++c) corners.weight[c] = __shfl_sync(ALL_LANES, from.weight[c], index % LANES, LANES);
     return corners;
@@ -179,34 +179,29 @@ __device__ __forceinline__ Corners<T> corners_at(const Corners<T> (&located)[SLO
 
 // ---- rows --------------------------------------------------------------------------------------------------------
 
-// Bytes from one position's row to the next. Rows of vectors are so near each other that one multiply-add, of 32 bits
-// to 64, finds an address; the launch sees to that.
-template <int VEC>
-struct StrideOf {
-  using type = int32_t;
-};
-template <>
-struct StrideOf<1> {
-  using type = int64_t;
-};
+template <typename T>
+__device__ __forceinline__ Corners<T> in_bytes(Corners<T> corners, int64_t stride) {
+  corners.row *= stride;
+  return corners;
+}
 
-// In bytes from the row of position 0.
-template <typename T, typename Stride>
-__device__ __forceinline__ int64_t row_of_corner(const Corners<T>& corners, int corner, int32_t width, Stride stride) {
-  return corners.position * int64_t(stride) + (corner / 2 * (width * int64_t(stride)) + corner % 2 * int64_t(stride));
+// Where the row of a corner is, in bytes from that of position 0, among rows `stride` bytes apart.
+template <typename T>
+__device__ __forceinline__ int64_t row_of_corner(const Corners<T>& corners, int corner, int32_t width, int64_t stride) {
+  return corners.row + (corner / 2 * (width * stride) + corner % 2 * stride);
 }
 
 // The rows of value of a batch element and head, from a lane's first channel on.
 template <DType STORAGE, int VEC>
 struct ValueRows {
   const char* first;
-  typename StrideOf<VEC>::type stride;
+  int64_t stride;  // in bytes
 
   __device__ __forceinline__ ValueRows(const DeviceArgs& args, const Work& work, int64_t channel) {
     constexpr int64_t BYTES = StorageOf<STORAGE>::BYTES;
     const int64_t at = work.b * args.value.stride[0] + work.h * args.value.stride[2] + channel;
     first = static_cast<const char*>(args.value.data) + at * BYTES;
-    stride = typename StrideOf<VEC>::type(args.value.stride[1] * BYTES);
+    stride = args.value.stride[1] * BYTES;
   }
 
   // VEC values, or zeros where there is nothing to read
