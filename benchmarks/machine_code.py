@@ -20,7 +20,7 @@ STORE = re.compile(r"(STG|UTMASTG)\b|(global|buffer|flat)_store_")
 
 _SASS_LINE = re.compile(
     r"^\s*(?P<label>\.L\w+):"
-    r"|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<operation>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*);"
+    r"|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<operation>[A-Z][A-Za-z0-9_.]*)(?P<operands>[^;]*);"
 )
 _GCN_LINE = re.compile(
     r"^(?P<label>\.LBB\w+):|^\s+(?P<operation>(?:v|s|ds|global|buffer|flat|scratch)_\w+)(?P<operands>.*)$"
@@ -52,15 +52,26 @@ def machine_code(compiled: Any) -> MachineCode:
 
 
 def _of_nvidia(cubin: bytes) -> MachineCode:
-    from triton import knobs
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _output_of(knobs.nvidia.nvdisasm.path, "-c", file.name)
-    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return MachineCode(registers, stack + local, *counted(_SASS_LINE, sass))
+        (code,) = nvidia_machine_code(file.name).values()
+    return code
+
+
+def nvidia_machine_code(cubin: str | Path) -> dict[str, MachineCode]:
+    """Of every kernel of a cubin, by its symbol; takes NVIDIA's tools from the Triton package."""
+    from triton import knobs
+
+    usage = _output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin))
+    sass = _output_of(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+    texts = dict(re.findall(r"^//-+ \.text\.(\S+) -+$(.*?)(?=^//---|\Z)", sass, re.MULTILINE | re.DOTALL))
+    found = {}
+    for symbol, resources in re.findall(r"^ *Function (\S+):\s+(REG:.*)$", usage, re.MULTILINE):
+        used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
+        spilled = used["STACK"] + used["LOCAL"]
+        found[symbol] = MachineCode(used["REG"], spilled, *counted(_SASS_LINE, texts[symbol]))
+    return found
 
 
 def _of_amd(assembly: str) -> MachineCode:
