@@ -187,12 +187,10 @@ class BuildKernels(build_ext):
         jobs += [(folder, source, glue_command(source, content, include_paths())) for source in CUDA_ONCE]
         with ThreadPoolExecutor(most_jobs()) as pool:
             objects = list(pool.map(lambda job: cuda_object(*job), jobs))
-        # nvcc adds a CUDA runtime of the library's own, so that a PyTorch of another CUDA loads it as well.
-        with_cuda = any(Path(path, "libtorch_cuda.so").exists() for path in library_paths())
-        libraries = [f"-l{name}" for name in [*TORCH_LIBRARIES, *(["torch_cuda"] if with_cuda else [])]]
+        # nvcc adds a CUDA runtime of the library's own: PyTorch may have another one. libtorch brings torch_cuda.
         options = ["-shared", "--no-device-link", "-cudart=static", "-Xlinker=--no-as-needed"]
-        folders = [f"-L{path}" for path in library_paths()]
-        run([nvcc(), *options, *objects, *folders, *libraries, "-o", library], LinkError)
+        libraries = [*(f"-L{path}" for path in library_paths()), *(f"-l{name}" for name in TORCH_LIBRARIES)]
+        run([nvcc(), *options, *objects, *libraries, "-o", library], LinkError)
 
     def _compile(self, source, folder, flags, includes):
         directory = Path(self.build_temp) / folder

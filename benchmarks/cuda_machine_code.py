@@ -10,21 +10,34 @@ import importlib.util
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from .device import ROOT
-from .machine_code import MachineCode, nvidia_machine_code
+from .machine_code import (
+    ATOMIC,
+    LOAD,
+    SPECIAL_FUNCTION,
+    SPILL,
+    STORE,
+    TENSOR_CORE,
+    MachineCode,
+    nvidia_machine_code,
+)
+from .processors import PROCESSORS
+from .static_report import Row
 
-ARCHITECTURES = {"sm80": "80", "sm90": "90a", "sm100": "100a"}
+ARCHITECTURES = {"sm80": "80", "sm86": "86", "sm90": "90a", "sm100": "100a", "sm120": "120a"}
 """By the chips of the static report."""
 
 CUBINS = ROOT / "build" / "cubins"
 SOURCE = "csrc/ms_deform_attn/cuda.cu"
-THREADS = 256  # of a block
+WARPS = 8  # of a block
+OP = "ms_deform_attn"  # and the fused op, by the same kernels
 DIRECTIONS = {"deform_forward": "forward", "deform_backward": "backward", "deform_gather": "backward"}
 
 
@@ -82,3 +95,44 @@ def _instantiation(symbol: str) -> tuple[str, tuple[int, ...]]:
     """ "_ZN2rk6deform14deform_forwardILNS_5DTypeE3ELi8ELi4ELi1EEEv..." -> ("deform_forward", (8, 4, 1))."""
     name, arguments = re.search(r"\d+(deform_[a-z]+)I(.*?)EEv", symbol).groups()
     return name, tuple(int(number) for number in re.findall(r"Li(\d+)E?", arguments))
+
+
+def rows(chips: Iterable[str], matching: str = "", few: bool = False) -> Iterator[Row]:
+    """Of every kernel whose name has `matching` in it, or only of those that store bfloat16: for the static report."""
+    if build().nvcc() is None:
+        print("no CUDA kernels in this report: there is no nvcc", file=sys.stderr)
+        return
+    for chip in filter(ARCHITECTURES.__contains__, chips):
+        for storage in ("bfloat16",) if few else build().STORAGE_TYPES:
+            yield from (row for row in map(_row, kernels(storage, chip)) if matching in row.variant)
+
+
+def _row(kernel: Kernel) -> Row:
+    code, processor = kernel.code, PROCESSORS[kernel.chip]
+    occupied = (code.registers, 0, WARPS)
+    return Row(
+        op=OP,
+        direction=DIRECTIONS[kernel.name],
+        variant=f"cuda {kernel.name} {kernel.storage}",
+        chip=kernel.chip,
+        blocks=dict(zip(("VEC", "LANES", "VECTORS"), kernel.arguments, strict=False)),
+        num_warps=WARPS,
+        num_stages=1,
+        registers=code.registers,
+        spilled_bytes=code.spilled_bytes,
+        spill_instructions=code.count(SPILL),
+        shared_bytes=0,  # what backward asks for depends on the points
+        tensor_memory_columns=0,
+        programs_at_once=processor.programs_at_once(*occupied),
+        occupancy=round(processor.occupancy(*occupied), 3),
+        instructions=sum(code.instructions.values()),
+        tensor_core=code.count(TENSOR_CORE),
+        tensor_core_in_loops=code.count_in_loops(TENSOR_CORE),
+        special_function=code.count(SPECIAL_FUNCTION),
+        special_function_in_loops=code.count_in_loops(SPECIAL_FUNCTION),
+        loads=code.those(LOAD),
+        stores=code.those(STORE),
+        atomics=code.those(ATOMIC),
+        tile_bytes={"loaded_once": 0, "loaded_in_loops": 0, "stored_once": 0, "stored_in_loops": 0},
+        entries=[],
+    )

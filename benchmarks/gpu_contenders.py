@@ -1,4 +1,4 @@
-"""Who else computes routed attention on a GPU: the public code, the compiler, FlexAttention."""
+"""Who else computes our ops on a GPU: the public code, the compiler, FlexAttention, and another backend of ours."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import route_kernels as rk
-from route_kernels.testing import EAGER
+from route_kernels.testing import EAGER, named_tensors
 
-from .registry import Contender
+from .registry import Contender, Unavailable
 
 FORMULA = EAGER["routed_attention"]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -27,6 +27,19 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.compile(function, dynamic=False)
 
     return lambda **arguments: made()(**arguments)
+
+
+def on_backend(op: str, backend: str) -> Contender:
+    """Our op on one of its backends, whichever is the fastest."""
+
+    def call(**arguments: Any) -> Tensor:
+        runs, reason = rk.can_run(op, backend, *(tensor for _, tensor in named_tensors(arguments)))
+        if not runs:
+            raise Unavailable(reason)
+        with rk.backend(backend):
+            return getattr(rk, op)(**arguments)
+
+    return Contender(f"ours, {backend}", call, EAGER[op])
 
 
 def public_code(query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors) -> Tensor:

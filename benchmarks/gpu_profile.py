@@ -20,6 +20,7 @@ from route_kernels.testing import Arguments, named_tensors, outcome
 from .chips import chip_of
 from .gpu_registry import DEVICE, GpuCase, gpu_cases
 from .gpu_run import collect
+from .gpu_tables import COPY
 from .gpu_timing import FLUSHED_BYTES, EventTimer
 from .roofline import call_floor
 
@@ -54,7 +55,7 @@ def ceilings(device: torch.device) -> Iterator[Row]:
     """What this GPU reaches, to hold the listed peaks against."""
     timer = EventTimer(device)
     for _ in range(2):  # the first time warms up
-        rates = {"copy, bytes a second": copy_rate(timer), "bfloat16 matrix product, FLOP a second": matrix_rate(timer)}
+        rates = {COPY: copy_rate(timer), "bfloat16 matrix product, FLOP a second": matrix_rate(timer)}
     yield from ({"kind": "ceiling", "what": what, "rate": rate} for what, rate in rates.items())
 
 

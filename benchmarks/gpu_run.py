@@ -23,12 +23,20 @@ from route_kernels.testing import Arguments, map_tensors, named_tensors, outcome
 
 from .chips import chip_of
 from .gpu_registry import DEVICE, GpuCase, gpu_cases, parts
-from .gpu_timing import Call, EventTimer, captured, host_seconds, peak_beside_inputs
+from .gpu_timing import (
+    Call,
+    EventTimer,
+    captured,
+    copies_beyond_cache,
+    host_seconds,
+    in_turn,
+    peak_beside_inputs,
+)
 from .registry import OURS
-from .roofline import call_floor
+from .roofline import call_floor, least_bytes
 from .run import summary, verdicts
 from .timing import time_in_turns
-from .verification import verify
+from .verification import Results, verify
 
 SECONDS_A_CASE = 2.0
 LAUNCH = "launch"
@@ -61,10 +69,11 @@ def measured(
     collect(device)
 
     peaks = {name: peak_of(call, device) for name, call in verified.calls.items()}
+    rotations = {name: rotation(call) for name, call in verified.calls.items()}
     replays, why_called = {}, {}
-    for name, call in verified.calls.items():
+    for name, calls in rotations.items():
         try:
-            replays[name] = graph_of(call, device)
+            replays[name] = in_turn([graph_of(call, device) for call in calls])
         except RuntimeError as error:
             why_called[name] = str(error).splitlines()[0]
     if OURS in why_called:
@@ -72,12 +81,14 @@ def measured(
         replays.clear()
     times = summary(time_in_turns(replays, seconds, timer)) if replays else {}
     if why_called:  # what no graph holds is compared with ours called in the same way
-        calls = {name: verified.calls[name] for name in (OURS, *why_called)}
+        calls = {name: in_turn(rotations[name]) for name in (OURS, *why_called)}
         called = summary(time_in_turns(calls, seconds, timer))
         times |= {name: found for name, found in called.items() if name in why_called}
     replays.clear()
+    least = least_bytes(case.op, arguments, directions_of(case))
     for name, found in times.items():
         found |= {"replayed": name not in why_called, "peak_bytes": peaks[name]}
+        found["bytes_a_second"] = least / (found["milliseconds"]["median"] / 1e3)
         if name in why_called:
             found["why_not_replayed"] = why_called[name]
     row["contenders"] |= times
@@ -99,8 +110,23 @@ def running_backend(op: str, arguments: Arguments) -> tuple[str, str]:
 def floor_of(case: GpuCase, arguments: Arguments, device: torch.device) -> Mapping[str, Any] | None:
     """The roofline's floor on this GPU, or None where its rates are not listed."""
     chip = chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    directions = ("forward", "backward") if case.backward else ("forward",)
-    return None if chip is None else call_floor(case.op, arguments, directions, chip)
+    return None if chip is None else call_floor(case.op, arguments, directions_of(case), chip)
+
+
+def directions_of(case: GpuCase) -> tuple[str, ...]:
+    return ("forward", "backward") if case.backward else ("forward",)
+
+
+def rotation(call: partial[Results]) -> list[Call]:
+    """The call with as many copies of its arguments as the L2 cache does not hold."""
+    function, arguments, grad_output = call.args
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(arguments))
+    copies = [map_tensors(arguments, _copied) for _ in range(copies_beyond_cache(size) - 1)]
+    return [partial(call.func, function, each, grad_output) for each in (arguments, *copies)]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _grad_output(case: GpuCase, arguments: Arguments) -> Tensor:

@@ -14,6 +14,7 @@ from .report import aligned, markdown
 
 MIB = 2**20
 MOST_FAILURES = 20
+COPY = "copy, bytes a second"  # of the ceilings
 Row = Mapping[str, Any]
 Layout = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
@@ -26,6 +27,7 @@ SPEED_HEAD = [
     "ms",
     "ours / its",
     "target",
+    "of a copy",
     "MiB beside inputs",
     "target",
     "floor us",
@@ -50,20 +52,23 @@ def count_test(tests: dict[str, Any], row: Row) -> None:
         tests["failed"].append({"test": row["test"], "reason": row.get("reason", "")})
 
 
-def speed_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """As `SPEED_HEAD`: a line for each contender; ours has the floor and the targets of memory."""
+def speed_cells(rows: Sequence[Row], copy_rate: float | None = None) -> list[list[str]]:
+    """As `SPEED_HEAD`: a line for each contender; ours has the floor and the targets of memory.
+
+    "of a copy": the bytes that must be moved at least, over the time, as a share of what a copy reaches on this GPU.
+    """
     table = []
     for row in rows:
         start = [row["op"], row["case"], row["pass"]]
         if row["failure"]:
-            table.append([*start, "FAILED, not timed", _first_line(row["failure"]), "", "", "", "", ""])
+            table.append([*start, "FAILED, not timed", _first_line(row["failure"]), *[""] * 6])
             continue
         targets = {target["against"]: target for target in row["targets"]}
         for name, found in row["contenders"].items():
             reason = found.get("failure") or found.get("unavailable")
             if reason:
                 times = ["FAILED" if "failure" in found else "not there", _first_line(reason)]
-                table.append([*start, name, *times, _target(targets.get(name)), "", "", ""])
+                table.append([*start, name, *times, _target(targets.get(name)), *[""] * 4])
                 continue
             times = found["milliseconds"]
             spread = f"{times['median']:.3g} ({times['min']:.3g} to {times['max']:.3g})"
@@ -71,6 +76,7 @@ def speed_cells(rows: Sequence[Row]) -> list[list[str]]:
             over = found.get("our_time_over_its")
             table.append([
                 *start, name, spread, "" if over is None else f"{over['median']:.2f}", _target(targets.get(name)),
+                "" if copy_rate is None else f"{found['bytes_a_second'] / copy_rate:.2f}",
                 f"{found['peak_bytes'] / MIB:.0f}", *_of_ours(row, name),
             ])  # fmt: skip
     return table
@@ -116,7 +122,7 @@ def origin(results: Row) -> str:
     commit = f"commit {results['commit'][:12]}{changed}" if results["commit"] else "no commit"
     return (
         f"{gpu['name']}, PyTorch {versions['torch']}, Triton {gpu['triton']}, driver {gpu['driver']}, {commit}, "
-        f"{results['date'][:10]}; medians of graph replays with a cold L2 cache, in brackets the range"
+        f"{results['date'][:10]}; medians of graph replays, inputs rotating beyond the L2 cache, in brackets the range"
     )
 
 
@@ -127,8 +133,9 @@ def tests_line(tests: Row) -> str:
 
 def text(results: Row, layout: Layout = aligned) -> str:
     """Everything: for a terminal, or with `markdown` for a page."""
+    rates = {each["what"]: each["rate"] for each in results["ceilings"]}
     sections = [
-        (SPEED_HEAD, speed_cells(results["speed"])),
+        (SPEED_HEAD, speed_cells(results["speed"], rates.get(COPY))),
         (PROFILE_HEAD, profile_cells(results["profiles"])),
         (LAUNCH_HEAD, launch_cells(results["launch"])),
     ]

@@ -1,14 +1,18 @@
-"""Time and memory on a GPU: replays of a captured graph with the L2 cache flushed before each, by CUDA events."""
+"""Time and memory on a GPU: replays of captured graphs, by CUDA events, whose inputs rotate through several copies."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
 
 FLUSHED_BYTES = 512 * 2**20  # more than the L2 cache of any GPU so far
+ROTATED_BYTES = 256 * 2**20  # twice the largest L2 cache: what was read comes back after it has been displaced
+MOST_COPIES = 64
 WARM_UPS = 3
 HOST_CALLS = 50
 
@@ -39,17 +43,26 @@ def captured(call: Call, device: torch.device) -> Call:
     return replay
 
 
+def copies_beyond_cache(size: int) -> int:
+    """How many copies of inputs of `size` bytes it takes that none is in the L2 cache when its turn comes."""
+    return min(max(1, math.ceil(ROTATED_BYTES / max(size, 1))), MOST_COPIES)
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """A call that runs the next of `calls` each time: rotating buffers, where each has inputs of its own."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
 class EventTimer:
-    """Seconds of a call by events around it, the L2 cache flushed in between: the sampler of `time_in_turns`."""
+    """Seconds of a call by events around it: the sampler of `time_in_turns`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
 
     def __call__(self, call: Call, repeats: int) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in events:
-            self.flushed.zero_()
             start.record()
             call()
             end.record()

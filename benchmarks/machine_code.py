@@ -43,6 +43,10 @@ class MachineCode:
     def count_in_loops(self, kind: re.Pattern[str]) -> int:
         return _count(kind, self.in_loops)
 
+    def those(self, kind: re.Pattern[str]) -> dict[str, int]:
+        """Each instruction of a kind and how often it is there, by name."""
+        return {name: count for name, count in sorted(self.instructions.items()) if kind.match(name)}
+
 
 def machine_code(compiled: Any) -> MachineCode:
     """Of a `triton.compile` result for any target; takes NVIDIA's tools from the Triton package."""

@@ -329,6 +329,13 @@ def call_floor(op: str, arguments: Mapping[str, Any], directions: Sequence[str],
     }
 
 
+def least_bytes(op: str, arguments: Mapping[str, Any], directions: Sequence[str]) -> int:
+    """Bytes of device memory that the passes of a call must read and write at least."""
+    main, factor = _dtypes(op, arguments)
+    sizes = sizes_of(op, arguments)
+    return sum(least_work(op, direction, sizes, main, factor).memory_bytes for direction in directions)
+
+
 def _dtypes(op: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
     """Of the main inputs, and of factors, locations or offsets."""
     routing = arguments.get("routing")

@@ -1,4 +1,4 @@
-"""What every Triton kernel compiles to, for chips that need not be here: `python -m benchmarks.static_report`.
+"""What every Triton and CUDA kernel compiles to, for chips that need not be here: `python -m benchmarks.static_report`.
 
 Counts from the machine code and the code that Triton makes it from; nothing is run and nothing here is a time.
 """
@@ -75,9 +75,6 @@ def row(variant: Variant) -> Row:
     processor, metadata = PROCESSORS[variant.architecture], compiled.metadata
     occupied = (code.registers, metadata.shared, metadata.num_warps)
 
-    def those(kind) -> dict[str, int]:
-        return {name: count for name, count in sorted(code.instructions.items()) if kind.match(name)}
-
     return Row(
         op=variant.op,
         direction=variant.direction,
@@ -98,9 +95,9 @@ def row(variant: Variant) -> Row:
         tensor_core_in_loops=code.count_in_loops(TENSOR_CORE),
         special_function=code.count(SPECIAL_FUNCTION),
         special_function_in_loops=code.count_in_loops(SPECIAL_FUNCTION),
-        loads=those(LOAD),
-        stores=those(STORE),
-        atomics=those(ATOMIC),
+        loads=code.those(LOAD),
+        stores=code.those(STORE),
+        atomics=code.those(ATOMIC),
         tile_bytes=tile_bytes(compiled.asm["ttir"]),
         entries=sorted(map(list, variant.entries)),
     )
@@ -187,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from route_kernels.triton.variants import FILES
 
+    from . import cuda_machine_code
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
     parser.add_argument("--op", action="append", choices=sorted(FILES), help="may be repeated [all]")
     parser.add_argument("--chip", action="append", choices=sorted(PROCESSORS), help="may be repeated [%(default)s]")
@@ -197,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every count there as well")
     args = parser.parse_args(argv)
     found = list(rows(args.op or FILES, args.chip or CHIPS, args.match, args.few))
+    if cuda_machine_code.OP in (args.op or FILES):
+        found += cuda_machine_code.rows(args.chip or CHIPS, args.match, args.few)
     print("\n".join(table(found)))
     faults = sum(bool(row.faults()) for row in found)
     print(f"{len(found)} variants, {faults or 'none'} with faults")

@@ -12,13 +12,15 @@ import pytest
 import torch
 from setuptools.errors import PlatformError
 
-from benchmarks.cuda_machine_code import ARCHITECTURES, ROOT, build, cubin, kernels
+from benchmarks import cuda_machine_code, static_report
+from benchmarks.cuda_machine_code import ROOT, build, cubin, kernels
 from benchmarks.machine_code import SPILL
 from route_kernels import native
 
 needs_nvcc = pytest.mark.skipif(build().nvcc() is None, reason="no nvcc (on PATH, in CUDA_HOME or in /usr/local/cuda)")
-QUICK = [("bfloat16", chip) for chip in ARCHITECTURES]
-SLOW = [(storage, chip) for storage in build().STORAGE_TYPES for chip in ARCHITECTURES if storage != "bfloat16"]
+CHIPS = ("sm80", "sm90", "sm100")
+QUICK = [("bfloat16", chip) for chip in CHIPS]
+SLOW = [(storage, chip) for storage in build().STORAGE_TYPES for chip in CHIPS if storage != "bfloat16"]
 each_compiled = pytest.mark.parametrize(
     "storage, chip", [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
 )
@@ -90,6 +92,25 @@ def test_neither_forward_nor_the_sums_in_order_use_atomics(compiled, storage, ch
     for name in ("deform_forward", "deform_gather"):
         for kernel in of(compiled(storage, chip), name):
             assert not matching(kernel.code.instructions, "RED|ATOM"), kernel
+
+
+@needs_nvcc
+def test_the_static_report_has_them(compiled):
+    (row,) = (
+        row
+        for row in cuda_machine_code.rows(["sm90", "gfx942"], "deform_forward", few=True)
+        if row.blocks == {"VEC": 8, "LANES": 4, "VECTORS": 1}
+    )
+    assert (row.op, row.direction, row.chip) == ("ms_deform_attn", "forward", "sm90")
+    assert row.variant == "cuda deform_forward bfloat16" and not row.faults()
+    assert row.registers > 0 and row.loads["LDG.E.128.CONSTANT"] >= 4 and row.programs_at_once >= 2
+    assert row.variant in list(static_report.table([row]))[1]
+
+
+def test_without_nvcc_the_static_report_says_what_it_leaves_out(monkeypatch, capsys):
+    monkeypatch.setattr(build(), "nvcc", lambda: None)
+    assert list(cuda_machine_code.rows(["sm90"])) == []
+    assert capsys.readouterr().err == "no CUDA kernels in this report: there is no nvcc\n"
 
 
 def matching(instructions, pattern):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,14 +11,22 @@ from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
 import route_kernels as rk
-from benchmarks import gpu_contenders, gpu_profile, gpu_run, gpu_tables
+from benchmarks import gpu_contenders, gpu_profile, gpu_run, gpu_tables, gpu_timing
 from benchmarks.chips import CHIPS
-from benchmarks.gpu_registry import MIB, SAMPLED_BY, GpuCase, gpu_cases, parts, sampled_on_gpu
+from benchmarks.gpu_registry import HEADLINE, MIB, SAMPLED_BY, GpuCase, gpu_cases, parts, sampled_on_gpu
 from benchmarks.registry import LEVERS, OURS, Contender, Sampling, Target, Unavailable
 from benchmarks.report import markdown
 from benchmarks.roofline import call_floor, least_work, sizes_of
 from route_kernels.backends import OPS
-from route_kernels.testing import EAGER, check_accuracy, map_tensors, routed_attention_arguments, sample_arguments
+from route_kernels.testing import (
+    EAGER,
+    check_accuracy,
+    map_tensors,
+    named_tensors,
+    outcome,
+    routed_attention_arguments,
+    sample_arguments,
+)
 
 CPU = torch.device("cpu")
 SMALL = dict(batch=2, heads=2, queries=20, channels=16)
@@ -164,6 +174,7 @@ def test_a_row_has_times_peaks_and_verdicts():
     assert set(row["contenders"]) == {OURS, "eager"}
     for found in row["contenders"].values():
         assert found["milliseconds"]["median"] > 0 and found["replayed"] and found["peak_bytes"] == 3 * MIB
+        assert found["bytes_a_second"] > 0
     assert row["targets"] == [{"against": "eager", "at_most": 1e9, "met": True}]
     assert row["peak_target"] == {"at_most_bytes": 2 * MIB, "met": False}
     json.dumps(row)
@@ -200,10 +211,9 @@ def test_a_missing_package_is_named():
 
 @pytest.mark.parametrize("uncapturable", ["eager", OURS])
 def test_what_no_graph_holds_is_compared_called(uncapturable):
-    failing = iter([uncapturable == OURS, uncapturable == "eager"])
-
     def graph_of(call, device):
-        if next(failing):
+        name = "eager" if call.args[0] is EAGER_FORM.call else OURS
+        if name == uncapturable:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return call
 
@@ -211,6 +221,39 @@ def test_what_no_graph_holds_is_compared_called(uncapturable):
     assert row["contenders"]["eager"]["replayed"] is False and row["contenders"]["eager"]["why_not_replayed"]
     assert row["contenders"][OURS]["replayed"] is (uncapturable == "eager")
     assert "our_time_over_its" in row["contenders"]["eager"]
+
+
+def test_inputs_rotate_through_copies_that_the_cache_does_not_hold():
+    arguments = routed_attention_arguments(**SMALL)
+    calls = gpu_run.rotation(partial(outcome, rk.routed_attention, arguments, None))
+    assert len(calls) == gpu_timing.MOST_COPIES
+    expected, addresses = rk.routed_attention(**arguments), set()
+    turn = gpu_timing.in_turn(calls[:3])
+    assert all(torch.equal(turn()["output"], expected) for _ in range(4))
+    for call in calls:
+        (query, *_) = (tensor for _, tensor in named_tensors(call.args[1]))
+        assert query.requires_grad and query.is_leaf
+        addresses.add(query.data_ptr())
+    assert len(addresses) == len(calls) and calls[0].args[1] is arguments
+
+
+@pytest.mark.parametrize("size, copies", [(0, 64), (2**20, 64), (60 * MIB, 5), (256 * MIB, 1), (2**34, 1)])
+def test_copies_beyond_the_cache(size, copies):
+    assert gpu_timing.copies_beyond_cache(size) == copies
+
+
+@pytest.mark.parametrize("op", SAMPLED_BY)
+def test_each_of_our_gpu_backends_is_a_contender_or_says_why_not(op):
+    headline = [case for case in gpu_cases() if case.op == op and case.name == HEADLINE]
+    assert [case.backward for case in headline] == [True, False]
+    names = [contender.name for contender in headline[0].contenders]
+    assert names[0] == OURS and {"ours, triton", "eager grid_sample", "eager, torch.compile"} <= set(names)
+    assert len(headline[0].targets) == (1 if op == "ms_deform_attn_fused" else len(names) - 1)
+    arguments = next(iter(sample_arguments(op).values()))
+    with pytest.raises(Unavailable, match=re.escape(rk.can_run(op, "cuda")[1])):
+        gpu_contenders.on_backend(op, "cuda").call(**arguments)
+    expected = EAGER[op](**arguments)
+    torch.testing.assert_close(gpu_contenders.on_backend(op, "cpu").call(**arguments), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_launch_costs_of_every_op():
@@ -280,6 +323,10 @@ def test_tables_show_everything(layout):
     page = gpu_tables.text(results_with(measured(case)), layout)
     for part in ("a GPU", "MISSED", "not measured", "not there", "no such package", "FAILED", "at most 1: MISSED"):
         assert part in page, part
+    found = results_with(measured(case))
+    rate = found["speed"][0]["contenders"][OURS]["bytes_a_second"]
+    faster = {**found, "ceilings": [{"what": gpu_tables.COPY, "rate": 4 * rate}]}
+    assert "0.25" in gpu_tables.text(faster, layout)
     for part in ("forward_kernel 40.0", "0.75", "31.2", "copy", "2 passed, 0 failed, 3 skipped", "no second GPU"):
         assert part in page, part
 
