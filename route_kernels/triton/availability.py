@@ -18,6 +18,8 @@ DTYPES = {
     "routed_attention": FLOATING[:3],
     "ms_deform_attn": FLOATING,
     "ms_deform_attn_fused": FLOATING,
+    "add_layer_norm": FLOATING,
+    "sigmoid_focal_loss": FLOATING,
 }
 """What each op's kernels take. An op that is not here has none."""
 

@@ -133,6 +133,26 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_settings(1, 1, BLOCK_T=4), architectures=(INTERPRETER,)),
         Entry(_settings(1, 1, BLOCK_T=16)),
     ),
+    # BLOCK_TC: tokens times channels of a tile
+    "add_layer_norm_forward": (
+        Entry(_settings(4, 1, BLOCK_TC=64), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TC=2048)),
+    ),
+    "add_layer_norm_backward": (
+        Entry(_settings(4, 1, BLOCK_TC=64), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TC=1024), dtypes=DOUBLE),
+        Entry(_settings(4, 1, BLOCK_TC=2048)),
+    ),
+    # BLOCK_TK: queries times classes of a tile
+    "sigmoid_focal_loss_forward": (
+        Entry(_settings(4, 1, BLOCK_TK=32), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TK=512), dtypes=DOUBLE),
+        Entry(_settings(4, 1, BLOCK_TK=1024)),
+    ),
+    "sigmoid_focal_loss_backward": (
+        Entry(_settings(4, 1, BLOCK_TK=64), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TK=1024)),
+    ),
     "softmax_adjoint": (
         Entry(_settings(4, 1, BLOCK_NK=128), architectures=(INTERPRETER,)),
         Entry(_settings(4, 1, BLOCK_NK=256), dtypes=DOUBLE),

@@ -1,0 +1,149 @@
+"""Sigmoid focal loss by Triton, with the signatures of the native kernels' calls in its file of `ops/`.
+
+A program owns BLOCK_T queries and walks over their classes. Both passes read and write each logit once: memory is the
+floor of backward, three special functions a logit that of forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .interpreter import rounded
+from .launch import blocks, config, launch
+
+if TYPE_CHECKING:
+    from .variants import Variant
+
+
+@triton.jit
+def _log_one_plus(e, TERMS: tl.constexpr):
+    """log(1 + e) of e in [0, 1]: 2 artanh(s) = 2 sum_i s^(2i + 1) / (2i + 1), s = e / (2 + e) <= 1/3."""
+    s = e / (2.0 + e)
+    square = s * s
+    total = square * 0.0 + 1.0 / (2 * TERMS + 1)
+    for i in tl.static_range(TERMS):
+        total = total * square + 1.0 / (2 * (TERMS - 1 - i) + 1)
+    return 2.0 * s * total
+
+
+@triton.jit
+def sigmoid_focal_loss_forward(
+    logits_ptr,  # [T, K]
+    targets_ptr,  # [T] int64
+    loss_ptr,  # [T]
+    grad_ptr,  # [T, K]
+    stride_lt, T, K,
+    ALPHA: tl.constexpr, REST: tl.constexpr,  # 1 - alpha
+    GAMMA: tl.constexpr, SCALE: tl.constexpr, TERMS: tl.constexpr, DIFFERENTIATED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    ACCUMULATE: tl.constexpr = loss_ptr.dtype.element_ty
+    # [BLOCK_T]
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    target = tl.load(targets_ptr + t, t < T, other=-1)
+    loss = tl.zeros([BLOCK_T], ACCUMULATE)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        # [BLOCK_T, BLOCK_K]
+        mask = (t < T)[:, None] & (k < K)[None, :]
+        positive = target[:, None] == k[None, :]
+        x = tl.load(logits_ptr + t[:, None] * stride_lt + k[None, :], mask, other=0.0).to(ACCUMULATE)
+        z = tl.where(positive, -x, x)
+        e = tl.exp(-tl.abs(z))
+        log_e = _log_one_plus(e, TERMS)
+        softplus = tl.where(z > 0, z, 0.0) + log_e
+        larger = 1.0 / (1.0 + e)
+        smaller = e * larger
+        q = tl.where(z > 0, larger, smaller)
+        if GAMMA == 2.0:
+            power = q * q
+        else:
+            power = tl.exp((tl.where(z > 0, 0.0, -z) + log_e) * -GAMMA)
+        loss += tl.sum(tl.where(mask, tl.where(positive, ALPHA, REST) * power * softplus, 0.0), 1)
+        if DIFFERENTIATED:
+            p_t = tl.where(z > 0, smaller, larger)
+            grad = tl.where(positive, -ALPHA, REST) * power * (GAMMA * p_t * softplus + q) * SCALE
+            tl.store(grad_ptr + t[:, None] * K + k[None, :], rounded(grad, grad_ptr.dtype.element_ty), mask)
+    tl.store(loss_ptr + t, loss, t < T)
+
+
+@triton.jit
+def sigmoid_focal_loss_backward(
+    grad_loss_ptr,  # [T]
+    grad_ptr,  # [T, K]
+    grad_logits_ptr,  # [T, K]
+    T, K,
+    SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    ACCUMULATE: tl.constexpr = grad_loss_ptr.dtype.element_ty
+    # [BLOCK_T]
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    factor = tl.load(grad_loss_ptr + t, t < T, other=0.0) * SCALE
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        # [BLOCK_T, BLOCK_K]
+        mask = (t < T)[:, None] & (k < K)[None, :]
+        grad = tl.load(grad_ptr + t[:, None] * K + k[None, :], mask, other=0.0).to(ACCUMULATE) * factor[:, None]
+        tl.store(grad_logits_ptr + t[:, None] * K + k[None, :], rounded(grad, grad_logits_ptr.dtype.element_ty), mask)
+
+
+def forward(logits, targets, alpha, gamma, scale, loss, grad) -> None:
+    """Writes loss [T] and, where it is given, grad [T, K] of logits [T, K] and targets [T]."""
+    queries, classes = logits.shape
+    settings = _settings("sigmoid_focal_loss_forward", logits)
+    launch(
+        sigmoid_focal_loss_forward, (blocks(queries, settings["BLOCK_T"]),),
+        logits, targets, loss, grad, logits.stride(0), queries, classes, ALPHA=alpha, REST=1 - alpha, GAMMA=gamma,
+        SCALE=scale, TERMS=17 if logits.dtype == torch.float64 else 7, DIFFERENTIATED=grad is not None, **settings,
+    )  # fmt: skip
+
+
+def backward(grad_loss, grad, scale, grad_logits) -> None:
+    """Writes grad_logits [T, K] = scale grad_loss [T] grad [T, K]."""
+    queries, classes = grad.shape
+    settings = _settings("sigmoid_focal_loss_backward", grad)
+    launch(
+        sigmoid_focal_loss_backward, (blocks(queries, settings["BLOCK_T"]),),
+        grad_loss, grad, grad_logits, queries, classes, SCALE=scale, **settings,
+    )  # fmt: skip
+
+
+def _settings(kernel_name: str, logits: torch.Tensor) -> dict[str, int]:
+    """A tile of BLOCK_TK elements, with no more classes than there are."""
+    settings = dict(config(kernel_name, logits.device, logits.dtype, K=logits.shape[1]))
+    elements = settings.pop("BLOCK_TK")
+    width = min(1 << (logits.shape[1] - 1).bit_length(), elements)
+    return {"BLOCK_T": elements // width, "BLOCK_K": width, **settings}
+
+
+def variants(architecture: str) -> Iterator[Variant]:
+    """Every dtype; one class, those of COCO and of LVIS; another gamma; without a gradient."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for classes in (1, 80, 91, 1203):
+            yield from _variants(architecture, dtype, classes)
+    yield from _variants(architecture, torch.bfloat16, 91, gamma=1.5, differentiated=False)
+
+
+def _variants(architecture, dtype, classes: int, gamma: float = 2.0, differentiated: bool = True) -> Iterator[Variant]:
+    from ..ops.sigmoid_focal_loss import kept_scale
+    from ..reference.precision import accumulate_dtype
+    from .variants import recorded
+
+    logits = torch.empty(44446, classes, dtype=dtype, device="meta")
+    targets = torch.empty(44446, dtype=torch.int64, device="meta")
+    loss, grad = targets.to(accumulate_dtype(dtype)), logits if differentiated else None
+    label = f"{str(dtype).removeprefix('torch.')} K={classes} gamma={gamma}"
+    yield from recorded(
+        "sigmoid_focal_loss", "forward", label, architecture,
+        lambda: forward(logits, targets, 0.25, gamma, kept_scale(dtype), loss, grad),
+    )  # fmt: skip
+    if differentiated:
+        yield from recorded(
+            "sigmoid_focal_loss", "backward", label, architecture,
+            lambda: backward(loss, logits, 1 / kept_scale(dtype), logits),
+        )  # fmt: skip
