@@ -60,10 +60,7 @@ def sigmoid_focal_loss_forward(
         larger = 1.0 / (1.0 + e)
         smaller = e * larger
         q = tl.where(z > 0, larger, smaller)
-        if GAMMA == 2.0:
-            power = q * q
-        else:
-            power = tl.exp((tl.where(z > 0, 0.0, -z) + log_e) * -GAMMA)
+        power = q * q if GAMMA == 2.0 else tl.exp((tl.where(z > 0, 0.0, -z) + log_e) * -GAMMA)
         loss += tl.sum(tl.where(mask, tl.where(positive, ALPHA, REST) * power * softplus, 0.0), 1)
         if DIFFERENTIATED:
             p_t = tl.where(z > 0, smaller, larger)

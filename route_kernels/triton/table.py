@@ -146,7 +146,7 @@ TABLE: dict[str, tuple[Entry, ...]] = {
     # BLOCK_TK: queries times classes of a tile
     "sigmoid_focal_loss_forward": (
         Entry(_settings(4, 1, BLOCK_TK=32), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_TK=512), dtypes=DOUBLE),
+        Entry(_settings(4, 1, BLOCK_TK=256), dtypes=DOUBLE),
         Entry(_settings(4, 1, BLOCK_TK=1024)),
     ),
     "sigmoid_focal_loss_backward": (
