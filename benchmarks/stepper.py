@@ -61,7 +61,6 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train), lr=config.train.learning_rate)
         self.clip_norm = config.train.clip_norm
         self.images = torch.randn(batch, 3, image_size, image_size)
-        self.padding = torch.zeros(batch, image_size, image_size, dtype=torch.bool)
         size = (image_size, image_size)
         self.targets = [
             Target(
@@ -77,7 +76,7 @@ class Stepper:
     def step(self) -> dict[str, float]:
         """Everything that a step of `route-detr train` does but reading images."""
         started = perf_counter()
-        losses = self.criterion(self.detector(self.images, self.padding), self.targets)
+        losses = self.criterion(self.detector(self.images), self.targets)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip_norm)

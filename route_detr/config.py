@@ -229,9 +229,10 @@ def _first_error(error: ValidationError) -> str:
 def _unknown_key(key: str) -> str:
     """What to say of a dotted key that is no field: the one whose last name is nearest."""
     known = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config().to_dict())}
-    nearest = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-    hint = f"did you mean {known[nearest[0]]!r}?" if nearest else f"keys: {', '.join(known.values())}"
-    return f"unknown key {key!r}; {hint}"
+    section, _, last = key.rpartition(".")
+    nearest = difflib.get_close_matches(last, known, n=1)
+    others = ", ".join(name for name, dotted in known.items() if dotted.rpartition(".")[0] == section)
+    return f"unknown key {key!r}; " + (f"did you mean {known[nearest[0]]!r}?" if nearest else f"keys there: {others}")
 
 
 def _dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -25,7 +25,7 @@ def test_missing_keys_take_defaults():
         ({"epochs": 3}, "unknown key 'epochs'; did you mean 'train.epochs'?"),
         ({"detector": {"backbone": {"modle": "swin"}}}, "did you mean 'detector.backbone.model'?"),
         ({"transforms": {"flips": 0}}, "did you mean 'transforms.flip'?"),
-        ({"detector": {"xyzzy": 1}}, "unknown key 'detector.xyzzy'; keys: "),
+        ({"detector": {"xyzzy": 1}}, "unknown key 'detector.xyzzy'; keys there: backbone, num_classes, "),
     ],
 )
 def test_unknown_key_is_an_error_that_names_the_nearest(values, message):

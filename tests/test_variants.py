@@ -114,6 +114,15 @@ def test_full_size_presets_can_be_built(name):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_under_autocast(variant):
+    detector = small_detector(**VARIANTS[variant], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, losses, gradients = trained_step(detector, small_batch(dtype=torch.float32), 0.3, 0.6)
+    assert losses["loss"].dtype == torch.float32 and losses["loss"].isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_transformer_compiles_without_a_graph_break(variant):
     detector = small_detector(**VARIANTS[variant], decoder_layers=2, routed_layers="last:1", dtype=torch.float32)
     detector.set_routing(0.3, 0.6)
@@ -134,7 +143,7 @@ def test_two_hundred_steps_on_crowded_digits_let_the_loss_fall(name, route, tmp_
     config = preset(name).updated({"detector.route": route})
     folder = tmp_path_factory.getbasetemp() / "digits"
     write_digits(folder, train_images=400, val_images=1, progress=False)
-    dataset, _ = open_splits(coco_layout(folder), config.transforms)
+    dataset, _ = open_splits(coco_layout(folder), config.transforms, masks=config.detector.masks)
     torch.manual_seed(0)
     detector = Detector(config.detector).train()
     criterion = Criterion(config.train)
