@@ -248,7 +248,8 @@ def test_missing_and_empty_image_files_are_one_error_up_front(folder, check_head
     with pytest.raises(DatasetError) as error:
         opened(folder, content(images=images + content()["images"]), check_headers=check_headers)
     assert "of 22 images" in str(error.value)
-    assert f"image files that cannot be used: 21 (first: {folder / 'images' / 'sub' / '10.png'}: " in str(error.value)
+    assert "image files that cannot be used: 21 (first: " in str(error.value)
+    assert f"{folder / 'images' / 'sub' / '10.png'}" in str(error.value)
 
 
 def test_images_in_subfolders_are_found(folder):

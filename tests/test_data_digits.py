@@ -195,7 +195,7 @@ def test_a_killed_generator_leaves_no_folder_that_looks_complete_and_does_not_hi
     assert result.returncode == 9
     assert not out.exists()
     assert write_digits(out, **SMALL) is True
-    assert len(CocoDetection(*vars(coco_layout(out).val).values(), TransformConfig())) == 3
+    assert len(CocoDetection(*coco_layout(out).val, TransformConfig())) == 3
 
 
 @pytest.mark.parametrize(

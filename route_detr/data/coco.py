@@ -42,8 +42,8 @@ class CocoDetection(Dataset):
         train: whether to augment, with ``seed``.
         masks: whether targets have masks, from the annotations' polygons or run lengths.
         cache: folder for decoded images, filled as they are first read; workers, ranks and runs share it.
-        check_headers: whether to open every image's header now and compare its size with the annotation file's; by
-            default for up to ``HEADERS_CHECKED_UP_TO`` images. Else it is checked on reading.
+        check_headers: whether to compare the size in every image's header with the annotation file's now, by default
+            for up to ``HEADERS_CHECKED_UP_TO`` images; else on reading.
 
     Raises DatasetError for a file that cannot be used (see ``read_annotations``), missing or empty image files, objects
     without a mask that is asked for, and from item access for an image that cannot be decoded or has another size than
@@ -89,13 +89,11 @@ class CocoDetection(Dataset):
         for annotation in annotations:
             if not annotation["iscrowd"]:
                 of_image[annotation["image_id"]].append(annotation)
-        objects = [
-            (each, size) for i, size in zip(self.image_ids, self._sizes.tolist(), strict=True) for each in of_image[i]
-        ]
-        self._starts = np.cumsum([0, *(len(of_image[i]) for i in self.image_ids)])
-        self._boxes = np.array([box_inside(each["bbox"], size) for each, size in objects], dtype=np.float64).reshape(
-            -1, 4
-        )
+        sizes = zip(self.image_ids, self._sizes.tolist(), strict=True)
+        objects = [(each, size) for number, size in sizes for each in of_image[number]]
+        boxes = [box_inside(each["bbox"], size) for each, size in objects]
+        self._boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        self._starts = np.cumsum([0, *(len(of_image[number]) for number in self.image_ids)])
         self._labels = np.array([label_of[each["category_id"]] for each, _ in objects], dtype=np.int64)
         self._masks = None
         if masks:
@@ -113,11 +111,9 @@ class CocoDetection(Dataset):
                 if headers:
                     with opened(file, tuple(size)):
                         continue
-                elif not file.is_file() or not file.stat().st_size:
-                    raise DatasetError(
-                        f"{file}: expected an image file, found {'an empty one' if file.exists() else 'none'}"
-                    )
-            except DatasetError as error:
+                elif not file.stat().st_size:
+                    raise DatasetError(f"{file}: empty")
+            except (DatasetError, OSError) as error:
                 faults.add("image files that cannot be used", str(error))
         if faults:
             raise DatasetError(f"{self.annotation_file}: of {len(self)} images:\n{faults}")
@@ -177,7 +173,9 @@ class CocoDetection(Dataset):
             {"size": size, "counts": counts[ends[row] : ends[row + 1]].tobytes()}
             for row in range(rows.start, rows.stop)
         ]
-        return rle.decode(encoded) if encoded else np.zeros((*size, 0), dtype=np.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools' own, on NumPy 2
+            return rle.decode(encoded) if encoded else np.zeros((*size, 0), dtype=np.uint8)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         if not 0 <= index < len(self):

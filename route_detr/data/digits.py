@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, model_validator
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
@@ -38,16 +37,16 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 SPLITS = ("train", "val")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DigitsParameters:
     """All that determines a data set of crowded digits; written to ``digits.json`` in its folder."""
 
-    seed: NonNegativeInt
-    train_images: NonNegativeInt
-    val_images: NonNegativeInt
-    image_size: PositiveInt
-    digits_per_image: tuple[PositiveInt, PositiveInt]
-    digit_size: tuple[PositiveInt, PositiveInt]
+    seed: NonNegativeInt = 0
+    train_images: NonNegativeInt = 5000
+    val_images: NonNegativeInt = 100
+    image_size: PositiveInt = 128
+    digits_per_image: tuple[PositiveInt, PositiveInt] = (5, 25)
+    digit_size: tuple[PositiveInt, PositiveInt] = (16, 44)
     generator_version: int = GENERATOR_VERSION
 
     @model_validator(mode="after")
@@ -207,12 +206,8 @@ def _paste(
         labels.append(int(digits[row]))
     contrast, brightness = rng.uniform(0.75, 1.1), rng.uniform(-15, 15)
     image = np.clip((canvas - 127.5) * contrast + 127.5 + brightness, 0, 255).astype(np.uint8)
-    found = (
-        np.array(boxes, dtype=np.int64).reshape(-1, 4),
-        ink[: len(boxes)].astype(np.int64),
-        np.array(labels, dtype=np.int64),
-    )
-    return DigitScene(image, owner, *found)
+    whole = np.array(boxes, dtype=np.int64).reshape(-1, 4), ink[: len(boxes)].astype(np.int64)
+    return DigitScene(image, owner, *whole, np.array(labels, dtype=np.int64))
 
 
 def scene_annotations(scene: DigitScene, image_id: int, first_id: int) -> list[dict]:
@@ -247,31 +242,14 @@ def _as_json(parameters: DigitsParameters) -> dict:
     return TypeAdapter(DigitsParameters).dump_python(parameters, mode="json")
 
 
-def write_digits(
-    out: str | os.PathLike,
-    *,
-    seed: int = 0,
-    train_images: int = 5000,
-    val_images: int = 100,
-    image_size: int = 128,
-    digits_per_image: Sequence[int] = (5, 25),
-    digit_size: Sequence[int] = (16, 44),
-    progress: bool = True,
-) -> bool:
+def write_digits(out: str | os.PathLike, *, progress: bool = True, **parameters) -> bool:
     """Writes crowded digits as a COCO folder ``out``: ``annotations/``, ``train2017/``, ``val2017/``, ``digits.json``.
 
-    The same arguments give the same pixels and annotations, bit for bit, and image i does not depend on how many there
-    are. Returns True when it wrote, False when ``out`` held exactly this data set already. Raises DatasetError when
-    ``out`` holds anything else, ValueError on an argument out of range.
+    The same ``parameters``, fields of `DigitsParameters`, give the same pixels and annotations, bit for bit; image i
+    does not depend on how many there are. Returns True when it wrote, False when ``out`` held exactly this data set
+    already. Raises DatasetError when ``out`` holds anything else, ValueError on a parameter out of range.
     """
-    parameters = DigitsParameters(
-        seed=seed,
-        train_images=train_images,
-        val_images=val_images,
-        image_size=image_size,
-        digits_per_image=tuple(digits_per_image),
-        digit_size=tuple(digit_size),
-    )
+    parameters = DigitsParameters(**parameters)
     if is_digits_folder(out, parameters):
         return False
     if (Path(out) / PARAMETERS_FILE).is_file():

@@ -8,8 +8,8 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from route_detr.data.coco import CocoDetection
 from route_detr.data.report import DatasetError
@@ -18,16 +18,14 @@ from route_detr.data.transforms import TransformConfig
 StrPath = str | os.PathLike
 
 
-@dataclass(frozen=True)
-class SplitPaths:
+class SplitPaths(NamedTuple):
     """The annotation file of one split and the folder of its images."""
 
     annotations: Path
     images: Path
 
 
-@dataclass(frozen=True)
-class CocoLayout:
+class CocoLayout(NamedTuple):
     """The splits of a data set; None where a split was not asked for."""
 
     train: SplitPaths | None = None
@@ -74,8 +72,8 @@ def open_splits(
     if layout.train is None or layout.val is None:
         raise ValueError("layout: expected both splits, got one")
     options = {"train": True, "seed": seed, "masks": masks, "cache": cache}
-    train = CocoDetection(layout.train.annotations, layout.train.images, config, **options)
-    val = CocoDetection(layout.val.annotations, layout.val.images, config, masks=masks)
+    train = CocoDetection(*layout.train, config, **options)
+    val = CocoDetection(*layout.val, config, masks=masks)
     require_same_categories(train, val)
     for dataset in (train, val):
         if dataset.num_boxes == 0:
