@@ -129,7 +129,7 @@ class Decoder(nn.Module):
             features = content if self.norm is None else self.norm(content)
             start = queries.box_logits if queries.attached is None else queries.attached
             logits, box_logits = head(features, start)
-            masks = None if self.mask_head is None else self.mask_head(features)
+            masks = None if self.mask_head is None else self.mask_head(features + queries.position)
             predictions.append(Predictions(logits, box_logits.sigmoid(), masks))
             if index + 1 < len(self.layers):
                 # DINO refines the reference by the content before the norm.

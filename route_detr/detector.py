@@ -20,6 +20,7 @@ from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
 from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits
 from .matcher import PaddedTargets, padded_targets
+from .position import image_embedding
 from .proposals import Proposals
 from .schedule import ROUTE_TYPES, RouteType, RoutingValues
 
@@ -171,8 +172,9 @@ class Detector(nn.Module):
         if self.pixel_embedding is None:
             return None
         height, width = memory.spatial_shapes[0]
-        finest = memory.features[:, : height * width].mT.unflatten(2, (height, width))
-        return self.pixel_embedding(features[0], finest)
+        finest, positions = (x[:, : height * width] for x in (memory.features, memory.positions))
+        where = image_embedding(positions, finest.shape[-1], self.config.position_temperature)
+        return self.pixel_embedding(features[0], (finest + where).mT.unflatten(2, (height, width)))
 
     @torch.no_grad()
     def routing_factors(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[int, RoutedLayerView]:

@@ -20,7 +20,11 @@ UNCERTAIN_SHARE = 0.75  # of the points; the others are uniform
 
 
 class PixelEmbedding(nn.Module):
-    """Backbone map [B, F, H/4, W/4] and finest encoded level [B, C, h, w] -> pixel embeddings [B, C, H/4, W/4]."""
+    """Backbone map [B, F, H/4, W/4] and finest encoded level [B, C, h, w] -> pixel embeddings [B, C, H/4, W/4].
+
+    The level comes with its positions' sine embedding added, as queries do: a dot product tells things that look alike
+    apart by where they are.
+    """
 
     def __init__(self, channels: int, embed_dim: int) -> None:
         super().__init__()
@@ -39,7 +43,7 @@ class PixelEmbedding(nn.Module):
 
 
 class MaskHead(nn.Sequential):
-    """Query content [..., C] -> mask embedding [..., C]."""
+    """Query content and position, summed, [..., C] -> mask embedding [..., C]."""
 
     def __init__(self, embed_dim: int) -> None:
         layers = [nn.Linear(embed_dim, embed_dim) for _ in range(3)]
