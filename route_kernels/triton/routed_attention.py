@@ -10,13 +10,12 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
 
 from . import launch
 from .routed_attention_backward import attention_backward_keys, attention_backward_queries, sum_groups
 from .routed_attention_forward import attention_forward
 from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
-from .table import HALF
+from .table import AMD, HALF
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from .variants import Variant
 
 SUM_BLOCK = 1024
+MOST_GATE_COLUMNS = 4  # of a gate in multiply-adds
+STRIDES = (3, 3, 3, *(2,) * 6, 4, 1)  # of query, key, value, factors, mask and ranges that are no constants
 
 
 def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
@@ -84,7 +85,7 @@ class _FactorGradients:
     """Where a pass writes the gradients of its three factors: in place, or [groups, ...] for `sum_groups` to add."""
 
     def __init__(self, grads: list[torch.Tensor], heads: int, settings: dict[str, int]):
-        self.grads, self.groups = grads, triton.cdiv(heads, settings["HEADS_PER_PROGRAM"])
+        self.grads, self.groups = grads, launch.blocks(heads, settings["HEADS_PER_PROGRAM"])
         self.parts: list[torch.Tensor | None] = list(grads) or [None] * 3
         if grads and self.groups > 1:
             self.parts = [grad.new_empty((self.groups, *grad.shape), dtype=torch.float32) for grad in grads]
@@ -93,14 +94,14 @@ class _FactorGradients:
         if self.parts[0] is None or self.groups == 1:
             return
         sizes = [grad.numel() for grad in self.grads]
-        grid = (triton.cdiv(max(sizes), SUM_BLOCK), 3)
+        grid = (launch.blocks(max(sizes), SUM_BLOCK), 3)
         launch.launch(sum_groups, grid, *self.parts, *self.grads, self.groups, *sizes, BLOCK=SUM_BLOCK, num_warps=4)
 
 
 def _grid(query, rows: int, settings, block: str) -> tuple[int]:
     """Programs: blocks of rows, groups of heads, images; neighbours share an image's keys."""
-    groups = triton.cdiv(query.shape[1], settings["HEADS_PER_PROGRAM"])
-    return (triton.cdiv(rows, settings[block]) * groups * query.shape[0],)
+    groups = launch.blocks(query.shape[1], settings["HEADS_PER_PROGRAM"])
+    return (launch.blocks(rows, settings[block]) * groups * query.shape[0],)
 
 
 def _settings(kernel_name: str, query, key, factors, masked: bool) -> dict[str, int]:
@@ -112,8 +113,8 @@ def _settings(kernel_name: str, query, key, factors, masked: bool) -> dict[str, 
         R=max(factor.shape[-1] for factor in factors) if routed else 0, MASKED=2 if masked else 1,
         F=factors[0].element_size() if routed else query.element_size(),
     )  # fmt: skip
-    groups = triton.cdiv(heads, settings["HEADS_PER_PROGRAM"])
-    return {**settings, "HEADS_PER_PROGRAM": triton.cdiv(heads, groups)}
+    groups = launch.blocks(heads, settings["HEADS_PER_PROGRAM"])
+    return {**settings, "HEADS_PER_PROGRAM": launch.blocks(heads, groups)}
 
 
 class _Inputs(NamedTuple):
@@ -128,40 +129,43 @@ def _inputs(query, key, value, factors, attn_mask, key_ranges) -> tuple[_Inputs,
         mask_kind = BOOL_MASK if attn_mask.dtype == torch.bool else FLOAT_MASK
         attn_mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK else attn_mask
     tensors = (query, key, value, *factors, attn_mask, key_ranges)
-    wanted = (3, 3, 3, *(2,) * 6, 4, 1)
-    strides = tuple(
-        stride
-        for tensor, count in zip(tensors, wanted, strict=True)
-        for stride in ((0,) * count if tensor is None else tensor.stride()[:count])
-    )
-    routed, heads, channels = factors[0] is not None, query.shape[1], query.shape[3]
-    ranks = tuple(factor.shape[-1] if routed else 0 for factor in factors[::2])
-    precision, factor_precision = _precisions(query.dtype, factors[0].dtype if routed else query.dtype)
-    return _Inputs(tensors, strides), dict(
-        ROUTED=routed, MASK=mask_kind,
-        MASK_OF_HEAD=attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, RANGES=key_ranges is not None,
-        D=channels, SUP_RANK=ranks[0], DEL_RANK=ranks[1], GATE_RANK=ranks[2],
-        BLOCK_D=_padded(channels), BLOCK_SUP=_padded(ranks[0]), BLOCK_DEL=_padded(ranks[1]),
-        BLOCK_GATE=_padded(ranks[2]), PRECISION=precision, FACTOR_PRECISION=factor_precision,
-        FAST_SIGMOID=query.dtype in HALF and launch.target(query.device).startswith("sm"),
-        UNITS=LOG2_E if query.dtype in HALF else 1.0,
+    strides: list[int] = []
+    for tensor, count in zip(tensors, STRIDES, strict=True):
+        strides += (0,) * count if tensor is None else tensor.stride()[:count]
+    routed, heads = factors[0] is not None, query.shape[1]
+    constants = _constants(
+        query.dtype, query.shape[3], tuple([factor.shape[-1] for factor in factors[::2]]) if routed else None,
+        factors[0].dtype if routed else query.dtype, mask_kind,
+        attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, key_ranges is not None,
+        launch.input_precision(), launch.target(query.device),
+    )  # fmt: skip
+    return _Inputs(tensors, tuple(strides)), constants
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    dtype: torch.dtype, channels: int, ranks: tuple[int, ...] | None, factor_dtype: torch.dtype, mask_kind: int,
+    mask_of_head: bool, ranges: bool, precision: str, target: str,
+) -> dict[str, object]:  # fmt: skip
+    """What the kernels are compiled for. Do not change the dictionary that comes back: it is kept."""
+    sup_rank, del_rank, gate_rank = ranks or (0, 0, 0)
+    # TF32 factors beside a short query are more exact than the logits they add to.
+    factor_precision = "tf32" if dtype != factor_dtype else precision
+    multiplied = factor_dtype == torch.float32 and factor_precision == "ieee" and target not in AMD
+    return dict(
+        ROUTED=ranks is not None, MASK=mask_kind, MASK_OF_HEAD=mask_of_head, RANGES=ranges,
+        D=channels, SUP_RANK=sup_rank, DEL_RANK=del_rank, GATE_RANK=gate_rank,
+        BLOCK_D=launch.padded(channels), BLOCK_SUP=launch.padded(sup_rank), BLOCK_DEL=launch.padded(del_rank),
+        BLOCK_GATE=launch.padded(gate_rank),
+        # Where `dot` has no tensor cores it would multiply the 16 columns that it pads to: see docs/triton.md.
+        GATE_COLUMNS=gate_rank if multiplied and gate_rank <= MOST_GATE_COLUMNS else 0,
+        PRECISION=precision, FACTOR_PRECISION=factor_precision,
+        FAST_SIGMOID=dtype in HALF and target.startswith("sm"), UNITS=LOG2_E if dtype in HALF else 1.0,
     )  # fmt: skip
 
 
 def _bound(limit: float | None) -> float:
     return math.inf if limit is None else limit
-
-
-def _precisions(dtype: torch.dtype, factor_dtype: torch.dtype) -> tuple[str, str]:
-    """Of products of float32 tiles. TF32 factors beside a short query are more exact than the logits they add to."""
-    precision = launch.input_precision()
-    return precision, "tf32" if dtype != factor_dtype else precision
-
-
-@functools.cache
-def _padded(width: int) -> int:
-    """What `tl.dot` takes: powers of two from 16."""
-    return max(16, triton.next_power_of_2(width))
 
 
 def variants(architecture: str) -> Iterator[Variant]:

@@ -22,7 +22,9 @@ from .routed_attention_tile import (
     add_factor_gradients,
     add_mask,
     exponential,
+    gate_zeros,
     in_ranges,
+    load_gate,
     load_ranges,
     load_rows,
     logits_of,
@@ -30,6 +32,7 @@ from .routed_attention_tile import (
     products,
     route_adjoint,
     routing_bias,
+    store_gate,
     store_rows,
 )
 
@@ -62,6 +65,7 @@ def attention_backward_queries(
     RANGES: tl.constexpr,
     D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
     UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
@@ -77,12 +81,12 @@ def attention_backward_queries(
         row_factors = (
             load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, rows, queries, SUP_RANK, BLOCK_SUP),
             load_rows(del_q + b * stride_del_qb, stride_del_qn, rows, queries, DEL_RANK, BLOCK_DEL),
-            load_rows(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE),
+            load_gate(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE, GATE_COLUMNS),
         )
         factor_gradients = (
             tl.zeros([BLOCK_N, BLOCK_SUP], tl.float32),
             tl.zeros([BLOCK_N, BLOCK_DEL], tl.float32),
-            tl.zeros([BLOCK_N, BLOCK_GATE], tl.float32),
+            gate_zeros(BLOCK_N, BLOCK_GATE, GATE_COLUMNS),
         )
     query_rows, incoming_rows, lse_rows, dots, gradients = (), (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
@@ -121,10 +125,12 @@ def attention_backward_queries(
             column_factors = (
                 load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
                 load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
-                load_rows(gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE),
+                load_gate(
+                    gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
+                ),
             )
             bias, open_p, difference = routing_bias(
-                row_factors, column_factors, limit, UNITS, FACTOR_PRECISION, FAST_SIGMOID
+                row_factors, column_factors, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         visible = (columns < keys)[None, :]
         if RANGES:
@@ -160,7 +166,9 @@ def attention_backward_queries(
         gradients = added
         if ROUTED:
             to_factors = route_adjoint(grad_bias, open_p, difference)
-            factor_gradients = add_factor_gradients(factor_gradients, to_factors, column_factors, FACTOR_PRECISION)
+            factor_gradients = add_factor_gradients(
+                factor_gradients, to_factors, column_factors, GATE_COLUMNS, FACTOR_PRECISION
+            )
 
     for i in tl.static_range(HEADS_PER_PROGRAM):
         h = group * HEADS_PER_PROGRAM + i
@@ -171,8 +179,8 @@ def attention_backward_queries(
         first_row = (group.to(tl.int64) * batch + b) * queries
         store_rows(grad_sup + first_row * SUP_RANK, SUP_RANK, rows, queries, factor_gradients[0], SUP_RANK, BLOCK_SUP)
         store_rows(grad_del + first_row * DEL_RANK, DEL_RANK, rows, queries, factor_gradients[1], DEL_RANK, BLOCK_DEL)
-        store_rows(
-            grad_gate + first_row * GATE_RANK, GATE_RANK, rows, queries, factor_gradients[2], GATE_RANK, BLOCK_GATE
+        store_gate(
+            grad_gate + first_row * GATE_RANK, rows, queries, factor_gradients[2], GATE_RANK, BLOCK_GATE, GATE_COLUMNS
         )
 
 
@@ -218,6 +226,7 @@ def attention_backward_keys(
     RANGES: tl.constexpr,
     D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
     UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
@@ -233,12 +242,12 @@ def attention_backward_keys(
         row_factors = (
             load_rows(sup_k + b * stride_sup_kb, stride_sup_km, rows, keys, SUP_RANK, BLOCK_SUP),
             load_rows(del_k + b * stride_del_kb, stride_del_km, rows, keys, DEL_RANK, BLOCK_DEL),
-            load_rows(gate_k + b * stride_gate_kb, stride_gate_km, rows, keys, GATE_RANK, BLOCK_GATE),
+            load_gate(gate_k + b * stride_gate_kb, stride_gate_km, rows, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS),
         )
         factor_gradients = (
             tl.zeros([BLOCK_M, BLOCK_SUP], tl.float32),
             tl.zeros([BLOCK_M, BLOCK_DEL], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_GATE], tl.float32),
+            gate_zeros(BLOCK_M, BLOCK_GATE, GATE_COLUMNS),
         )
     key_rows, value_rows, key_gradients, value_gradients = (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
@@ -263,10 +272,12 @@ def attention_backward_keys(
             column_factors = (
                 load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, columns, queries, SUP_RANK, BLOCK_SUP),
                 load_rows(del_q + b * stride_del_qb, stride_del_qn, columns, queries, DEL_RANK, BLOCK_DEL),
-                load_rows(gate_q + b * stride_gate_qb, stride_gate_qn, columns, queries, GATE_RANK, BLOCK_GATE),
+                load_gate(
+                    gate_q + b * stride_gate_qb, stride_gate_qn, columns, queries, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
+                ),
             )
             bias, open_p, difference = routing_bias(
-                row_factors, column_factors, limit, UNITS, FACTOR_PRECISION, FAST_SIGMOID
+                row_factors, column_factors, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         if RANGES:
             start0, end0, start1, end1 = load_ranges(ranges_of_image, columns, queries)
@@ -315,19 +326,25 @@ def attention_backward_keys(
         key_gradients, value_gradients = added_to_key, added_to_value
         if ROUTED:
             to_factors = route_adjoint(grad_bias, open_p, difference)
-            factor_gradients = add_factor_gradients(factor_gradients, to_factors, column_factors, FACTOR_PRECISION)
+            factor_gradients = add_factor_gradients(
+                factor_gradients, to_factors, column_factors, GATE_COLUMNS, FACTOR_PRECISION
+            )
 
     for i in tl.static_range(HEADS_PER_PROGRAM):
         h = group * HEADS_PER_PROGRAM + i
         count_of_head = tl.where(h < heads, keys, 0)
         row_of_head = (b * heads + h) * keys
-        store_rows(grad_key + row_of_head * D, D, rows, count_of_head, key_gradients[i] * scale, D, BLOCK_D)
+        # scale, without a scalar more to keep through the loop
+        grad_key_rows = key_gradients[i] * (scale_of_logits / UNITS)
+        store_rows(grad_key + row_of_head * D, D, rows, count_of_head, grad_key_rows, D, BLOCK_D)
         store_rows(grad_value + row_of_head * D, D, rows, count_of_head, value_gradients[i], D, BLOCK_D)
     if ROUTED:
         first_row = (group.to(tl.int64) * batch + b) * keys
         store_rows(grad_sup + first_row * SUP_RANK, SUP_RANK, rows, keys, factor_gradients[0], SUP_RANK, BLOCK_SUP)
         store_rows(grad_del + first_row * DEL_RANK, DEL_RANK, rows, keys, factor_gradients[1], DEL_RANK, BLOCK_DEL)
-        store_rows(grad_gate + first_row * GATE_RANK, GATE_RANK, rows, keys, factor_gradients[2], GATE_RANK, BLOCK_GATE)
+        store_gate(
+            grad_gate + first_row * GATE_RANK, rows, keys, factor_gradients[2], GATE_RANK, BLOCK_GATE, GATE_COLUMNS
+        )
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from .routed_attention_tile import (
     exponential,
     hull,
     in_ranges,
+    load_gate,
     load_ranges,
     load_rows,
     logits_of,
@@ -67,6 +68,7 @@ def attention_forward(
     RANGES: tl.constexpr,
     D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
     UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
@@ -82,7 +84,7 @@ def attention_forward(
         row_factors = (
             load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, rows, queries, SUP_RANK, BLOCK_SUP),
             load_rows(del_q + b * stride_del_qb, stride_del_qn, rows, queries, DEL_RANK, BLOCK_DEL),
-            load_rows(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE),
+            load_gate(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE, GATE_COLUMNS),
         )
     query_rows, row_max, row_sum, attended = (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
@@ -111,9 +113,13 @@ def attention_forward(
             column_factors = (
                 load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
                 load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
-                load_rows(gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE),
+                load_gate(
+                    gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
+                ),
             )
-            bias, _, _ = routing_bias(row_factors, column_factors, limit, UNITS, FACTOR_PRECISION, FAST_SIGMOID)
+            bias, _, _ = routing_bias(
+                row_factors, column_factors, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
+            )
         visible = (columns < keys)[None, :]
         if RANGES:
             j = columns[None, :]

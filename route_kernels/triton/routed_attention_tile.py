@@ -64,13 +64,55 @@ def products(rows, columns, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_gate(pointer, stride_row, rows, count, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a gate's factor, [BLOCK, BLOCK_RANK], or where COLUMNS is G a tuple of its G columns [BLOCK]."""
+    if COLUMNS == 0:
+        gate = load_rows(pointer, stride_row, rows, count, RANK, BLOCK_RANK)
+    else:
+        gate = ()
+        for g in tl.static_range(COLUMNS):
+            # [BLOCK]
+            gate = gate + (tl.load(pointer + rows.to(tl.int64) * stride_row + g, mask=rows < count, other=0.0),)
+    return gate
+
+
+@triton.jit
+def gate_zeros(ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the gradient of a gate's factor starts from, in the form of `load_gate`."""
+    if COLUMNS == 0:
+        zeros = tl.zeros([ROWS, BLOCK_RANK], tl.float32)
+    else:
+        zeros = ()
+        for _ in tl.static_range(COLUMNS):
+            zeros = zeros + (tl.zeros([ROWS], tl.float32),)
+    return zeros
+
+
+@triton.jit
+def store_gate(pointer, rows, count, gate, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, COLUMNS: tl.constexpr):
+    """The counterpart of `load_gate`, to contiguous rows."""
+    if COLUMNS == 0:
+        store_rows(pointer, RANK, rows, count, gate, RANK, BLOCK_RANK)
+    else:
+        for g in tl.static_range(COLUMNS):
+            column = rounded(gate[g], pointer.dtype.element_ty)
+            tl.store(pointer + rows.to(tl.int64) * RANK + g, column, mask=rows < count)
+
+
+@triton.jit
 def routing_bias(
     row_factors, column_factors, limit,
-    UNITS: tl.constexpr, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+    GATE_COLUMNS: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """UNITS b of a tile; for backward also p (-1 where the clamp bites) and sup - del. Factors are (sup, del, gate)."""
     # [ROWS, COLUMNS]
-    p = sigmoid(products(row_factors[2], column_factors[2], PRECISION), FAST_SIGMOID)
+    if GATE_COLUMNS == 0:
+        gate = products(row_factors[2], column_factors[2], PRECISION)
+    else:
+        gate = row_factors[2][0].to(tl.float32)[:, None] * column_factors[2][0].to(tl.float32)[None, :]
+        for g in tl.static_range(1, GATE_COLUMNS):
+            gate += row_factors[2][g].to(tl.float32)[:, None] * column_factors[2][g].to(tl.float32)[None, :]
+    p = sigmoid(gate, FAST_SIGMOID)
     suppressor = products(row_factors[0], column_factors[0], PRECISION)
     delegator = products(row_factors[1], column_factors[1], PRECISION)
     route = p * suppressor + (delegator - p * delegator)
@@ -91,14 +133,25 @@ def route_adjoint(grad_bias, open_p, difference):
 
 
 @triton.jit
-def add_factor_gradients(gradients, tiles, column_factors, PRECISION: tl.constexpr):
+def add_product(gradient, tile, columns, PRECISION: tl.constexpr):
+    """gradient + tile @ columns: [ROWS, R] + [ROWS, COLUMNS] @ [COLUMNS, R]."""
+    return dot(rounded(tile, columns.dtype), columns, gradient, PRECISION)
+
+
+@triton.jit
+def add_factor_gradients(gradients, tiles, column_factors, GATE_COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of the rows' (sup, del, gate) with a tile's share added: += dproducts @ columns."""
-    added = ()
-    for f in tl.static_range(3):
-        columns = column_factors[f]
-        # [ROWS, R]
-        added = added + (dot(rounded(tiles[f], columns.dtype), columns, gradients[f], PRECISION),)
-    return added
+    suppressor = add_product(gradients[0], tiles[0], column_factors[0], PRECISION)
+    delegator = add_product(gradients[1], tiles[1], column_factors[1], PRECISION)
+    if GATE_COLUMNS == 0:
+        gate = add_product(gradients[2], tiles[2], column_factors[2], PRECISION)
+    else:
+        gate = ()
+        for g in tl.static_range(GATE_COLUMNS):
+            # [ROWS]
+            column = column_factors[2][g].to(tl.float32)
+            gate = gate + (gradients[2][g] + tl.sum(tiles[2] * column[None, :], axis=1),)
+    return suppressor, delegator, gate
 
 
 @triton.jit

@@ -95,8 +95,10 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_attention(64, 16, 1), NVIDIA, HALF),
         Entry(_attention(64, 16, 1, num_stages=1), AMD, HALF),
         Entry(_attention(32, 32, 1), NVIDIA, FULL, {"D": 64, "R": 16, "MASKED": 1}),
-        Entry(_attention(32, 16, 1), dtypes=FULL, at_most={"MASKED": 1}),
-        Entry(_attention(32, 16, 1, num_stages=1)),
+        Entry(_attention(32, 16, 1), AMD, FULL, {"MASKED": 1}),
+        Entry(_attention(32, 16, 1, num_stages=1), AMD, FULL),
+        Entry(_attention(32, 16, 1, num_warps=8), ("sm86",), FULL, {"MASKED": 1}),
+        Entry(_attention(32, 16, 1)),
     ),
     "routed_attention_backward_keys": (
         Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
@@ -108,12 +110,15 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_attention(16, 64, 1), ("sm120",), HALF, {"D": 64, "R": 16}),
         # Rows of 128 in the registers of every warp leave room for no more.
         Entry(_attention(16, 16, 1, num_warps=8), ("sm120",), HALF, {"R": 16}),
+        Entry(_attention(16, 16, 1), ("sm86",), HALF, {"D": 64}),
         Entry(_attention(32, 16, 1), NVIDIA, HALF),
         Entry(_attention(16, 64, 1, num_stages=1), AMD, HALF, {"MASKED": 1}),
-        Entry(_attention(16, 16, 1, num_warps=2, num_stages=1), AMD, HALF),
-        Entry(_attention(32, 32, 1), ("sm80", "sm86", "sm90", "sm100"), FULL, {"D": 64, "R": 16, "MASKED": 1}),
-        Entry(_attention(16, 32, 1), dtypes=FULL, at_most={"MASKED": 1}),
-        Entry(_attention(16, 32, 1, num_stages=1)),
+        Entry(_attention(16, 16, 1, num_warps=1, num_stages=1), AMD, HALF),
+        Entry(_attention(16, 32, 1), AMD, FULL, {"MASKED": 1}),
+        Entry(_attention(16, 32, 1, num_stages=1), AMD, FULL),
+        Entry(_attention(16, 32, 1), NVIDIA, FULL, {"D": 64}),
+        Entry(_attention(16, 32, 1, num_warps=8), ("sm90", "sm120"), FULL),
+        Entry(_attention(16, 32, 1)),
     ),
     # a row of value is read 16 bytes a thread, by the threads of one warp: nothing to exchange, no barrier
     "ms_deform_attn_forward": (
