@@ -33,6 +33,13 @@ def _rows(x_ptr, offs_n, offs_c, stride_xn, N, C, EVEN_C: tl.constexpr):
 
 
 @triton.jit
+def _image_and_block(N, BLOCK_N: tl.constexpr):
+    """Of this program; one axis of the grid, as the others end at 65535."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+
+
+@triton.jit
 def query_inverse_norms(
     x_ptr,  # [B, N, C]
     inverse_norms_ptr,  # [B, N] float32
@@ -40,9 +47,9 @@ def query_inverse_norms(
     N, C,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
+    b, block = _image_and_block(N, BLOCK_N)
     x_ptr += b * stride_xb
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # [BLOCK_N]
     squared = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -90,10 +97,10 @@ def query_similarity_relu(
     EVEN_C: tl.constexpr,  # C is a multiple of BLOCK_C
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
+    b, block = _image_and_block(N, BLOCK_N)
     x_ptr += b * stride_xb
     inverse_norms_ptr += b * N
-    first = tl.program_id(0) * BLOCK_N
+    first = block * BLOCK_N
     offs = tl.arange(0, BLOCK_N)
     offs_n = first + offs
     # [BLOCK_N, BLOCK_C]
@@ -124,11 +131,11 @@ def forward(x: torch.Tensor) -> torch.Tensor:
     inverse_norms = torch.empty((batch, queries), dtype=torch.float32, device=x.device)
     sizes = (*x.stride()[:2], queries, channels)
     settings = _settings("query_inverse_norms", x)
-    launch(query_inverse_norms, (blocks(queries, settings["BLOCK_N"]), batch), x, inverse_norms, *sizes, **settings)
+    launch(query_inverse_norms, (batch * blocks(queries, settings["BLOCK_N"]),), x, inverse_norms, *sizes, **settings)
     settings = _settings("query_similarity_relu", x)
     chunk = settings["BLOCK_C"]
     launch(
-        query_similarity_relu, (blocks(queries, settings["BLOCK_N"]), batch), x, inverse_norms, output, *sizes,
+        query_similarity_relu, (batch * blocks(queries, settings["BLOCK_N"]),), x, inverse_norms, output, *sizes,
         input_precision(), channels <= chunk, channels > 0 and channels % chunk == 0, **settings,
     )  # fmt: skip
     return output
