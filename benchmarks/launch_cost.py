@@ -26,7 +26,7 @@ from route_kernels.testing import call, named_tensors, sample_arguments
 from .device import circumstances
 
 ARCHITECTURE = "sm90"
-BATCH = 50
+BATCH = 5
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_cost", description=__doc__)
     parser.add_argument("--op", action="append", choices=rk.backends.OPS, help="may be repeated [all]")
-    parser.add_argument("--repeat", type=int, default=40, metavar="N", help="timed batches [%(default)s]")
+    parser.add_argument("--repeat", type=int, default=400, metavar="N", help="timed batches [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
