@@ -69,7 +69,7 @@ def nvidia_machine_code(cubin: str | Path) -> dict[str, MachineCode]:
 
     usage = _output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin))
     sass = _output_of(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
-    texts = dict(re.findall(r"^//-+ \.text\.(\S+) -+$(.*?)(?=^//---|\Z)", sass, re.MULTILINE | re.DOTALL))
+    texts = dict(re.findall(r"^//-+ \.text\.(\S+) +-+$(.*?)(?=^//---|\Z)", sass, re.MULTILINE | re.DOTALL))
     found = {}
     for symbol, resources in re.findall(r"^ *Function (\S+):\s+(REG:.*)$", usage, re.MULTILINE):
         used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import head_groups
 from .machine_code import ATOMIC, LOAD, SPECIAL_FUNCTION, SPILL, STORE, TENSOR_CORE, machine_code, tile_bytes
 from .processors import PROCESSORS, TENSOR_MEMORY_COLUMNS
 
@@ -42,6 +43,7 @@ class Row:
     programs_at_once: int  # on a multiprocessor
     occupancy: float  # theoretical
     instructions: int
+    instructions_in_loops: int
     tensor_core: int
     tensor_core_in_loops: int
     special_function: int
@@ -91,6 +93,7 @@ def row(variant: Variant) -> Row:
         programs_at_once=processor.programs_at_once(*occupied),
         occupancy=round(processor.occupancy(*occupied), 3),
         instructions=sum(code.instructions.values()),
+        instructions_in_loops=sum(code.in_loops.values()),
         tensor_core=code.count(TENSOR_CORE),
         tensor_core_in_loops=code.count_in_loops(TENSOR_CORE),
         special_function=code.count(SPECIAL_FUNCTION),
@@ -193,8 +196,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--few", action="store_true", help="only as many as reach every kernel, dtype and entry of the table"
     )
+    parser.add_argument(
+        "--heads", action="store_true",
+        help="instead: routed attention's instructions a pair and head, by the heads that share a bias",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every count there as well")
     args = parser.parse_args(argv)
+    if args.heads:
+        groups = list(head_groups.groups(args.chip or CHIPS, args.match))
+        print("\n".join(head_groups.table(groups)))
+        if args.json:
+            _write(args.json, list(map(asdict, groups)))
+        return 0
     found = list(rows(args.op or FILES, args.chip or CHIPS, args.match, args.few))
     if cuda_machine_code.OP in (args.op or FILES):
         found += cuda_machine_code.rows(args.chip or CHIPS, args.match, args.few)
@@ -202,11 +215,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults = sum(bool(row.faults()) for row in found)
     print(f"{len(found)} variants, {faults or 'none'} with faults")
     if args.json:
-        import triton
-
-        content = {"triton": triton.__version__, "rows": [{**asdict(row), "faults": row.faults()} for row in found]}
-        args.json.write_text(json.dumps(content, indent=1))
+        _write(args.json, [{**asdict(row), "faults": row.faults()} for row in found])
     return 1 if faults else 0
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    import triton
+
+    file.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -120,8 +120,8 @@ def test_programs_at_once(chip, registers, shared, num_warps, expected):
 
 
 ROW = static_report.Row(
-    "op", "forward", "kernel bfloat16", "sm90", {"BLOCK_N": 64}, 4, 2, 100, 0, 0, 1024, 0, 4, 0.25, 900, 8, 8, 9, 4,
-    {"LDG.E.128": 2}, {"STG.E": 1}, {},
+    "op", "forward", "kernel bfloat16", "sm90", {"BLOCK_N": 64}, 4, 2, 100, 0, 0, 1024, 0, 4, 0.25, 900, 700, 8, 8, 9,
+    4, {"LDG.E.128": 2}, {"STG.E": 1}, {},
     {"loaded_once": 1, "loaded_in_loops": 2, "stored_once": 3, "stored_in_loops": 4}, [],
 )  # fmt: skip
 
@@ -180,9 +180,24 @@ def test_the_command_prints_a_table_and_writes_every_count(tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (row,) = json.loads(file.read_text())["rows"]
     assert row["variant"] == "query_inverse_norms bfloat16 C=32"
-    assert row["registers"] > 0 and row["instructions"] > 0 and row["special_function"] == 2 and not row["faults"]
+    assert row["special_function"] == 3  # a root, a reciprocal, and one to divide the number of a program
+    assert row["registers"] > 0 and row["instructions"] > 0 and not row["faults"]
     assert row["tile_bytes"]["loaded_in_loops"] == 16 * 32 * 2 and row["tile_bytes"]["stored_once"] == 16 * 4
     assert "1 variants, none with faults" in finished.stdout
+
+
+def test_heads_that_share_a_bias_take_fewer_instructions(tmp_path):
+    pytest.importorskip("triton")
+    file = tmp_path / "heads.json"
+    finished = without_interpreter(
+        "benchmarks.static_report", "--heads", "--chip", "sm90", "--match", "forward D=32", "--json", str(file)
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    groups = {row["heads"]: row for row in json.loads(file.read_text())["rows"]}
+    assert groups[1]["instructions"] > groups[2]["instructions"] > groups[4]["instructions"] > 0
+    assert [heads for heads, row in groups.items() if row["chosen"]] == [4] and not groups[4]["spilled_bytes"]
+    (line,) = finished.stdout.splitlines()[1:]
+    assert line.startswith("sm90    forward D=32") and f"{groups[4]['instructions']}*" in line
 
 
 def test_the_cost_of_a_launch_is_measured_without_a_gpu(tmp_path):
