@@ -22,7 +22,7 @@ demo: $(SET_UP)
 	    echo "== going on with $(DEMO_RUN) (to start again: rm -r $(DEMO_RUN))"; \
 	    $(BIN)/route-detr train --out $(DEMO_RUN) --resume; \
 	else $(BIN)/route-detr train --out $(DEMO_RUN) $(DEMO_TRAINING); fi
-	@$(BIN)/python -m benchmarks.training_step --run $(DEMO_RUN)
+	@$(BIN)/python -m benchmarks.train_step --run $(DEMO_RUN)
 
 test: $(SET_UP)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -33,7 +33,7 @@ bench: $(SET_UP)
 	    $(PIP_INSTALL) --quiet --no-build-isolation -r benchmarks/requirements.txt || \
 	    echo "== they could not be installed: their rows will say so"; }
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
-	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.drop_ins $(filter --quick,$(BENCH_FLAGS))
 
 # With the PyTorch, Triton and Python that are there: a machine lent for ten minutes has no time for a set-up.

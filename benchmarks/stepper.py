@@ -1,11 +1,10 @@
 """One detector in a process of its own, see `benchmarks.worker`: every step gives its seconds, loss and gradient norm.
 
-For `benchmarks.training_step`.
+For `benchmarks.train_step`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from time import perf_counter
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import route_kernels as rk
-from route_detr.config import preset
+from route_detr.config import preset as named_config
 from route_detr.criterion import Criterion
 from route_detr.data import Target
-from route_detr.detector import Detector, parameter_groups
+from route_detr.detector import Detector
 from route_kernels.testing import EAGER
 
 from .worker import serve
@@ -44,39 +43,46 @@ def use_eager_ops() -> None:
 
 
 class Stepper:
-    """The tiny preset's detector, routed or not, on one batch of noise with boxes; all seeded."""
+    """A preset's detector, its last two layers routed or none, on one batch of noise with boxes; all seeded."""
 
-    def __init__(self, *, route: bool, fused: bool, batch: int, image_size: int, queries: int) -> None:
+    def __init__(
+        self, *, route: bool, fused: bool, preset: str, batch: int, height: int, width: int, queries: int
+    ) -> None:
         if not fused:
             use_eager_ops()
-        config = preset("tiny")
-        detector = dataclasses.replace(
-            config.detector, route=route, num_queries=queries, branches="packed" if fused else "two_pass"
+        config = named_config(preset).updated(
+            {
+                "detector.route": route,
+                "detector.routed_layers": "last:2",
+                "detector.num_queries": queries,
+                "detector.branches": "packed" if fused else "two_pass",
+            }
         )
         torch.manual_seed(0)
-        self.detector = Detector(detector).train()
+        self.detector = Detector(config.detector).train()
         if route:
             self.detector.set_routing(STRENGTH, AUX_WEIGHT)
         self.criterion = Criterion(config.train)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train), lr=config.train.learning_rate)
+        trained = [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.train.learning_rate)
         self.clip_norm = config.train.clip_norm
-        self.images = torch.randn(batch, 3, image_size, image_size)
-        size = (image_size, image_size)
+        self.images = torch.randn(batch, 3, height, width)
         self.targets = [
             Target(
                 image_id=index,
                 boxes=torch.cat([torch.rand(BOXES, 2) * 0.6 + 0.2, torch.rand(BOXES, 2) * 0.2 + 0.1], dim=1),
-                labels=torch.randint(detector.num_classes, (BOXES,)),
-                size=size,
-                original_size=size,
+                labels=torch.randint(config.detector.num_classes, (BOXES,)),
+                size=(height, width),
+                original_size=(height, width),
             )
             for index in range(batch)
         ]
+        torch.manual_seed(1)  # routers have drawn numbers of their own: now all contenders draw the same
 
     def step(self) -> dict[str, float]:
         """Everything that a step of `route-detr train` does but reading images."""
         started = perf_counter()
-        losses = self.criterion(self.detector(self.images), self.targets)
+        losses = self.criterion(self.detector(self.images, None, self.targets), self.targets)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip_norm)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import route_kernels as rk
 from route_detr.checkpoint import write_atomically
 from route_detr.errors import UsageError
 from route_detr.prediction import Trained
+from route_kernels.nn import attention
 from route_kernels.testing.eager import ms_deform_attn_fused as grid_sampled
 
 OPSET = 20  # GridSample of any batch, LayerNormalization, Gelu
@@ -37,11 +37,11 @@ class Inference(nn.Module):
 @contextmanager
 def sampling_by_grid() -> Iterator[None]:
     """Deformable attention as `grid_sample`, an operator that ONNX has, in place of its gathers written out."""
-    fused, rk.nn.ms_deform_attn_fused = rk.nn.ms_deform_attn_fused, grid_sampled
+    fused, attention.ms_deform_attn_fused = attention.ms_deform_attn_fused, grid_sampled
     try:
         yield
     finally:
-        rk.nn.ms_deform_attn_fused = fused
+        attention.ms_deform_attn_fused = fused
 
 
 def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> str:

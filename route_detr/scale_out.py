@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, convert_outputs_to_fp32, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -50,6 +51,8 @@ def start_processes(device: str = "auto") -> Accelerator:
         # Accelerate shards on GPUs alone; FSDP2 itself runs on CPUs too, over gloo.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = sharding
+    if sharding is not None:
+        sharding.mixed_precision_policy = None  # it casts parameters, boxes and all; autocast does not: see `prepared`
     return accelerator
 
 
@@ -67,6 +70,9 @@ def prepared(
                 module.__class__ = GlobalBatchNorm2d
     if accelerator.distributed_type == DistributedType.FSDP:
         detector.to(memory_format=torch.contiguous_format)  # a shard is cut from the first dimension
+        detector.forward = convert_outputs_to_fp32(accelerator.autocast()(detector.forward))
+        # No output of the detector is written to.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         accelerator.state.fsdp_plugin.ignored_modules = list(detector.decoder.routers.values())
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
@@ -91,20 +97,20 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the images of all ranks, on any device: `nn.SyncBatchNorm` has none for CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W]; B, H and W may differ between ranks."""
+        """x [B, C, H, W]; B, H and W may differ between ranks. Statistics are in the weight's dtype."""
         if not self.training:
             return super().forward(x)
-        pixels = x.numel() // x.shape[1]
+        pixels, dtype, x = x.numel() // x.shape[1], x.dtype, x.to(self.weight.dtype)
         sums = AcrossRanks.apply(torch.cat([x.sum((0, 2, 3)), x.new_full((1,), pixels)]))
-        count = sums[-1]
-        centred = x - (sums[:-1] / count)[:, None, None]
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        centred = x - mean[:, None, None]
         variance = AcrossRanks.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(sums[:-1] / count, self.momentum)
+            self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 class AcrossRanks(torch.autograd.Function):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import route_kernels as rk
-from benchmarks import memory, report, run, training_step
+from benchmarks import memory, report, run, train_step
 from benchmarks.registry import OURS, PEER, Case, Contender, Sampling, Target, Unavailable, cases
 from benchmarks.timing import ratio, spread, time_in_turns
 from route_kernels.testing import EAGER, check_accuracy, routed_attention_arguments
@@ -128,15 +128,15 @@ def test_memory_of_a_wrong_result_is_not_given(monkeypatch):
 
 
 def first_steps(**changed):
-    steps = {name: {"loss": 2.0, "gradient_norm": 3.0} for name in training_step.CONTENDERS}
-    steps[training_step.OURS] |= changed
+    steps = {name: {"loss": 2.0, "gradient_norm": 3.0} for name in train_step.CONTENDERS}
+    steps[train_step.OURS] |= changed
     return steps
 
 
-def test_training_steps_must_agree_before_they_are_timed():
-    assert training_step.disagreement(first_steps()) is None
-    assert "loss" in training_step.disagreement(first_steps(loss=2.01))
-    assert "gradient_norm" in training_step.disagreement(first_steps(gradient_norm=float("nan")))
+def test_train_steps_must_agree_before_they_are_timed():
+    assert train_step.disagreement(first_steps()) is None
+    assert "loss" in train_step.disagreement(first_steps(loss=2.01))
+    assert "gradient_norm" in train_step.disagreement(first_steps(gradient_norm=float("nan")))
 
 
 def test_precision_is_that_of_the_last_evaluation(tmp_path):
@@ -146,11 +146,11 @@ def test_precision_is_that_of_the_last_evaluation(tmp_path):
         {"kind": "epoch", "epoch": 1, "step": 20, "AP": 0.4, "AP50": 0.6},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    sentence = training_step.precision(tmp_path)
+    sentence = train_step.precision(tmp_path)
     assert "AP 0.400, AP50 0.600 after 20 steps (best AP 0.500, AP50 0.700)" in sentence
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no evaluation"):
-        training_step.precision(tmp_path)
+        train_step.precision(tmp_path)
 
 
 LEAST = {

@@ -187,17 +187,19 @@ def test_one_device_of_several_is_not_for_several_processes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "torchrun with FSDP"])
+@pytest.mark.parametrize("launcher", ["accelerate", "accelerate with FSDP", "torchrun"])
 def test_the_commands_of_the_docs_train(launcher, tmp_path, data):
     words = options({**CHANGES, "train.epochs": 1})
     command = ["-m", "route_detr", "train", "--data", data, "--out", tmp_path / "run", "--device", "cpu", *words]
-    if launcher == "accelerate":
-        cpu = ["--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "bf16"]
-        done = launch(*cpu, *command, module="accelerate.commands.launch")
+    if launcher == "torchrun":
+        done = torchrun(*command)
     else:
-        done = torchrun(*command, ACCELERATE_USE_FSDP=str("FSDP" in launcher))
+        kind = ["--use_fsdp", "--fsdp_version", 2] if "FSDP" in launcher else ["--multi_gpu"]
+        several = ["--num_processes", 2, "--num_machines", 1, "--mixed_precision", "bf16", "--dynamo_backend", "no"]
+        done = launch(*kind, *several, *command, module="accelerate.commands.launch")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("main branch (plain self-attention)") == 1
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["processes"] == 2
-    assert written["precision"] == ("bf16" if launcher == "accelerate" else "no")
+    assert written["precision"] == ("no" if launcher == "torchrun" else "bf16")
+    assert written["distributed"] == ("FSDP" if "FSDP" in launcher else "MULTI_CPU")

@@ -1,9 +1,10 @@
-"""Time and peak memory of a training step: plain and routed detector, public eager formulation and ours.
+"""What routing costs: time and peak memory of a training step, plain and routed, public eager formulation and ours.
 
-    python -m benchmarks.training_step [--run runs/demo]
+    python -m benchmarks.train_step [--run runs/demo] [--preset tiny --preset deformable-detr-pp-r50]
 
-Each contender lives in a process of its own; they take steps in turns. Those that should compute the same start from
-the same weights, and their first steps must agree before any is timed.
+Routing acts on the last two decoder layers, at the end of its schedule. Each contender lives in a process of its own;
+they take steps in turns. Those that should compute the same start from the same weights, and their first steps must
+agree before any is timed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from route_detr.config import PRESETS, preset
 from route_detr.run import Run
 
 from .device import RESULTS, circumstances
@@ -39,18 +41,27 @@ FEWEST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Setting:
-    """The tiny preset with square images and this many queries."""
+    """A preset's detector with images of one size and this many queries; `target`: our time over the plain one's."""
 
+    preset: str
     batch: int
-    image_size: int
+    height: int
+    width: int
     queries: int
+    target: float
 
     @property
     def title(self) -> str:
-        return f"batch {self.batch}, {self.image_size} x {self.image_size} pixels, {self.queries} queries"
+        size = f"{self.height} x {self.width}"
+        return f"preset {self.preset}, batch {self.batch}, {size} pixels, {self.queries} queries"
 
 
-SETTINGS = (Setting(batch=8, image_size=128, queries=60), Setting(batch=2, image_size=256, queries=300))
+def settings_of(name: str) -> list[Setting]:
+    """What a preset is measured at: the tiny ones as they train and with 300 queries, the others at 600 x 800."""
+    queries = preset(name).detector.num_queries
+    if name.startswith("tiny"):
+        return [Setting(name, 8, 128, 128, queries, 1.4), Setting(name, 2, 256, 256, 300, 1.4)]
+    return [Setting(name, 1, 600, 800, queries, 1.1)]
 
 
 def disagreement(first: dict[str, dict[str, float]]) -> str | None:
@@ -68,9 +79,10 @@ def disagreement(first: dict[str, dict[str, float]]) -> str | None:
 def measured(setting: Setting, seconds: float) -> dict[str, Any]:
     """One setting: milliseconds and peak memory of each contender; nothing of either where the first steps differ."""
     result = {"setting": setting.title, **asdict(setting), "failure": None, "contenders": {}}
+    choices = {name: value for name, value in asdict(setting).items() if name != "target"}
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(Worker("benchmarks.stepper", {**choice, **asdict(setting)}))
+            name: stack.enter_context(Worker("benchmarks.stepper", {**choice, **choices}))
             for name, choice in CONTENDERS.items()
         }
         first = {name: worker.answer() for name, worker in workers.items()}
@@ -93,7 +105,8 @@ def measured(setting: Setting, seconds: float) -> dict[str, Any]:
                 "before_bytes": first[name]["before_bytes"],
                 **worker.ask("peak"),
             }
-    return result
+    result["routing_costs"] = result["contenders"][PLAIN]["our_time_over_its"]["median"]
+    return result | {"target_met": result["routing_costs"] <= setting.target}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,7 +127,9 @@ def table(result: dict[str, Any]) -> str:
                 f"{(each['peak_bytes'] - each['before_bytes']) / 1e6:.0f} MB",
             ]
         )
-    return aligned(head, rows)
+    met = "met" if result["target_met"] else "MISSED"
+    cost = f"routing costs {result['routing_costs']:.2f} times the plain step; target at most {result['target']}: {met}"
+    return f"{aligned(head, rows)}\n{cost}"
 
 
 def precision(run: Path) -> str:
@@ -135,18 +150,21 @@ def precision(run: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns 1 when contenders that should agree do not."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--run", type=Path, help="folder of a run: its precision comes first, results are written there"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for training_step.json (default: the run's, or benchmarks/results/DEVICE)"
+        "--out", type=Path, help="folder for train_step.json (default: the run's, or benchmarks/results/DEVICE)"
+    )
+    parser.add_argument(
+        "--preset", action="append", choices=PRESETS, help="what to measure, repeatable (default: tiny)"
     )
     parser.add_argument("--seconds", type=float, default=12.0, help="of measuring for each setting (default: 12)")
     args = parser.parse_args(argv)
     heading = None if args.run is None else precision(args.run)
     results = {**circumstances(), "settings": []}
-    for setting in SETTINGS:
+    for setting in [each for name in args.preset or ["tiny"] for each in settings_of(name)]:
         print(f"measuring a training step: {setting.title}", file=sys.stderr, flush=True)
         results["settings"].append(measured(setting, args.seconds))
     print()
@@ -159,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(origin(results))
     folder = args.out or args.run or RESULTS / results["device"]["name"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training_step.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "train_step.json").write_text(json.dumps(results, indent=1) + "\n")
     return int(any(result["failure"] for result in results["settings"]))
 
 
