@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         )
         if queries.denoising is not None and self.routed_queries != "both":
             denoising = torch.arange(content.shape[1], device=content.device) >= queries.matching
-            routed = (denoising == (self.routed_queries == "denoising"))[:, None]
+            routed = (denoising if self.routed_queries == "denoising" else ~denoising)[:, None]
             factors = factors._replace(sup_q=factors.sup_q * routed, del_q=factors.del_q * routed)
         if route_type == "suppressor":
             return factors._replace(del_q=factors.sup_q, del_k=factors.sup_k)
