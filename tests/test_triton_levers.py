@@ -24,7 +24,7 @@ NORM_SHAPES = {  # around tiles of 64 elements, and parts of 64 tokens
     "one channel": dict(queries=5, channels=1),
     "as many channels as are kept": dict(queries=3, channels=4, zeros=2),
     "several tokens a tile": dict(queries=7, channels=8, zeros=4),
-    "odd, two parts": dict(batch=1, queries=65, channels=33, zeros=2),
+    "odd, two parts": dict(batch=1, queries=65, channels=17, zeros=2),
     "wider than a tile": dict(batch=1, queries=3, channels=130),
     "normalized": dict(queries=5, channels=10, zeros=10, keep="normalized"),
 }

@@ -191,11 +191,14 @@ def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, _, _, _, ctx.backend = inputs
     y, rstd, normalized, channels = output
     ctx.mark_non_differentiable(rstd, normalized, channels)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.dtypes = x.dtype, residual.dtype
     ctx.save_for_backward(y, rstd, normalized, channels, weight, bias)
 
 
 def _backward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 8
     *saved, weight, bias = ctx.saved_tensors
     grad_sum, sums = torch.ops.route_kernels.add_layer_norm_backward(grad_output, *saved, weight, bias, ctx.backend)
     grad_weight, grad_bias = sums.sum(0).unbind()

@@ -163,10 +163,13 @@ def _backward_fake(grad_output, x, position, weight, bias, dtype):
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.dtype = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_output, _grad_workspace):
+    if grad_output is None:
+        return (None,) * 5
     x, position, weight, bias = ctx.saved_tensors
     grad_sum, grad_weight, *others = torch.ops.route_kernels.add_linear_backward(
         grad_output, x, position, weight, bias, ctx.dtype

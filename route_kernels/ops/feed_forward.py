@@ -34,7 +34,11 @@ from .workspace import new_workspace, parts_of
 OP = "feed_forward"
 _aten = torch.ops.aten
 
-_FORWARD: dict[str, Callable] = {"relu": _aten.relu.out, "gelu": _aten.gelu.out, "silu": _aten.silu.out}
+_FORWARD: dict[str, Callable] = {
+    "relu": lambda x, out: torch.clamp_min(x, 0, out=out),  # relu.out makes a copy first
+    "gelu": _aten.gelu.out,
+    "silu": _aten.silu.out,
+}
 
 
 def feed_forward(
@@ -195,10 +199,13 @@ def _backward_fake(grad_output, x, w1, b1, w2, b2, activation, chunks, dtype):
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.activation, ctx.chunks, ctx.dtype = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_output, _grad_workspace):
+    if grad_output is None:
+        return (None,) * 8
     tensors = ctx.saved_tensors
     found = torch.ops.route_kernels.feed_forward_backward(grad_output, *tensors, ctx.activation, ctx.chunks, ctx.dtype)
     grads = iter(found)

@@ -165,10 +165,13 @@ _BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
 def _setup_context(ctx, inputs, output):
     ctx.backend = inputs[-1]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grad_loss, _grad_of_grad):
+    if grad_loss is None:
+        return (None,) * 6
     (grad,) = ctx.saved_tensors
     grad_logits = torch.ops.route_kernels.sigmoid_focal_loss_backward(grad_loss, grad, ctx.backend)
     return grad_logits, None, None, None, None, None
