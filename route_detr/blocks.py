@@ -1,10 +1,22 @@
-"""What every transformer layer ends its blocks with: residual and norm, feed-forward."""
+"""What every transformer layer is made of, at each memory level (docs/memory.md)."""
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn, RoutedSelfAttention
+
+from .config import DetectorConfig, MemoryLevel
+
+CHUNKS = 8  # of the tokens, in a feed-forward that is computed again in backward
+_ORDER = get_args(MemoryLevel)
+
+
+def saves(config: DetectorConfig, level: MemoryLevel) -> bool:
+    """Whether the configured memory level is at least `level`."""
+    return _ORDER.index(config.memory) >= _ORDER.index(level)
 
 
 class AddNorm(nn.LayerNorm):
@@ -14,11 +26,26 @@ class AddNorm(nn.LayerNorm):
         return super().forward(residual + x)
 
 
-class FeedForward(nn.Sequential):
-    """[..., C] -> Linear(hidden), activation ("relu" or "gelu"), Linear(C); Xavier-initialised, biases 0."""
+def add_norm(config: DetectorConfig) -> nn.LayerNorm:
+    """x, residual -> LayerNorm(residual + x); from `lean` on only its output is kept."""
+    return (AddLayerNorm if saves(config, "lean") else AddNorm)(config.embed_dim)
 
-    def __init__(self, dim: int, hidden: int, activation: str = "relu") -> None:
-        super().__init__(nn.Linear(dim, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, dim))
-        for linear in (self[0], self[2]):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+
+def feed_forward(config: DetectorConfig) -> FeedForward:
+    """Linear, ReLU, Linear; from `lean` on the hidden layer is computed again."""
+    return FeedForward(config.embed_dim, config.ffn_dim, chunks=CHUNKS if saves(config, "lean") else None)
+
+
+def deformable_attention(config: DetectorConfig, whole_layer: bool = False) -> MSDeformAttn:
+    """From `lean` on memory is cast again for the value, from `tight` on value, offsets and logits projected again.
+
+    whole_layer: the layer around it is computed again, and so needs neither.
+    """
+    sizes = config.embed_dim, config.num_levels, config.num_heads, config.num_points
+    recompute = saves(config, "tight") and not whole_layer
+    return MSDeformAttn(*sizes, recompute=recompute, recast=config.memory == "lean")
+
+
+def self_attention(config: DetectorConfig) -> RoutedSelfAttention:
+    """From `tight` on q, k and v are projected again."""
+    return RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=saves(config, "tight"))

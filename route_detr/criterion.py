@@ -44,7 +44,7 @@ class Criterion:
         _check_targets(targets, *output.logits.shape[::2])
         pixels = output.pixel_embeddings if output.pixel_embeddings is None else _precise(output.pixel_embeddings)
         names, weights, decoder = _stacked(output.layers, output.aux_weight)
-        sets = [Predictions(_precise(output.proposals.logits), _precise(output.proposals.boxes)), decoder]
+        sets = [output.proposals._replace(boxes=_precise(output.proposals.boxes)), decoder]
         padded = padded_targets(targets, like=decoder.boxes)
         if pixels is not None:
             padded = padded._replace(masks=mask_targets(targets, pixels))
@@ -118,7 +118,8 @@ def _precise(x: Tensor) -> Tensor:
 
 def _stacked(layers: Sequence[Predictions], aux_weight: Tensor) -> tuple[list[str], Tensor, Predictions]:
     """All rows of a decoder side by side: their names [R], loss weights [R] and predictions [B, R, N, .]."""
-    stacked = Predictions(*(None if part is None else _precise(part) for part in side_by_side(layers)))
+    logits, *others = side_by_side(layers)  # logits keep their dtype: the op that reads them sums in float32
+    stacked = Predictions(logits, *(None if part is None else _precise(part) for part in others))
     names: list[str] = []
     weights: list[Tensor] = []
     alpha = aux_weight.to(stacked.boxes.dtype)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
-from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
+from route_kernels.nn import QueryRouter
 
-from .blocks import AddNorm, FeedForward
+from .blocks import add_norm, deformable_attention, feed_forward, self_attention
 from .config import DetectorConfig
 from .denoising import group_similarity
 from .encoder import Memory
@@ -33,13 +33,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        dim = config.embed_dim
-        self.self_attention = RoutedSelfAttention(dim, config.num_heads)
-        self.self_norm = AddNorm(dim)
-        self.cross_attention = MSDeformAttn(dim, config.num_levels, config.num_heads, config.num_points)
-        self.cross_norm = AddNorm(dim)
-        self.ffn = FeedForward(dim, config.ffn_dim)
-        self.ffn_norm = AddNorm(dim)
+        self.self_attention = self_attention(config)
+        self.self_norm = add_norm(config)
+        self.cross_attention = deformable_attention(config)
+        self.cross_norm = add_norm(config)
+        self.ffn = feed_forward(config)
+        self.ffn_norm = add_norm(config)
 
     def forward(self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""

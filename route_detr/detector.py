@@ -16,6 +16,7 @@ from .boxes import corners
 from .config import DetectorConfig, TrainConfig
 from .decoder import Decoder
 from .denoising import Denoised, Denoising, separated
+from .eager import make_eager
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
 from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits
@@ -114,6 +115,8 @@ class Detector(nn.Module):
         self.denoising = Denoising(config) if config.denoising_pairs else None
         self.pixel_embedding = PixelEmbedding(self.backbone.channels[0], config.embed_dim) if config.masks else None
         self.routing = RoutingState(config.decoder_layers, config.routed_layer_indices)
+        if config.memory == "none":
+            make_eager(self)
 
     def set_routing(
         self, strength: float | Sequence[float], aux_weight: float, route_type: RouteType = "gated"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from route_kernels.nn import MSDeformAttn
+from route_kernels.recompute import recomputed
 
-from .blocks import AddNorm, FeedForward
+from .blocks import add_norm, deformable_attention, feed_forward, saves
 from .config import DetectorConfig
 from .position import TEMPERATURE, image_embedding, image_positions, valid_extent
 
@@ -62,15 +62,16 @@ def _resized(padding_mask: Tensor, shape: tuple[int, int]) -> Tensor:
 class EncoderLayer(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        dim = config.embed_dim
-        self.attention = MSDeformAttn(dim, config.num_levels, config.num_heads, config.num_points)
-        self.attention_norm = AddNorm(dim)
-        self.ffn = FeedForward(dim, config.ffn_dim)
-        self.ffn_norm = AddNorm(dim)
+        self.attention = deformable_attention(config, whole_layer=saves(config, "min"))
+        self.attention_norm = add_norm(config)
+        self.ffn = feed_forward(config)
+        self.ffn_norm = add_norm(config)
+        self.keeps_sum = not saves(config, "lean")
 
     def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Tensor:
         x = memory.features
-        attended = self.attention(x + position, reference, x, memory.spatial_shapes, padding_mask=memory.padding)
+        query, added = (x + position, None) if self.keeps_sum else (x, position)
+        attended = self.attention(query, reference, x, memory.spatial_shapes, memory.padding, query_pos=added)
         x = self.attention_norm(attended, x)
         return self.ffn_norm(self.ffn(x), x)
 
@@ -82,6 +83,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, config.embed_dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.recompute = saves(config, "min")
 
     def forward(self, memory: Memory, embedding: Tensor) -> Memory:
         sizes = [height * width for height, width in memory.spatial_shapes]
@@ -90,6 +92,8 @@ class Encoder(nn.Module):
         )
         batch = memory.features.shape[0]
         reference = memory.sampling_reference(memory.positions.expand(batch, -1, -1))
+        position = embedding + level_embedding
         for layer in self.layers:
-            memory = memory._replace(features=layer(memory, embedding + level_embedding, reference))
+            inputs = (memory, position, reference)
+            memory = memory._replace(features=recomputed(layer, *inputs, kept=()) if self.recompute else layer(*inputs))
         return memory

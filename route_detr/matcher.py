@@ -82,9 +82,8 @@ class Matcher:
         config, logits = self.config, predictions.logits
         batch, branches, queries, classes = logits.shape
         labels = targets.labels if classes > 1 else torch.zeros_like(targets.labels)
-        class_cost = focal_cost(logits, config.focal_alpha, config.focal_gamma).gather(
-            3, labels[:, None, None].expand(batch, branches, queries, -1)
-        )
+        of_labels = logits.gather(3, labels[:, None, None].expand(batch, branches, queries, -1))
+        class_cost = focal_cost(of_labels.to(predictions.boxes.dtype), config.focal_alpha, config.focal_gamma)
         predicted, true = predictions.boxes.flatten(1, 2), targets.boxes
         l1 = torch.cdist(predicted, true, p=1)
         giou = generalized_iou(corners(predicted)[:, :, None], corners(true)[:, None])

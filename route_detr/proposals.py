@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from route_kernels.recompute import recomputed
+
+from .blocks import saves
 from .boxes import inverse_sigmoid
 from .config import DetectorConfig
 from .denoising import DenoisingTargets
@@ -54,6 +57,7 @@ class Proposals(nn.Module):
         dim = config.embed_dim
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.head = PredictionHead(dim, 1 if config.proposal_classes == "agnostic" else config.num_classes)
+        self.recompute = saves(config, "lean")
         self.num_queries, self.query_content = config.num_queries, config.query_content
         self.content: nn.Parameter | nn.Module | None = None
         if config.query_content == "learned":
@@ -66,8 +70,8 @@ class Proposals(nn.Module):
     def forward(self, memory: Memory) -> tuple[Predictions, Queries]:
         """Queries are the best num_queries proposals, or all S where there are fewer."""
         anchors, usable = self._anchors(memory)
-        features = self.project(memory.features * usable[..., None])
-        scores, box_logits = self.head(features, inverse_sigmoid(anchors))
+        inputs = (memory.features, usable, anchors)
+        features, scores, box_logits = recomputed(self._scored, *inputs) if self.recompute else self._scored(*inputs)
         count = min(self.num_queries, scores.shape[1])
         ranking = scores.detach().amax(-1).masked_fill(~usable, -torch.inf)
         best = ranking.topk(count, dim=1).indices[..., None]
@@ -86,6 +90,11 @@ class Proposals(nn.Module):
         return Predictions(scores[:, None], box_logits.sigmoid()[:, None]), Queries(
             content[:, None], position, best_logits[:, None]
         )
+
+    def _scored(self, memory: Tensor, usable: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [B, S, C], class logits [B, S, K] and box logits [B, S, 4] of all positions."""
+        features = self.project(memory * usable[..., None])
+        return features, *self.head(features, inverse_sigmoid(anchors))
 
     @staticmethod
     def _anchors(memory: Memory) -> tuple[Tensor, Tensor]:

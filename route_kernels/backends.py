@@ -27,6 +27,7 @@ PRODUCTS = ("feed_forward", "add_linear")
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _requested: str | None = None
+_assumed: str | None = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -69,6 +70,23 @@ def backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         set_backend(previous)
+
+
+@contextmanager
+def assumed(name: str) -> Iterator[None]:
+    """Inside the `with` block every call counts as one that backend `name` runs, whether it can or not.
+
+    For fake tensors, which run nothing: a plan for a GPU needs no GPU.
+
+    Raises:
+        ValueError: `name` is not one of `BACKENDS`.
+    """
+    global _assumed
+    previous, _assumed = _assumed, _validated(name)
+    try:
+        yield
+    finally:
+        _assumed = previous
 
 
 def can_run(op: str, name: str, *tensors: torch.Tensor) -> tuple[bool, str]:
@@ -117,11 +135,13 @@ def available_backends(op: str, *inputs: object) -> dict[str, tuple[bool, str]]:
 
 
 def choose(op: str, *tensors: torch.Tensor | None) -> str:
-    """The backend of a public op's call: the requested one, plain PyTorch while a graph is exported, or the fastest.
+    """The backend of a public op's call: assumed, requested, plain PyTorch while a graph is exported, or the fastest.
 
     Raises:
         BackendUnavailableError: the requested backend cannot run this call; the message says why.
     """
+    if _assumed is not None:
+        return _assumed
     if _requested is None and exporting():
         return "reference"
     return resolve(op, _requested, *tensors)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops.add_linear import add_linear
+from ..ops.ms_deform_attn import autocast_value
 from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
 from ..ops.routed_attention import RoutingFactors, routed_attention
 from ..recompute import recomputed
@@ -97,6 +98,7 @@ class MSDeformAttn(nn.Module):
         num_heads: H; C must be a multiple of it.
         num_points: P sampling points of a level and head.
         recompute: value, offsets and logits are projected again in backward and not kept; the sampling is not.
+        recast: under autocast memory is cast again in backward, and its copy is not kept; no product is repeated.
 
     Raises:
         ValueError: a size is not positive, or embed_dim is no multiple of num_heads.
@@ -109,12 +111,13 @@ class MSDeformAttn(nn.Module):
         num_heads: int = 8,
         num_points: int = 4,
         recompute: bool = False,
+        recast: bool = False,
     ):
         super().__init__()
         expect_heads("MSDeformAttn", embed_dim, num_heads)
         expect_positive("MSDeformAttn", num_levels=num_levels, num_points=num_points)
         self.embed_dim, self.num_levels, self.num_heads, self.num_points = embed_dim, num_levels, num_heads, num_points
-        self.recompute = recompute
+        self.recompute, self.recast = recompute, recast
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(embed_dim, 2 * samples)
         self.attention_weights = nn.Linear(embed_dim, samples)
@@ -168,7 +171,9 @@ class MSDeformAttn(nn.Module):
 
     def _sampled(self, query, query_pos, reference_points, memory, spatial_shapes, padding_mask) -> torch.Tensor:
         """[B, N, C]: the projections in and the sampling."""
-        value = self.value_proj(memory).unflatten(-1, (self.num_heads, -1))
+        value = recomputed(self.value_proj, memory, kept=()) if self.recast else self.value_proj(memory)
+        value = value.unflatten(-1, (self.num_heads, -1))
+        query = autocast_value(query) if query_pos is None else query  # one copy for both projections
         offsets = _projected(self.sampling_offsets, query, query_pos).unflatten(-1, (self.num_heads, -1, 2))
         logits = _projected(self.attention_weights, query, query_pos).unflatten(-1, (self.num_heads, -1))
         return ms_deform_attn_fused(value, spatial_shapes, reference_points, offsets, logits, value_mask=padding_mask)

@@ -1,0 +1,335 @@
+"""Peak memory of a training step of the detector, counted on fake tensors: seconds, no GPU, the same bytes every time.
+
+The step is the real one (model, matching costs, losses, backward, clipping, AdamW) with fake tensors in place of real
+ones; only the assignment of boxes to queries, which has no size, is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from route_kernels.backends import assumed
+from route_kernels.memory import WORKSPACES, Ledger, mixed_precision
+
+from .config import Config, DetectorConfig, MemoryLevel
+from .criterion import Criterion
+from .data import Target
+from .decoder import DecoderLayer
+from .detector import Detector
+from .heads import PredictionHead, Predictions
+from .matcher import Matcher, Matches, PaddedTargets
+from .public_form import PublicCriterion, make_public, public_config
+
+LEVELS = get_args(MemoryLevel)
+SCOPES = ("step", "transformer")
+PARTS = (
+    *("parameters", "gradients", "optimiser", "inputs", "backbone", "encoder", "decoder main", "decoder aux", "heads"),
+    *("losses", "backward", WORKSPACES),
+)
+"""Of a peak: `backward` is what backward makes beside parameters' gradients, `workspaces` what our kernels allocate."""
+
+GPU_BACKEND = "triton"  # whose workspaces are counted
+STRENGTH, AUX_WEIGHT = 0.3, 0.5  # of a run past its warm-up: both branches run
+
+
+@dataclass(frozen=True)
+class Request:
+    """A step to plan.
+
+    scope: "step" is everything; "transformer" is transformer and criterion on the neck's outputs (parameters, gradients
+        and these inputs counted; backbone and optimizer not).
+    public: the public formulation instead of ours, whatever `config.detector.memory` says.
+    """
+
+    config: Config
+    batch: int = 16
+    image: tuple[int, int] = (800, 1333)  # height, width of the padded batch
+    dtype: torch.dtype = torch.bfloat16  # of autocast; float32: none
+    scope: str = "step"
+    public: bool = False
+    boxes: int = 20  # an image
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("image height", self.image[0]), ("image width", self.image[1])):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.config.detector.masks:
+            raise ValueError("detector.masks: expected false, as the planner has no masks to sample yet, got true")
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype}")
+
+    def at(self, level: str) -> Request:
+        """The same step at another memory level."""
+        return dataclasses.replace(self, config=self.config.updated({"detector.memory": level}))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes: the peak, and of what it consists (by `PARTS`; the parts sum to it)."""
+
+    peak: int
+    parts: dict[str, int]
+
+
+def plan(request: Request) -> Plan:
+    """The peak of the requested step."""
+    config = request.config
+    if request.public:
+        config = dataclasses.replace(config, detector=public_config(config.detector))
+    with torch.device("meta"):
+        detector = Detector(_without_weights(config.detector)).train()
+    if request.public:
+        make_public(detector, GPU_BACKEND)
+    if config.detector.route:
+        detector.set_routing(STRENGTH, AUX_WEIGHT)
+    ledger = Ledger(GPU_BACKEND)
+    backend = "reference" if config.detector.memory == "none" else GPU_BACKEND
+    with FakeTensorMode(allow_non_fake_inputs=True), assumed(backend), mixed_precision(request.dtype) as autocast:
+        _make_fake(detector)
+        criterion = (PublicCriterion if request.public else Criterion)(config.train)
+        criterion.matcher = _UnsolvedMatcher(config.train)
+        shares = _label(detector, ledger)
+        step = _Step(request, detector, criterion, ledger)
+        step.run(autocast)
+    return _plan(ledger, shares)
+
+
+class _Step:
+    """One training step of a fake detector, whose optimizer has its state already."""
+
+    def __init__(self, request: Request, detector: Detector, criterion: Criterion, ledger: Ledger) -> None:
+        self.detector, self.criterion, self.ledger = detector, criterion, ledger
+        height, width = request.image
+        self.images = torch.empty(request.batch, 3, height, width)
+        self.padding_mask = torch.zeros(request.batch, height, width, dtype=torch.bool)
+        self.targets = [_target(request) for _ in range(request.batch)]
+        self.optimizer = None
+        if request.scope == "transformer":
+            features = detector.backbone(self.images[:1])
+            levels = detector.feature_levels(features[-detector.config.backbone.used_stages :])
+            levels = [torch.empty(request.batch, *level.shape[1:]) for level in levels]
+            detector.backbone, detector.feature_levels = _Given([]), _Given(levels)
+            ledger.count("inputs", *levels)
+        else:
+            ledger.count("inputs", self.images, self.padding_mask)
+            self.optimizer = _adamw_with_state(detector)
+            for state in self.optimizer.state.values():
+                ledger.count("optimiser", *(value for value in state.values() if isinstance(value, Tensor)))
+        parameters = list(detector.parameters())
+        ledger.count("parameters", *parameters, *detector.buffers())
+        ledger.count_gradients(parameters, "gradients")
+
+    def run(self, autocast: torch.autocast) -> None:
+        with self.ledger:
+            with autocast:
+                output = self.detector(self.images, self.padding_mask, self.targets)
+            public = isinstance(self.criterion, PublicCriterion)
+            with self.ledger.labelled("losses"), autocast if public else nullcontext():
+                loss = self.criterion(output, self.targets)["loss"]
+            del output
+            with self.ledger.labelled("backward"):
+                loss.backward()
+            if self.optimizer is not None:
+                with self.ledger.labelled("optimiser"):
+                    nn.utils.clip_grad_norm_(self.detector.parameters(), 0.1, foreach=True)
+                    self.optimizer.step()
+
+
+def _without_weights(config: DetectorConfig) -> DetectorConfig:
+    """No download: a plan needs no values."""
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
+
+
+class _Given(nn.Module):
+    """What has run already."""
+
+    def __init__(self, levels: list[Tensor]) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
+        return self.levels
+
+
+class _UnsolvedMatcher(Matcher):
+    """Costs as in `Matcher`, then matches without values: as many as there are boxes."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        sets: Sequence[Predictions],
+        targets: PaddedTargets,
+        names: Sequence[Sequence[str]],
+        pixels: Tensor | None = None,
+    ) -> list[Matches]:
+        costs = [self.cost(predictions, targets, pixels) for predictions in sets]
+        torch.cat([cost.flatten() for cost in costs])
+        counts = [min(sets[0].logits.shape[2], count) for count in targets.counts]
+        pairs = sum(counts)
+        return [
+            Matches(
+                torch.empty(pairs, dtype=torch.int64),
+                *torch.empty(2, predictions.logits.shape[1], pairs, dtype=torch.int64),
+                counts,
+            )
+            for predictions in sets
+        ]
+
+
+def _target(request: Request) -> Target:
+    """On a device that is not the host, whose labels nobody reads."""
+    boxes = torch.empty(request.boxes, 4, device="meta")
+    labels = torch.empty(request.boxes, dtype=torch.int64, device="meta")
+    return Target(0, boxes, labels, request.image, request.image)
+
+
+def _adamw_with_state(detector: Detector) -> torch.optim.AdamW:
+    """As on a GPU (foreach), after a first step."""
+    parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, foreach=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def _make_fake(module: nn.Module) -> None:
+    """Fake CPU tensors, of the same strides, in place of a module's tensors on the meta device."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="cpu")
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        return made[id(tensor)]
+
+    for each in module.modules():
+        for tensors in (each._parameters, each._buffers):
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def _label(detector: Detector, ledger: Ledger) -> dict[str, tuple[str, ...]]:
+    """Labels what each module makes; returns by label the parts that share it evenly, complete after the forward.
+
+    A decoder layer's call belongs to both branches where they are packed, and to the auxiliary one where the layer has
+    been called before.
+    """
+    shares = {part: (part,) for part in PARTS}
+    shares["other"] = ("encoder",)  # between the modules: flattened levels, positions
+    for name, module in detector.named_modules():
+        if module in (detector.backbone, detector.feature_levels):
+            ledger.label_calls(module, "backbone")
+        elif module is detector.encoder:
+            ledger.label_calls(module, "encoder")
+        elif module is detector.decoder:
+            ledger.label_calls(module, "decoder main")
+        elif module is detector.proposals or isinstance(module, PredictionHead):
+            ledger.label_calls(module, "heads")
+        elif module in detector.decoder.routers.values():
+            ledger.label_calls(module, "decoder aux")
+        elif isinstance(module, DecoderLayer):
+            _label_layer(module, name, ledger, shares)
+    return shares
+
+
+def _label_layer(layer: DecoderLayer, name: str, ledger: Ledger, shares: dict[str, tuple[str, ...]]) -> None:
+    calls: Counter[str] = Counter()
+
+    def before(*_) -> None:
+        calls[name] += 1
+        ledger.push(f"{name} call {calls[name]}")
+
+    def after(_module, _inputs, content: Tensor) -> None:
+        ledger.pop()
+        main, aux = "decoder main", "decoder aux"
+        packed = content.shape[1] == 2
+        shares[f"{name} call {calls[name]}"] = (main, aux) if packed else (main,) if calls[name] == 1 else (aux,)
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
+
+
+def _plan(ledger: Ledger, shares: dict[str, tuple[str, ...]]) -> Plan:
+    parts = dict.fromkeys(PARTS, 0)
+    for label, size in sorted(ledger.at_peak.items()):
+        share = shares[label]
+        for index, part in enumerate(share):
+            parts[part] += (size + len(share) - 1 - index) // len(share)
+    return Plan(ledger.peak, parts)
+
+
+def measured_peak(request: Request) -> int:
+    """The peak of the second of two real steps on this GPU, in bytes, as PyTorch's allocator counts.
+
+    Raises RuntimeError without a GPU, or for a scope that is no whole step.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("measuring needs a GPU: none was found")
+    if request.scope != "step":
+        raise RuntimeError(f"scope: only a whole step can be measured, got {request.scope!r}")
+    config, device = request.config, torch.device("cuda")
+    if request.public:
+        config = dataclasses.replace(config, detector=public_config(config.detector))
+    detector = Detector(_without_weights(config.detector)).to(device).train()
+    if request.public:
+        make_public(detector)
+    if config.detector.route:
+        detector.set_routing(STRENGTH, AUX_WEIGHT)
+    criterion = (PublicCriterion if request.public else Criterion)(config.train)
+    optimizer = torch.optim.AdamW([parameter for parameter in detector.parameters() if parameter.requires_grad])
+    images = torch.randn(request.batch, 3, *request.image, device=device)
+    padding_mask = torch.zeros(request.batch, *request.image, dtype=torch.bool, device=device)
+    sides = torch.rand(request.batch, request.boxes, 2) * 0.3 + 0.05
+    boxes = torch.cat([sides / 2 + torch.rand_like(sides) * (1 - sides), sides], -1).to(device)
+    labels = torch.randint(config.detector.num_classes, (request.batch, request.boxes)).to(device)
+    targets = [Target(0, *pair, request.image, request.image) for pair in zip(boxes, labels, strict=True)]
+    autocast = torch.autocast("cuda", request.dtype, enabled=request.dtype != torch.float32)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        with autocast:
+            output = detector(images, padding_mask, targets)
+        with autocast if request.public else nullcontext():
+            loss = criterion(output, targets)["loss"]
+        del output
+        loss.backward()
+        nn.utils.clip_grad_norm_(detector.parameters(), config.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        del loss
+    return torch.cuda.max_memory_allocated()
+
+
+def largest_batch(
+    request: Request, limit: int, peak: Callable[[Request], int] = lambda request: plan(request).peak
+) -> int:
+    """The most images that fit in `limit` bytes; 0 where one does not. A peak grows with every image of the batch.
+
+    peak: of a request, in bytes.
+    """
+    sizes = {0: 0}
+
+    def fits(batch: int) -> bool:
+        sizes[batch] = peak(dataclasses.replace(request, batch=batch))
+        return sizes[batch] <= limit
+
+    low, high = 0, 1
+    while fits(high):
+        slope = (sizes[high] - sizes[low]) / (high - low)
+        low, high = high, high + 1 + int((limit - sizes[high]) / slope)
+    while high - low > 1:  # low fits, high does not; nearly a straight line between them
+        share = (limit - sizes[low]) / (sizes[high] - sizes[low])
+        guess = min(max(low + int((high - low) * share), low + 1), high - 1)
+        low, high = (guess, high) if fits(guess) else (low, guess)
+    return low

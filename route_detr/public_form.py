@@ -1,0 +1,89 @@
+"""The public formulation of dual-branch training, on our detector's weights: what `memory --public` plans.
+
+The same losses and gradients to rounding (a test), other tensors kept for backward: attention as in `eager.py`, but
+sampled by an op that keeps value, locations and weights in float32, as the public CUDA op does; the decoder run twice;
+the feed-forward's ReLU in place, on a view; every class scored in the first stage; one-hot focal losses, one layer of
+one branch at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from types import MethodType
+
+from torch import Tensor
+from torch.nn import functional
+
+from route_kernels.backends import assumed
+from route_kernels.nn import FeedForward
+from route_kernels.ops.ms_deform_attn import ms_deform_attn
+
+from .config import DetectorConfig
+from .criterion import Criterion
+from .detector import Detector, DetectorOutput
+from .eager import make_eager
+from .heads import Predictions
+from .matcher import padded_targets
+
+
+def public_config(config: DetectorConfig) -> DetectorConfig:
+    """The same detector with the decoder run twice, every class in the first stage, and nothing recomputed."""
+    return dataclasses.replace(config, branches="two_pass", proposal_classes="all", memory="none")
+
+
+def make_public(detector: Detector, backend: str | None = None) -> None:
+    """Change the forwards of a detector of `public_config`, in place; its parameters stay.
+
+    backend: assumed of the sampling op (`route_kernels.backends.assumed`), for fake tensors.
+    """
+    make_eager(detector, partial(_sampled, backend))
+    for module in detector.modules():
+        if isinstance(module, FeedForward):
+            module.forward = MethodType(_feed_forward, module)
+
+
+def _sampled(backend: str | None, *arguments: Tensor) -> Tensor:
+    with nullcontext() if backend is None else assumed(backend):
+        return ms_deform_attn(*arguments)
+
+
+def _feed_forward(self: FeedForward, x: Tensor) -> Tensor:
+    return self[2](functional.relu(self[0](x), inplace=True))
+
+
+class PublicCriterion(Criterion):
+    """The same total, one layer of one branch at a time, in the dtypes of the predictions."""
+
+    def __call__(self, output: DetectorOutput, targets: Sequence) -> dict[str, Tensor]:
+        """As `Criterion`, without the parts; ValueError for a detector with masks."""
+        if output.pixel_embeddings is not None:
+            raise ValueError("masks: expected False for the public formulation, which has none, got True")
+        padded, losses = padded_targets(targets, like=output.boxes), []
+        for name, row, weight in _rows([output.proposals, *output.layers], output.aux_weight):
+            (matches,) = self.matcher([row], padded, [[name]])
+            losses.append(weight * sum(self._matched(row, matches, padded).values()))
+        if output.denoising is not None:
+            known = output.denoising.targets
+            for _, row, weight in _rows(output.denoising.layers, output.aux_weight):
+                losses.append(weight / known.groups * sum(self._denoised(row, known, padded).values()))
+        return {"loss": sum(losses).sum() / max(sum(padded.counts), 1)}
+
+    def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """[..., N] of logits [..., N, K]."""
+        truth = logits.new_zeros(*classes.shape, logits.shape[-1] + 1).scatter_(-1, classes[..., None], 1)[..., :-1]
+        alpha, gamma = self.config.focal_alpha, self.config.focal_gamma
+        p = logits.sigmoid()
+        weight = (1 - alpha) * p**gamma * (1 - truth) + truth * alpha * (1 - p) ** gamma
+        cross_entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        return self.config.class_weight * (cross_entropy * weight).sum(-1)
+
+
+def _rows(layers: Sequence[Predictions], aux_weight: Tensor) -> Iterator[tuple[str, Predictions, Tensor | float]]:
+    """Each layer of each branch: its name, predictions with G = 1 and weight."""
+    for index, layer in enumerate(layers):
+        for branch in range(layer.boxes.shape[1]):
+            one = Predictions(layer.logits[:, branch, None], layer.boxes[:, branch, None])
+            yield f"{index}.{branch}", one, aux_weight if branch else 1.0

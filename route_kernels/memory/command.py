@@ -1,0 +1,163 @@
+"""`route-kernels memory`: the peak of a detector's training step, planned on fake tensors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cards import CARDS, Card, card
+
+if TYPE_CHECKING:
+    from route_detr.planner import Plan, Request
+
+GIB = 2**30
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+AGREEMENT = 0.05  # of a measured peak with the planned one
+DESCRIPTION = (
+    "Plans the peak memory of a training step of the detector: the real step on fake tensors, so it takes seconds, "
+    "needs no GPU and gives the same bytes every time. Kernels' workspaces are counted; fragmentation and CUDA's "
+    "context are not: --fit leaves room for them."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `route-kernels memory`."""
+    parser.add_argument("--preset", default="dino-r50", help="of route-detr [%(default)s]")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any field, as detector.num_queries=300")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images [%(default)s]")
+    parser.add_argument(
+        "--image", type=_size, default=(800, 1333), metavar="HxW", help="of the padded batch [800x1333]"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of autocast; fp32: none [%(default)s]")
+    parser.add_argument(
+        "--memory", metavar="LEVEL", help="none, fused, lean, tight, min, or all of them in one table [the preset's]"
+    )
+    parser.add_argument("--public", action="store_true", help="the public formulation instead; with `all`: as well")
+    parser.add_argument(
+        "--scope", choices=("step", "transformer"), default="step",
+        help="transformer: without backbone and optimizer, on the neck's outputs [%(default)s]",
+    )  # fmt: skip
+    parser.add_argument("--fit", choices=CARDS, metavar="CARD", help=f"largest batch for one of {', '.join(CARDS)}")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="levels as stacked bars, peaks over N and image size")
+    parser.add_argument("--measure", action="store_true", help="run the step on this GPU and compare")
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code: 0; 1 for an error, or a measured peak more than 5 % off the planned one."""
+    try:
+        from route_detr import memory_plot, planner
+    except ImportError as error:
+        return _failure(f"needs the detector: pip install 'route-kernels[detr]' ({error})")
+    try:
+        request = _request(options, planner)
+        requests = _rows(options, request, planner.LEVELS)
+    except ValueError as error:
+        return _failure(str(error))
+    rows = {name: planner.plan(row) for name, row in requests.items()}
+    result: dict[str, Any] = {
+        "request": _described(request),
+        "rows": {n: dataclasses.asdict(p) for n, p in rows.items()},
+    }
+    lines = [_title(request), "", *table(rows)]
+    if options.fit:
+        fitting = card(options.fit)
+        batches = {name: planner.largest_batch(row, fitting.usable) for name, row in requests.items()}
+        result["fit"] = {"card": fitting.name, "usable": fitting.usable, "largest_batch": batches}
+        lines += ["", *_fit_lines(fitting, batches)]
+    agrees = True
+    if options.measure:
+        try:
+            measured = {name: planner.measured_peak(row) for name, row in requests.items()}
+        except RuntimeError as error:
+            return _failure(str(error))
+        result["measured"] = measured
+        agrees = all(abs(size / rows[name].peak - 1) <= AGREEMENT for name, size in measured.items())
+        lines += ["", *(f"{n}: measured {_gib(m)}, planned {_gib(rows[n].peak)}" for n, m in measured.items())]
+    if options.plot:
+        memory_plot.draw(request, rows, options.plot)
+        lines += ["", f"drawn to {options.plot}"]
+    print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
+    return 0 if agrees else 1
+
+
+def table(rows: dict[str, Plan]) -> list[str]:
+    """Rows by name as lines of text: the peak and its parts in GiB."""
+    parts = [part for part in next(iter(rows.values())).parts if any(plan.parts[part] for plan in rows.values())]
+    head = ["GiB", "peak", *parts]
+    cells = [[name, *(f"{size / GIB:.2f}" for size in (p.peak, *map(p.parts.get, parts)))] for name, p in rows.items()]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in [head, *cells]
+    ]
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 800x1333, got {text!r}")
+    return int(height), int(width)
+
+
+def _request(options: argparse.Namespace, planner: Any) -> Request:
+    import torch
+    import yaml
+
+    from route_detr.config import preset
+
+    changes = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in options.overrides)}
+    config = preset(options.preset).updated(changes)
+    if options.memory not in (None, "all"):
+        config = config.updated({"detector.memory": options.memory})
+    return planner.Request(
+        config, options.batch, options.image, getattr(torch, DTYPES[options.dtype]), options.scope, options.public
+    )
+
+
+def _rows(options: argparse.Namespace, request: Request, levels: Sequence[str]) -> dict[str, Request]:
+    public = {"public": dataclasses.replace(request, public=True)} if options.public else {}
+    ours = dataclasses.replace(request, public=False)
+    if options.memory == "all":
+        return public | {level: ours.at(level) for level in levels}
+    return public or {request.config.detector.memory: ours}
+
+
+def _described(request: Request) -> dict[str, Any]:
+    return {
+        "config": request.config.to_dict(),
+        "batch": request.batch,
+        "image": request.image,
+        "dtype": str(request.dtype).removeprefix("torch."),
+        "scope": request.scope,
+        "boxes": request.boxes,
+    }
+
+
+def _title(request: Request) -> str:
+    height, width = request.image
+    dtype = str(request.dtype).removeprefix("torch.")
+    detector = request.config.detector
+    queries = f"{detector.num_queries} queries"
+    if detector.denoising_pairs:
+        queries += f" + {detector.denoising_pairs} denoising pairs"
+    return f"planned peak of a training {request.scope}: batch {request.batch}, {height} x {width}, {dtype}, {queries}"
+
+
+def _fit_lines(fitting: Card, batches: dict[str, int]) -> list[str]:
+    usable = f"{fitting.name}: {_gib(fitting.total)}, of which a step may plan with {_gib(fitting.usable)}"
+    return [usable, *(f"{name}: largest batch {batch}" for name, batch in batches.items())]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _failure(message: str) -> int:
+    print(f"route-kernels memory: {message}", file=sys.stderr)
+    return 1
