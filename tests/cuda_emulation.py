@@ -72,20 +72,20 @@ def library(*flags: str, root: Path = ROOT) -> ctypes.CDLL:
         if built.returncode != 0:
             raise EmulationError(f"the kernels do not compile over the emulation:\n{built.stderr}")
         os.replace(unfinished, made)
-    loaded = ctypes.CDLL(str(made))
-    loaded.run_deform.restype = ctypes.c_int64
-    return loaded
+    return ctypes.CDLL(str(made))
 
 
 class Kernels:
     """The launches of one call, as the host makes them.
 
-    `backwards` runs the blocks, and the threads of each, in the opposite order. `launches` counts kernels.
+    `backwards` runs the blocks, and the threads of each, in the opposite order. `launches` counts kernels,
+    `reductions` what their threads added to sums.
     """
 
     def __init__(self, emulation: ctypes.CDLL | None = None, *, deterministic: bool = False, backwards: bool = False):
         self.emulation = library() if emulation is None else emulation
-        self.deterministic, self.backwards, self.launches = deterministic, backwards, 0
+        self.deterministic, self.backwards = deterministic, backwards
+        self.launches = self.reductions = 0
 
     def ms_deform_attn(
         self, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *, points=None
@@ -170,13 +170,16 @@ class Kernels:
             access = INPUT if name not in made else SUMS if name == "grad_value_sums" else OUTPUT
             args.tensors[at], marks = _described(tensor.detach(), access)
             kept += [marks, tensor]
+        launches, reductions = ctypes.c_int64(), ctypes.c_int64()
         error = ctypes.create_string_buffer(1000)
-        launches = self.emulation.run_deform(
-            ctypes.c_char(kernel.encode()), ctypes.byref(args), error, ctypes.c_int64(len(error))
-        )
-        if launches < 0:
+        self.emulation.run_deform(
+            ctypes.c_char(kernel.encode()), ctypes.byref(args), ctypes.byref(launches), ctypes.byref(reductions),
+            error, ctypes.c_int64(len(error)),
+        )  # fmt: skip
+        if error.value:
             raise EmulationError(error.value.decode())
-        self.launches += launches
+        self.launches += launches.value
+        self.reductions += reductions.value
 
 
 def _levels(sizes: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> list[tuple[int, ...]]:

@@ -99,6 +99,23 @@ def test_more_queries_than_a_block_has(queries):
     check_accuracy("ms_deform_attn", arguments, emulated("ms_deform_attn"))
 
 
+@pytest.mark.parametrize("channels, together", [(8, 4), (16, 4), (32, 4), (64, 2), (128, 1)])
+def test_what_queries_of_a_warp_add_to_one_pixel_is_added_once(channels, together):
+    """Of a float32 value a warp has 32 / LANES neighbouring queries, in up to 4 sets of up to 4."""
+    arguments = ms_deform_attn_arguments(levels=((4, 4),), queries=32, batch=1, heads=1, points=1, channels=channels)
+    apart_from_each_other = Kernels()
+    locations = torch.rand(1, 32, 1, 1, 1, 2).mul(0.1).add(torch.tensor([0.2, 0.2]))
+    locations[:, ::2] += 0.5
+    check_accuracy(
+        "ms_deform_attn", {**arguments, "sampling_locations": locations}, apart_from_each_other.ms_deform_attn
+    )
+    same = Kernels()
+    locations = torch.rand(1, 32, 1, 1, 1, 2).mul(0.1).add(torch.tensor([0.2, 0.2]))
+    check_accuracy("ms_deform_attn", {**arguments, "sampling_locations": locations}, same.ms_deform_attn)
+    assert apart_from_each_other.reductions == 32 * 4 * channels // 4
+    assert same.reductions * together == apart_from_each_other.reductions
+
+
 def test_before_sm_90_sums_are_added_one_by_one():
     scalar = library("-DRK_ADDED=1", "-DSIMT_FLOAT32_ONLY")
     for channels in (24, 32):
@@ -235,15 +252,17 @@ def test_deterministic_results_do_not_depend_on_the_order_of_threads(op):
 
 MISTAKES = {
     "a corner beyond the level": ("points.cuh", "cell.bottom && cell.right ?", "(cell.bottom && cell.right) || MADE ?"),
-    "a wrong stride": ("points.cuh", "corners.row *= stride;", "corners.row *= MADE ? stride + 16 : stride;"),
+    "a wrong stride": ("forward.cuh", "position * rows.stride;", "position * (rows.stride + 16 * MADE);"),
     "a misaligned address": ("points.cuh", "args.value.data) + at * BYTES", "args.value.data) + at * BYTES + 4 * MADE"),
     "another query's row": ("forward.cuh", "work.b * args.N + work.n)", "work.b * args.N + (MADE ? 0 : work.n))"),
     "an output left out": ("forward.cuh", "if (readable[v]) write", "if (readable[v] && !(MADE && lane)) write"),
-    "sums beyond the end": ("backward.cuh", "c, width, rows.stride)", "MADE ? 3 : c, width, rows.stride)"),
-    "a missing barrier": ("backward.cuh", "  __syncwarp();", "  if (!MADE) __syncwarp();"),
-    "another's shared memory": ("backward.cuh", "first_shared + k, grad", "first_shared + k + MADE, grad"),
+    "sums beyond the end": ("value_gradient.cuh", "(steps, of_corner), chan", "(steps, MADE ? 3 : of_corner), chan"),
+    "no barrier after writing": ("backward.cuh", "__syncwarp();\n      Pro", "if (!MADE) __syncwarp();\n      Pro"),
+    "no barrier before writing": ("backward.cuh", "__syncwarp();  // the p", "if (!MADE) __syncwarp();  // the p"),
+    "no barrier at the end": ("backward.cuh", "__syncwarp();\n  if", "if (!MADE) __syncwarp();\n  if"),
+    "another's shared memory": ("backward.cuh", "grad_weights_at + k * int", "grad_weights_at + (k + MADE) * int"),
     "a shuffle that some skip": ("points.cuh", "if (!args.fused) return", "if (MADE && !work.exists) return"),
-}  # fmt: skip
+}
 NOTICED = {
     "a corner beyond the level": "out of bounds",
     "a wrong stride": "of value .*: (out of bounds|between the rows)",
@@ -251,8 +270,10 @@ NOTICED = {
     "another query's row": "another thread wrote",
     "an output left out": "never written",
     "sums beyond the end": "adds to .* of grad_value_sums .*: out of bounds",
-    "a missing barrier": "shared memory that thread .* wrote with no barrier since",
-    "another's shared memory": "shared memory at byte .*, never written",
+    "no barrier after writing": "reads shared memory .* (never written|wrote with no barrier since)",
+    "no barrier before writing": "writes shared memory that thread .* read with no barrier since",
+    "no barrier at the end": "reads shared memory that thread .* wrote with no barrier since",
+    "another's shared memory": "shared memory at byte",
     "a shuffle that some skip": "wait for others that do not come",
 }
 
@@ -266,8 +287,8 @@ def mistaken(tmp_path_factory):
     for number, (name, right, wrong) in enumerate(MISTAKES.values(), start=1):
         source = root / "csrc/ms_deform_attn" / name
         text = source.read_text()
-        if right in text:
-            source.write_text(text.replace(right, wrong.replace("MADE", f"(mistake == {number})")))
+        assert text.count(right) == 1, f"{right} in {name}"
+        source.write_text(text.replace(right, wrong.replace("MADE", f"(mistake == {number})")))
     entry = root / "tests/simt/ms_deform_attn.cpp"
     entry.write_text('extern "C" { int mistake = 0; }\n' + entry.read_text())
     return library("-DSIMT_FLOAT32_ONLY", root=root)

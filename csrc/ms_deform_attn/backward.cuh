@@ -1,10 +1,9 @@
 #pragma once
 // The backward kernel of deformable attention, plain and fused. A group of LANES lanes has one query and head, as in
 // forward; of each point it sums grad_output . corner over its lanes for the gradients of weight and location, which no
-// other group has a part in, and adds weight grad_output to the gradient of value by reductions of ADDED values.
+// other group has a part in. The points are in shared memory, as the gradient of value goes over those of a whole warp.
 
-#include "../common/shared_array.cuh"
-#include "points.cuh"
+#include "value_gradient.cuh"
 
 namespace rk {
 namespace deform {
@@ -23,7 +22,8 @@ struct GradOutput {
   int64_t row, channels;  // none where there is no query
   T kept[VECTORS > 0 ? VECTORS : 1][VEC];
 
-  __device__ __forceinline__ GradOutput(const DeviceArgs& args, const Work& work, int lane) : kept{} {
+  __device__ __forceinline__ GradOutput(const DeviceArgs& args, const Work& work) : kept{} {
+    const int lane = int(threadIdx.x) % LANES;
     data = args.grad_output.data, channels = work.exists ? args.D : 0;
     row = work.b * args.grad_output.stride[0] + work.n * args.grad_output.stride[1] + work.h * args.D;
 #pragma unroll
@@ -38,12 +38,12 @@ struct GradOutput {
   __device__ __forceinline__ void for_vectors(int lane, Call call) const {
     if constexpr (VECTORS > 0) {
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) call(v * (LANES * VEC), kept[v], (v * LANES + lane) * VEC < channels);
+      for (int v = 0; v < VECTORS; ++v) call((v * LANES + lane) * VEC, kept[v], (v * LANES + lane) * VEC < channels);
     } else {
       for (int64_t channel = lane; channel < channels; channel += LANES) {
         T values[1];
         read_vector<STORAGE, 1>(data, row + channel, values);
-        call(channel - lane, values, true);
+        call(channel, values, true);
       }
     }
   }
@@ -51,15 +51,18 @@ struct GradOutput {
 
 // ---- gradients of weights and locations --------------------------------------------------------------------------
 
+// The sums over a group's lanes.
 template <DType STORAGE, int VEC, int LANES, int VECTORS, typename T>
-__device__ __forceinline__ Products<T> products_of_lane(
-    const GradOutput<STORAGE, VEC, LANES, VECTORS>& grad, const ValueRows<STORAGE, VEC>& rows, int lane, int32_t width,
-    const Corners<T>& corners) {
+__device__ __forceinline__ Products<T> products_of(
+    const GradOutput<STORAGE, VEC, LANES, VECTORS>& grad, const ValueRows<STORAGE, VEC>& rows, int lane,
+    const Steps& steps, const SharedPoint<T>& point) {
   Products<T> products = {};
   grad.for_vectors(lane, [&](int64_t channel, const T(&values)[VEC], bool readable) {
     Access<STORAGE, VEC> read[CORNERS];
 #pragma unroll
-    for (int c = 0; c < CORNERS; ++c) read[c] = rows.read(corners, c, width, channel, readable);
+    for (int c = 0; c < CORNERS; ++c)
+      read[c] = rows.read(point.value_row + to_corner(steps, c), channel - lane * VEC,
+                          readable && is_there(point.weight[c]));
 #pragma unroll
     for (int c = 0; c < CORNERS; ++c) {
       T corner[VEC];
@@ -70,46 +73,8 @@ __device__ __forceinline__ Products<T> products_of_lane(
   });
 #pragma unroll
   for (int c = 0; c < CORNERS; ++c)  // 0 times an infinite gradient would be NaN
-    products.corner[c] = is_there(corners.weight[c]) ? products.corner[c] : T(0);
+    products.corner[c] = sum_over_lanes<LANES>(is_there(point.weight[c]) ? products.corner[c] : T(0));
   return products;
-}
-
-// The sums over a group's lanes of the products of POINTS points from `first` on: afterwards lane i has those of point
-// first + i % POINTS. Each exchange halves the points that a lane has a part of.
-template <int POINTS, typename T, typename OfLane>
-__device__ __forceinline__ Products<T> exchange(int lane, int first, const OfLane& products_of) {
-  if constexpr (POINTS == 1) {
-    return products_of(first);
-  } else {
-    constexpr int HALF = POINTS / 2;
-    const Products<T> low = exchange<HALF, T>(lane, first, products_of);
-    const Products<T> high = exchange<HALF, T>(lane, first + HALF, products_of);
-    const bool upper = (lane & HALF) != 0;
-    Products<T> sums;
-#pragma unroll
-    for (int c = 0; c < CORNERS; ++c) {
-      const T kept = upper ? high.corner[c] : low.corner[c], given = upper ? low.corner[c] : high.corner[c];
-      sums.corner[c] = kept + __shfl_xor_sync(ALL_LANES, given, HALF);
-    }
-    return sums;
-  }
-}
-
-// Of SPAN points: those of point `span` + i belong to the slot and lane that located it.
-template <int LANES, int SPAN, int SLOTS, typename T, typename OfLane>
-__device__ __forceinline__ void sum_products(
-    int lane, int span, const OfLane& products_of, Products<T> (&products)[SLOTS]) {
-  constexpr int TOGETHER = LANES < SPAN ? LANES : SPAN;
-#pragma unroll
-  for (int j = 0; j < SPAN; j += TOGETHER) {
-    Products<T> sums = exchange<TOGETHER, T>(lane, span + j, products_of);
-#pragma unroll
-    for (int distance = TOGETHER; distance < LANES; distance *= 2)
-#pragma unroll
-      for (int c = 0; c < CORNERS; ++c) sums.corner[c] += __shfl_xor_sync(ALL_LANES, sums.corner[c], distance);
-    if (LANES <= SPAN) products[j / TOGETHER] = sums;
-    else if (lane / SPAN == span / SPAN) products[0] = sums;
-  }
 }
 
 template <typename T>
@@ -160,150 +125,84 @@ __device__ __forceinline__ void write_reference(
   }
 }
 
-// From the gradients of a query's K weights, in shared memory, to those of its logits.
+// From the gradients of a query's K weights, which are in shared memory from `at` on, to those of its logits.
 template <int LANES, typename T>
 __device__ __forceinline__ void write_grad_logits(
-    const DeviceArgs& args, const Work& work, const Softmax<T>& softmax, int64_t row, int lane,
-    const SharedArray<T>& grad_weights, int first, T expected) {
+    const DeviceArgs& args, const Work& work, const Softmax<T>& softmax, int64_t row, int lane, int at, T expected) {
   __syncwarp();
   if (!work.exists) return;
   for (int64_t k = lane; k < args.K; k += LANES) {
     const T weight = weight_of(args, softmax, row_of_points(args.weights, work) + k);
-    write(args.grad_weights, row * args.K + k, softmax_adjoint(weight, grad_weights.read(first + int(k)), expected));
+    const T grad_weight = read_shared<T>(at + int(k * sizeof(T)));
+    write(args.grad_weights, row * args.K + k, softmax_adjoint(weight, grad_weight, expected));
   }
-}
-
-// ---- gradient of value -------------------------------------------------------------------------------------------
-
-#if defined(RK_ADDED)
-constexpr int WIDEST_ADDED = RK_ADDED;
-#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr int WIDEST_ADDED = 4;
-#else
-constexpr int WIDEST_ADDED = 1;  // before sm_90 there is no reduction of float vectors
-#endif
-
-// Values added by one reduction. Lanes add to neighbouring places, so a lane adds to other channels than it reads where
-// an access reads more values than a reduction adds.
-template <typename T, int VEC>
-constexpr int ADDED = sizeof(T) == 8 || VEC < WIDEST_ADDED ? 1 : WIDEST_ADDED;
-
-template <DType STORAGE, int VEC, int LANES, int VECTORS>
-using AddedOutput = GradOutput<
-    STORAGE, ADDED<AccumulateOf<STORAGE>, VEC>, LANES, VECTORS * VEC / ADDED<AccumulateOf<STORAGE>, VEC>>;
-
-// The rows of the gradient of value of a batch element and head, from a lane's first channel on.
-template <typename T, int VEC>
-struct SumRows {
-  char* first;
-  int64_t stride;  // in bytes
-
-  __device__ __forceinline__ SumRows(const DeviceArgs& args, const Work& work, int lane) {
-    const int64_t at = (work.b * args.S * args.H + work.h) * args.D + lane * ADDED<T, VEC>;
-    first = static_cast<char*>(args.grad_value_sums.data) + at * int64_t(sizeof(T));
-    stride = args.H * args.D * int64_t(sizeof(T));
-  }
-};
-
-// grad_value += weight grad_output at the corners of a point
-template <DType STORAGE, int COUNT, int LANES, int VECTORS, int VEC, typename T>
-__device__ __forceinline__ void add_point(
-    const GradOutput<STORAGE, COUNT, LANES, VECTORS>& grad, const SumRows<T, VEC>& rows, int lane, int32_t width,
-    const Corners<T>& corners) {
-#pragma unroll
-  for (int c = 0; c < CORNERS; ++c) {
-    if (!is_there(corners.weight[c])) continue;
-    T* const to = reinterpret_cast<T*>(rows.first + row_of_corner(corners, c, width, rows.stride));
-    grad.for_vectors(lane, [&](int64_t channel, const T(&values)[COUNT], bool exists) {
-      T part[COUNT];
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) part[i] = corners.weight[c] * values[i];
-      if (exists) add(to + channel, part);
-    });
-  }
-}
-
-// In place of sums: the cell that a point falls into and what its corners weigh.
-template <typename T>
-__device__ __forceinline__ void write_cell(
-    const DeviceArgs& args, const Work& work, int64_t at, int64_t first_cell, const Level<T>& level,
-    const Point<T>& point, const Corners<T>& corners) {
-  int64_t cell = args.cells - 1;
-  if (point.cell.inside) cell = first_cell + int64_t(point.cell.row + 1) * (level.width + 1) + point.cell.column + 1;
-  cell += (work.b * args.H + work.h) * args.cells;
-  if (args.cell.dtype == DType::int32) __stcs(static_cast<int*>(args.cell.data) + at, int(cell));
-  else __stcs(static_cast<long long*>(args.cell.data) + at, (long long)(cell));
-  T* to = static_cast<T*>(args.corner_weight.data) + CORNERS * at;
-#pragma unroll
-  for (int c = 0; c < CORNERS; ++c) __stcs(to + c, corners.weight[c]);
 }
 
 // ---- kernel ------------------------------------------------------------------------------------------------------
 
-// Blocks of a multiprocessor, so many that nothing is spilled.
+// A query's shared memory: LANES of its points at a time; behind those of all queries the gradients of its K weights.
+template <typename T, int LANES>
+constexpr int SHARED_POINTS_BYTES = LANES * int(sizeof(SharedPoint<T>));
+
+constexpr int BACKWARD_THREADS = 128;
+
+// Blocks of a multiprocessor, as many as can be without spilling registers.
 template <DType STORAGE, int VECTORS>
-constexpr int BACKWARD_BLOCKS = STORAGE == DType::float64 || VECTORS != 1 ? 1 : 2;
+constexpr int BACKWARD_BLOCKS = STORAGE == DType::float64 || VECTORS != 1 ? 2 : WIDEST_ADDED == 1 ? 3 : 4;
 
 template <DType STORAGE, int VEC, int LANES, int VECTORS>
-__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<STORAGE, VECTORS>)
+__global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS<STORAGE, VECTORS>)
 deform_backward(const __grid_constant__ DeviceArgs args, const __grid_constant__ WorkOrder order) {
   using T = AccumulateOf<STORAGE>;
-  constexpr int SPAN = VECTORS > 2 ? 1 : 2, CHUNK = LANES < SPAN ? SPAN : LANES, SLOTS = CHUNK / LANES;
+  constexpr int POINT_BYTES = int(sizeof(SharedPoint<T>)), QUERY_BYTES = SHARED_POINTS_BYTES<T, LANES>;
   const int lane = int(threadIdx.x) % LANES, query_of_block = int(threadIdx.x) / LANES;
+  const int points_at = query_of_block * QUERY_BYTES, warp_at = int(threadIdx.x) / 32 * (32 * POINT_BYTES);
+  const int grad_weights_at = int(blockDim.x) * POINT_BYTES + query_of_block * int(args.K * sizeof(T));
   const Work work = work_of(args, order, query_of_block);
   const Softmax<T> softmax = softmax_of<LANES, T>(args, work, lane);
   const int64_t row = (work.b * args.N + work.n) * args.H + work.h;
-  const GradOutput<STORAGE, VEC, LANES, VECTORS> grad(args, work, lane);
-  const AddedOutput<STORAGE, VEC, LANES, VECTORS> added(args, work, lane);
+  const GradOutput<STORAGE, VEC, LANES, VECTORS> grad(args, work);
+  constexpr int ADDED_VECTORS = VECTORS * VEC / ADDED<T, VEC>;
+  using Alone = GradOutput<STORAGE, ADDED<T, VEC>, LANES, ADDED_VECTORS>;
+  const std::conditional_t<LANES == 32, Alone, Adder<STORAGE, VEC, LANES>> added(args, work);
   const ValueRows<STORAGE, VEC> rows(args, work, lane * VEC);
-  const SumRows<T, VEC> sums(args, work, lane);
-  SharedArray<T> grad_weights;
-  const int first_shared = query_of_block * int(args.K);
+  const SumRows<T> sums(args, work);
   T expected = 0;  // of the gradients of weights, over the softmax
   int64_t first_cell = 0;
   for (int32_t l = 0; l < args.L; ++l) {
     const Level<T> level = level_of<T>(args, work, l);
+    const Steps steps = steps_of(rows.stride, level.width), sum_steps = steps_of(sums.stride, level.width);
     ReferenceSums<T> reference_sums = {};
-    for (int32_t first = 0; first < level.points; first += CHUNK) {
-      Point<T> points[SLOTS];
-      Corners<T> located[SLOTS], added_at[SLOTS];  // in value and in its gradient
-      Products<T> products[SLOTS] = {};
-#pragma unroll
-      for (int slot = 0; slot < SLOTS; ++slot) {
-        points[slot] = point_of(args, work, softmax, level, first + slot * LANES + lane);
-        const Corners<T> corners = corners_of(args, work, level, points[slot]);
-        located[slot] = in_bytes(corners, rows.stride);
-        added_at[slot] = in_bytes(corners, sums.stride);
-      }
+    for (int32_t first = 0; first < level.points; first += LANES) {
+      const int32_t of_chunk = level.points - first < LANES ? level.points - first : LANES;
+      const Point<T> own = point_of(args, work, softmax, level, first + lane);
+      const Corners<T> corners = corners_of(args, work, level, own);
+      const int32_t k = level.first_point + first + lane;
+      __syncwarp();  // the points before have been read
+      write_shared(points_at + lane * POINT_BYTES, SharedPoint<T>(corners, rows.stride, sums.stride));
+      __syncwarp();
+      Products<T> products = {};
 #pragma unroll 1
-      for (int span = 0; span < CHUNK && first + span < level.points; span += SPAN) {
-        const auto products_of = [&](int index) {
-          return products_of_lane(grad, rows, lane, level.width, corners_at<LANES>(located, index));
-        };
-        sum_products<LANES, SPAN>(lane, span, products_of, products);
+      for (int i = 0; i < of_chunk; ++i) {
+        const auto point = read_shared<SharedPoint<T>>(points_at + i * POINT_BYTES);
+        const Products<T> of_point = products_of(grad, rows, lane, steps, point);
+        if (lane == i) products = of_point;
         if (args.grad_value_sums.data == nullptr) continue;
-#pragma unroll
-        for (int j = 0; j < SPAN; ++j)
-          add_point(added, sums, lane, level.width, corners_at<LANES>(added_at, span + j));
+        if constexpr (LANES == 32) add_point(sums, sum_steps, point, added, lane);
+        else added.add(sums, sum_steps, warp_at + i * POINT_BYTES, QUERY_BYTES);
       }
-#pragma unroll
-      for (int slot = 0; slot < SLOTS; ++slot) {
-        if (!points[slot].exists) continue;
-        const int32_t k = level.first_point + first + slot * LANES + lane;
-        const T grad_weight = finish_point(args, row, level, k, points[slot], products[slot], reference_sums);
-        if (args.fused) grad_weights.write(first_shared + k, grad_weight);
-        else write(args.grad_weights, row * args.K + k, grad_weight);
-        expected += points[slot].weight * grad_weight;
-        if (args.cell.data != nullptr)
-          write_cell(args, work, row * args.K + k, first_cell, level, points[slot], located[slot]);
-      }
+      if (!own.exists) continue;
+      if (args.cell.data != nullptr) write_cell(args, work, row * args.K + k, first_cell, level, own.cell, corners);
+      const T grad_weight = finish_point(args, row, level, k, own, products, reference_sums);
+      if (args.fused) write_shared(grad_weights_at + k * int(sizeof(T)), grad_weight);
+      else write(args.grad_weights, row * args.K + k, grad_weight);
+      expected += own.weight * grad_weight;
     }
     write_reference<LANES>(args, work, row, l, lane, reference_sums);
     first_cell += int64_t(level.height + 1) * (level.width + 1);
   }
   if (args.fused)
-    write_grad_logits<LANES>(
-        args, work, softmax, row, lane, grad_weights, first_shared, sum_over_lanes<LANES>(expected));
+    write_grad_logits<LANES>(args, work, softmax, row, lane, grad_weights_at, sum_over_lanes<LANES>(expected));
 }
 
 }  // namespace deform

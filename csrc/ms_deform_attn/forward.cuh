@@ -7,21 +7,44 @@
 namespace rk {
 namespace deform {
 
+// As the lane that located a point tells the others.
+template <typename T>
+struct LocatedPoint {
+  int64_t row;  // of the first corner, in bytes
+  T weight[CORNERS];
+};
+
+// Point `index` of those that a group located at a time: by lane index % LANES, in its slot index / LANES.
+template <int LANES, int SLOTS, typename T>
+__device__ __forceinline__ LocatedPoint<T> told_by(const LocatedPoint<T> (&located)[SLOTS], int index) {
+  if constexpr (LANES == 1) {
+    return located[index];
+  } else {
+    const LocatedPoint<T>& from = located[SLOTS == 1 ? 0 : index / LANES];
+    LocatedPoint<T> point;
+    point.row = __shfl_sync(ALL_LANES, (long long)(from.row), index % LANES, LANES);
+#pragma unroll
+    for (int c = 0; c < CORNERS; ++c) point.weight[c] = __shfl_sync(ALL_LANES, from.weight[c], index % LANES, LANES);
+    return point;
+  }
+}
+
 // sums += weight row over the corners of SPAN points, whose rows are in flight together
 template <DType STORAGE, int VEC, int LANES, int VECTORS, int SPAN, int SLOTS, typename T>
 __device__ __forceinline__ void gather_span(
-    const ValueRows<STORAGE, VEC>& rows, const bool (&readable)[VECTORS], int32_t width,
-    const Corners<T> (&located)[SLOTS], int span, T (&sums)[VECTORS][VEC]) {
-  Corners<T> corners[SPAN];
+    const ValueRows<STORAGE, VEC>& rows, const bool (&readable)[VECTORS], const Steps& steps,
+    const LocatedPoint<T> (&located)[SLOTS], int span, T (&sums)[VECTORS][VEC]) {
+  LocatedPoint<T> points[SPAN];
   Access<STORAGE, VEC> read[SPAN][CORNERS][VECTORS];
 #pragma unroll
   for (int j = 0; j < SPAN; ++j) {
-    corners[j] = corners_at<LANES>(located, span + j);
+    points[j] = told_by<LANES>(located, span + j);
 #pragma unroll
     for (int c = 0; c < CORNERS; ++c)
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
-        read[j][c][v] = rows.read(corners[j], c, width, v * (LANES * VEC), readable[v]);
+        read[j][c][v] = rows.read(
+            points[j].row + to_corner(steps, c), v * (LANES * VEC), readable[v] && is_there(points[j].weight[c]));
   }
 #pragma unroll
   for (int j = 0; j < SPAN; ++j)
@@ -32,7 +55,7 @@ __device__ __forceinline__ void gather_span(
         T corner[VEC];
         unpack<STORAGE, VEC>(read[j][c][v], corner);
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) sums[v][i] += corners[j].weight[c] * corner[i];
+        for (int i = 0; i < VEC; ++i) sums[v][i] += points[j].weight[c] * corner[i];
       }
 }
 
@@ -47,16 +70,20 @@ __device__ __forceinline__ void forward_channels(
   for (int v = 0; v < VECTORS; ++v) readable[v] = channel + v * (LANES * VEC) < args.D;
   for (int32_t l = 0; l < args.L; ++l) {
     const Level<T> level = level_of<T>(args, work, l);
+    const Steps steps = steps_of(rows.stride, level.width);
     for (int32_t first = 0; first < level.points; first += CHUNK) {
-      Corners<T> located[SLOTS];
+      LocatedPoint<T> located[SLOTS];
 #pragma unroll
       for (int slot = 0; slot < SLOTS; ++slot) {
         const Point<T> point = point_of(args, work, softmax, level, first + slot * LANES + lane);
-        located[slot] = in_bytes(corners_of(args, work, level, point), rows.stride);
+        const Corners<T> corners = corners_of(args, work, level, point);
+        located[slot].row = corners.position * rows.stride;
+#pragma unroll
+        for (int c = 0; c < CORNERS; ++c) located[slot].weight[c] = corners.weight[c];
       }
 #pragma unroll 1
       for (int span = 0; span < CHUNK && first + span < level.points; span += SPAN)
-        gather_span<STORAGE, VEC, LANES, VECTORS, SPAN>(rows, readable, level.width, located, span, sums);
+        gather_span<STORAGE, VEC, LANES, VECTORS, SPAN>(rows, readable, steps, located, span, sums);
     }
   }
   if (!work.exists) return;

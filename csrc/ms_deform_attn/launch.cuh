@@ -85,10 +85,11 @@ struct Backward {
 
   template <DType STORAGE, int VEC, int LANES, int VECTORS>
   static int run(const DeviceArgs& args, CUstream_st* stream) {
-    const int64_t shared_of_query = args.fused ? args.K * int64_t(sizeof(AccumulateOf<STORAGE>)) : 0;
-    int threads = THREADS;  // fewer where many points fill the shared memory
-    while (threads > 32 && threads / LANES * shared_of_query > SHARED_BYTES) threads /= 2;
-    const int64_t shared = threads / LANES * shared_of_query;
+    using T = AccumulateOf<STORAGE>;
+    const int64_t of_query = SHARED_POINTS_BYTES<T, LANES> + (args.fused ? args.K * int64_t(sizeof(T)) : 0);
+    int threads = BACKWARD_THREADS;  // fewer where many points fill the shared memory
+    while (threads > 32 && threads / LANES * of_query > SHARED_BYTES) threads /= 2;
+    const int64_t shared = threads / LANES * of_query;
     if constexpr (LANES < 32)
       if (shared > SHARED_BYTES) return run<STORAGE, 1, 32, 0>(args, stream);
     const WorkOrder order = order_of(args, threads / LANES);

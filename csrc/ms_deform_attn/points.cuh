@@ -3,6 +3,9 @@
 // tells the others by shuffles where the corners are and what they weigh.
 
 #include <math.h>
+#include <stddef.h>
+
+#include <type_traits>
 
 #include "../common/storage.cuh"
 #include "math.h"
@@ -126,11 +129,11 @@ __device__ __forceinline__ Point<T> point_of(
 
 constexpr int CORNERS = 4;  // (row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)
 
-// As every lane knows it. A corner that does not exist weighs -0, which no corner that exists does: one register tells
-// both, and what is not there is neither read nor multiplied by a NaN.
+// A corner that does not exist weighs -0, which no corner that exists does: one register tells both, and what is not
+// there is neither read nor multiplied by a NaN.
 template <typename T>
 struct Corners {
-  int64_t row;  // of the first corner, whether it exists or not: counted in positions, then in bytes
+  int64_t position;  // of the first corner, whether it exists or not
   T weight[CORNERS];
 };
 
@@ -162,33 +165,17 @@ __device__ __forceinline__ Corners<T> corners_of(
   return corners;
 }
 
-// Of point `index` of the chunk: located by lane index % LANES of the group, in its slot index / LANES.
-template <int LANES, int SLOTS, typename T>
-__device__ __forceinline__ Corners<T> corners_at(const Corners<T> (&located)[SLOTS], int index) {
-  if constexpr (LANES == 1) {
-    return located[index];
-  } else {
-    const Corners<T>& from = located[SLOTS == 1 ? 0 : index / LANES];
-    Corners<T> corners;
-    corners.row = __shfl_sync(ALL_LANES, (long long)(from.row), index % LANES, LANES);
-#pragma unroll
-    for (int c = 0; c < CORNERS; ++c) corners.weight[c] = __shfl_sync(ALL_LANES, from.weight[c], index % LANES, LANES);
-    return corners;
-  }
-}
-
 // ---- rows --------------------------------------------------------------------------------------------------------
 
-template <typename T>
-__device__ __forceinline__ Corners<T> in_bytes(Corners<T> corners, int64_t stride) {
-  corners.row *= stride;
-  return corners;
-}
+// From a corner's row to those of its neighbours, in bytes.
+struct Steps {
+  int64_t right, below;
+};
 
-// Where the row of a corner is, in bytes from that of position 0, among rows `stride` bytes apart.
-template <typename T>
-__device__ __forceinline__ int64_t row_of_corner(const Corners<T>& corners, int corner, int32_t width, int64_t stride) {
-  return corners.row + (corner / 2 * (width * stride) + corner % 2 * stride);
+__device__ __forceinline__ Steps steps_of(int64_t stride, int32_t width) { return {stride, width * stride}; }
+
+__device__ __forceinline__ int64_t to_corner(const Steps& steps, int corner) {
+  return (corner / 2 ? steps.below : 0) + (corner % 2 ? steps.right : 0);
 }
 
 // The rows of value of a batch element and head, from a lane's first channel on.
@@ -205,13 +192,10 @@ struct ValueRows {
   }
 
   // VEC values, or zeros where there is nothing to read
-  template <typename T>
-  __device__ __forceinline__ Access<STORAGE, VEC> read(
-      const Corners<T>& corners, int corner, int32_t width, int64_t channels, bool readable) const {
-    const char* from = first + row_of_corner(corners, corner, width, stride) + channels * StorageOf<STORAGE>::BYTES;
+  __device__ __forceinline__ Access<STORAGE, VEC> read(int64_t row, int64_t channels, bool readable) const {
     Access<STORAGE, VEC> access{};
-    if (readable && is_there(corners.weight[corner]))
-      access = __ldg(reinterpret_cast<const Access<STORAGE, VEC>*>(from));
+    const char* from = first + row + channels * StorageOf<STORAGE>::BYTES;
+    if (readable) access = __ldg(reinterpret_cast<const Access<STORAGE, VEC>*>(from));
     return access;
   }
 };

@@ -47,11 +47,11 @@ class Block {
   uint64_t shuffle(unsigned mask, uint64_t value, int source, Site site);
   void wait(Meeting meeting, unsigned mask, Site site);
 
-  void read_shared(int64_t at, void* to, int64_t size) {
-    shared.read(at, to, size, active, threads[size_t(active)]->clock);
+  void read_shared(int64_t at, void* to, int64_t size, int64_t alignment) {
+    shared.read(at, to, size, alignment, active, threads[size_t(active)]->clock);
   }
-  void write_shared(int64_t at, const void* from, int64_t size) {
-    shared.write(at, from, size, active, threads[size_t(active)]->clock);
+  void write_shared(int64_t at, const void* from, int64_t size, int64_t alignment) {
+    shared.write(at, from, size, alignment, active, threads[size_t(active)]->clock);
   }
 
  private:

@@ -65,6 +65,7 @@ class Memory {
     if (buffer.access != Access::sums) throw Error("adds to " + buffer.name + ", which is no sum");
     T* sums = reinterpret_cast<T*>(place(buffer, to));
     for (int64_t i = 0; i < count; ++i) sums[i] += values[i];
+    reductions += 1;
   }
 
   void check_outputs_are_complete() const {
@@ -73,6 +74,8 @@ class Memory {
         if (buffer.belongs[i] && buffer.writer[i] == 0)
           throw Error("byte " + std::to_string(i) + " of " + buffer.name + " was never written");
   }
+
+  int64_t reductions = 0;
 
  private:
   static constexpr uint64_t FIRST_ADDRESS = uint64_t(1) << 60;

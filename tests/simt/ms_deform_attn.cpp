@@ -73,17 +73,18 @@ int launch_of_dtype(char pass, const DeviceArgs& args, CUstream_st* stream) {
 
 }  // namespace
 
-// pass: f forward, b backward, g gather. Returns the number of launches, or -1 with the reason in `error`.
-extern "C" int64_t run_deform(char pass, const EmulatedArgs* given, char* error, int64_t error_bytes) {
+// pass: f forward, b backward, g gather. Leaves the reason in `error` where something is wrong.
+extern "C" void run_deform(
+    char pass, const EmulatedArgs* given, int64_t* launches, int64_t* reductions, char* error, int64_t error_bytes) {
   CUstream_st stream;
   stream.backwards = given->backwards != 0;
   try {
     const int status = launch_of_dtype(pass, device_args(*given, stream.memory), &stream);
     if (status != cudaSuccess) throw simt::Error("refused with error " + std::to_string(status));
     stream.memory.check_outputs_are_complete();
-    return stream.launches;
+    *launches = stream.launches;
+    *reductions = stream.memory.reductions;
   } catch (const simt::Error& reason) {
     strncpy(error, reason.what(), size_t(error_bytes) - 1);
-    return -1;
   }
 }

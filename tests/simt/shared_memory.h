@@ -19,8 +19,8 @@ class SharedMemory {
  public:
   explicit SharedMemory(int64_t size) : bytes(size_t(size)) {}
 
-  void read(int64_t at, void* to, int64_t size, int thread, const Clock& clock) {
-    check_place("reads", at, size);
+  void read(int64_t at, void* to, int64_t size, int64_t alignment, int thread, const Clock& clock) {
+    check_place("reads", at, size, alignment);
     for (int64_t i = 0; i < size; ++i) {
       Byte& byte = bytes[size_t(at + i)];
       if (byte.writer < 0) throw Error("reads shared memory at byte " + std::to_string(at + i) + ", never written");
@@ -31,8 +31,8 @@ class SharedMemory {
     }
   }
 
-  void write(int64_t at, const void* from, int64_t size, int thread, const Clock& clock) {
-    check_place("writes", at, size);
+  void write(int64_t at, const void* from, int64_t size, int64_t alignment, int thread, const Clock& clock) {
+    check_place("writes", at, size, alignment);
     for (int64_t i = 0; i < size; ++i) {
       Byte& byte = bytes[size_t(at + i)];
       if (byte.writer >= 0 && !is_before(byte.writer, byte.written_at, thread, clock))
@@ -62,11 +62,12 @@ class SharedMemory {
                  " with no barrier since");
   }
 
-  void check_place(const char* verb, int64_t at, int64_t size) const {
+  void check_place(const char* verb, int64_t at, int64_t size, int64_t alignment) const {
     if (at < 0 || at + size > int64_t(bytes.size()))
       throw Error(std::string(verb) + " shared memory at byte " + std::to_string(at) + " of " +
                   std::to_string(bytes.size()));
-    if (at % size != 0) throw Error(std::string(verb) + " shared memory at a misaligned byte " + std::to_string(at));
+    if (at % alignment != 0)
+      throw Error(std::string(verb) + " shared memory at a misaligned byte " + std::to_string(at));
   }
 };
 
