@@ -60,7 +60,7 @@ def the_parts() -> list[Part]:
         "build": [python, "setup.py", "build_ext", "--inplace"],
         "tests": [
             python, "-m", "pytest", "-m", "gpu", "-p", "benchmarks.outcome_lines", "-q", "--no-header", "--tb=short",
-            *_workers(), "tests/test_gpu.py",
+            *_workers(), "tests/test_gpu_cuda.py", "tests/test_gpu.py",
         ],
         **{name: [python, "-m", "benchmarks.gpu_run", name] for name in (*speed_parts(), LAUNCH)},
         "profile": [python, "-m", "benchmarks.gpu_profile"],
