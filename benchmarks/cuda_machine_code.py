@@ -18,18 +18,8 @@ from pathlib import Path
 from types import ModuleType
 
 from .device import ROOT
-from .machine_code import (
-    ATOMIC,
-    LOAD,
-    SPECIAL_FUNCTION,
-    SPILL,
-    STORE,
-    TENSOR_CORE,
-    MachineCode,
-    nvidia_machine_code,
-)
-from .processors import PROCESSORS
-from .static_report import Row
+from .machine_code import MachineCode, nvidia_machine_code
+from .static_report import Row, counts
 
 ARCHITECTURES = {"sm80": "80", "sm86": "86", "sm90": "90a", "sm100": "100a", "sm120": "120a"}
 """By the chips of the static report."""
@@ -108,8 +98,6 @@ def rows(chips: Iterable[str], matching: str = "", few: bool = False) -> Iterato
 
 
 def _row(kernel: Kernel) -> Row:
-    code, processor = kernel.code, PROCESSORS[kernel.chip]
-    occupied = (code.registers, 0, WARPS)
     return Row(
         op=OP,
         direction=DIRECTIONS[kernel.name],
@@ -118,21 +106,9 @@ def _row(kernel: Kernel) -> Row:
         blocks=dict(zip(("VEC", "LANES", "VECTORS"), kernel.arguments, strict=False)),
         num_warps=WARPS,
         num_stages=1,
-        registers=code.registers,
-        spilled_bytes=code.spilled_bytes,
-        spill_instructions=code.count(SPILL),
         shared_bytes=0,  # what backward asks for depends on the points
         tensor_memory_columns=0,
-        programs_at_once=processor.programs_at_once(*occupied),
-        occupancy=round(processor.occupancy(*occupied), 3),
-        instructions=sum(code.instructions.values()),
-        tensor_core=code.count(TENSOR_CORE),
-        tensor_core_in_loops=code.count_in_loops(TENSOR_CORE),
-        special_function=code.count(SPECIAL_FUNCTION),
-        special_function_in_loops=code.count_in_loops(SPECIAL_FUNCTION),
-        loads=code.those(LOAD),
-        stores=code.those(STORE),
-        atomics=code.those(ATOMIC),
         tile_bytes={"loaded_once": 0, "loaded_in_loops": 0, "stored_once": 0, "stored_in_loops": 0},
         entries=[],
+        **counts(kernel.code, kernel.chip, 0, WARPS),
     )

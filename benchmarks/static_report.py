@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import head_groups
-from .machine_code import ATOMIC, LOAD, SPECIAL_FUNCTION, SPILL, STORE, TENSOR_CORE, machine_code, tile_bytes
+from .machine_code import (
+    ATOMIC,
+    LOAD,
+    SPECIAL_FUNCTION,
+    SPILL,
+    STORE,
+    TENSOR_CORE,
+    MachineCode,
+    machine_code,
+    tile_bytes,
+)
 from .processors import PROCESSORS, TENSOR_MEMORY_COLUMNS
 
 if TYPE_CHECKING:
@@ -74,9 +84,7 @@ def row(variant: Variant) -> Row:
     code = machine_code(compiled)
     parameters = [parameter.name for parameter in variant.kernel.params]
     constants = {parameters[place[0]]: value for place, value in variant.constexprs.items() if len(place) == 1}
-    processor, metadata = PROCESSORS[variant.architecture], compiled.metadata
-    occupied = (code.registers, metadata.shared, metadata.num_warps)
-
+    metadata = compiled.metadata
     return Row(
         op=variant.op,
         direction=variant.direction,
@@ -85,25 +93,33 @@ def row(variant: Variant) -> Row:
         blocks={name: value for name, value in constants.items() if name.startswith(("BLOCK_", "HEADS_PER"))},
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
-        registers=code.registers,
-        spilled_bytes=code.spilled_bytes,
-        spill_instructions=code.count(SPILL),
         shared_bytes=metadata.shared,
         tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
-        programs_at_once=processor.programs_at_once(*occupied),
-        occupancy=round(processor.occupancy(*occupied), 3),
-        instructions=sum(code.instructions.values()),
-        instructions_in_loops=sum(code.in_loops.values()),
-        tensor_core=code.count(TENSOR_CORE),
-        tensor_core_in_loops=code.count_in_loops(TENSOR_CORE),
-        special_function=code.count(SPECIAL_FUNCTION),
-        special_function_in_loops=code.count_in_loops(SPECIAL_FUNCTION),
-        loads=code.those(LOAD),
-        stores=code.those(STORE),
-        atomics=code.those(ATOMIC),
         tile_bytes=tile_bytes(compiled.asm["ttir"]),
         entries=sorted(map(list, variant.entries)),
+        **counts(code, variant.architecture, metadata.shared, metadata.num_warps),
     )
+
+
+def counts(code: MachineCode, chip: str, shared: int, num_warps: int) -> dict[str, Any]:
+    """What a row has of its machine code, and how many such programs a multiprocessor holds."""
+    processor, occupied = PROCESSORS[chip], (code.registers, shared, num_warps)
+    return {
+        "registers": code.registers,
+        "spilled_bytes": code.spilled_bytes,
+        "spill_instructions": code.count(SPILL),
+        "programs_at_once": processor.programs_at_once(*occupied),
+        "occupancy": round(processor.occupancy(*occupied), 3),
+        "instructions": sum(code.instructions.values()),
+        "instructions_in_loops": sum(code.in_loops.values()),
+        "tensor_core": code.count(TENSOR_CORE),
+        "tensor_core_in_loops": code.count_in_loops(TENSOR_CORE),
+        "special_function": code.count(SPECIAL_FUNCTION),
+        "special_function_in_loops": code.count_in_loops(SPECIAL_FUNCTION),
+        "loads": code.those(LOAD),
+        "stores": code.those(STORE),
+        "atomics": code.those(ATOMIC),
+    }
 
 
 def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool = False) -> Iterator[Row]:
