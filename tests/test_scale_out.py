@@ -104,6 +104,11 @@ def test_two_processes_end_with_the_weights_of_one(mode, alone, together):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_comes_back_on_every_rank(mode, together):
+    assert all(json.loads((together / f"{mode}-{rank}.json").read_text())["comes back"] for rank in (0, 1))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_every_rank_routes_as_the_schedule_says(mode, alone, together):
     expected = alone[1]
     ranks = [json.loads((together / f"{mode}-{rank}.json").read_text()) for rank in (0, 1)]
@@ -134,7 +139,8 @@ def test_only_the_first_rank_writes(alone, together):
     for mode in MODES:
         names = {file.name for file in (together / mode).iterdir() if not file.name.startswith("events")}
         assert names == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png"}
-        assert len([file for file in (together / mode).iterdir() if file.name.startswith("events")]) == 1
+        events = [file.name.split(".") for file in (together / mode).iterdir() if file.name.startswith("events")]
+        assert len({process for *_, process, _ in events}) == 1
         assert json.loads((together / mode / "config.json").read_text())["processes"] == 2
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from route_detr import cli, engine
+from route_detr.checkpoint import load_checkpoint
 from route_detr.config import Config
 from route_detr.criterion import Criterion
 from route_detr.run import Run
@@ -46,6 +47,19 @@ def seen_while_training(training: Training) -> dict:
     return {**seen, "router": router.detach().flatten().tolist(), "kind": type(training.model).__name__}
 
 
+def comes_back(run: Run, training: Training) -> bool:
+    """Whether a resumed run holds, on this rank, the model and the optimizer that the checkpoint has."""
+    again = Training(run, training.config, training.data, training.accelerator)
+    again.resume()
+    stored, state = load_checkpoint(run.last), again.state()
+    equal = [
+        torch.equal(value, state["optimizer"]["state"][index][name])
+        for index, moments in stored["optimizer"]["state"].items()
+        for name, value in moments.items()
+    ] + [torch.equal(value, state["model"][name]) for name, value in stored["model"].items()]
+    return all(equal) and state["progress"] == stored["progress"] and state["loss_sums"] == stored["loss_sums"]
+
+
 def train(config: str, data: str, out: str) -> None:
     """A run with DDP in OUT/ddp and one with FSDP in OUT/fsdp; what each rank saw in OUT/ddp-0.json, ..."""
     torch.set_num_threads(1)
@@ -55,6 +69,7 @@ def train(config: str, data: str, out: str) -> None:
         run = Run(Path(out) / name, writes=RANK == 0)
         training = Training(run, Config.from_dict(json.loads(config)), json.loads(data), start_processes("cpu"))
         seen = seen_while_training(training)
+        seen["comes back"] = comes_back(run, training)
         run.close()
         (Path(out) / f"{name}-{RANK}.json").write_text(json.dumps(seen))
 
