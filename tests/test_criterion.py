@@ -151,6 +151,26 @@ def test_losses_equal_a_plain_loop_over_layers_branches_and_images():
             assert losses[f"{name}/{kind}"].item() == pytest.approx(weight * value / 6, rel=1e-12)
 
 
+def test_predictions_in_bfloat16_are_compared_in_float32():
+    torch.manual_seed(3)
+    output, targets = random_output(2), random_targets(2, 3)
+    low, high = (
+        DetectorOutput(
+            [Predictions(*(part.to(torch.bfloat16).to(dtype) for part in layer[:2])) for layer in output.layers],
+            Predictions(*(part.to(torch.bfloat16).to(dtype) for part in output.proposals[:2])),
+            output.aux_weight,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    with torch.autocast("cpu"):
+        losses = Criterion(TrainConfig())(low, targets)
+    expected = Criterion(TrainConfig())(high, targets)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-5
+    )
+
+
 def test_parts_sum_to_the_loss_and_carry_no_gradient():
     losses = Criterion(TrainConfig())(random_output(2), random_targets(2, 3))
     total = losses.pop("loss")
