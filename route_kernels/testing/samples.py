@@ -224,22 +224,18 @@ _SAMPLES: dict[str, Callable[[torch.dtype, dict[str, Any]], dict[str, Arguments]
     "feed_forward": lambda dtype, sizes: {
         "relu": feed_forward_arguments(dtype=dtype, **sizes),
         "gelu, no biases": feed_forward_arguments(dtype=dtype, activation="gelu", biases=False, **sizes),
-        "silu, one chunk": feed_forward_arguments(dtype=dtype, activation="silu", chunks=1, **sizes),
     },
     "add_linear": lambda dtype, sizes: {
         "shared position": add_linear_arguments(dtype=dtype, **sizes),
         "a position of each image, no bias": add_linear_arguments(dtype=dtype, positions=2, bias=False, **sizes),
     },
     "add_layer_norm": lambda dtype, sizes: {
-        "output": add_layer_norm_arguments(dtype=dtype, **sizes),
         "zero weights": add_layer_norm_arguments(dtype=dtype, zeros=4, **sizes),
         "normalized": add_layer_norm_arguments(dtype=dtype, zeros=9, keep="normalized", **sizes),
-        "few channels": add_layer_norm_arguments(dtype=dtype, channels=3, zeros=1, **sizes),
     },
     "sigmoid_focal_loss": lambda dtype, sizes: {
         "sum": sigmoid_focal_loss_arguments(dtype=dtype, reduction="sum", **sizes),
         "weights of images": sigmoid_focal_loss_arguments(dtype=dtype, gamma=1.5, alpha=0.6, weighted=True, **sizes),
-        "one class": sigmoid_focal_loss_arguments(dtype=dtype, classes=1, **sizes),
     },
 }
 

@@ -140,22 +140,22 @@ TABLE: dict[str, tuple[Entry, ...]] = {
     ),
     # BLOCK_TC: tokens times channels of a tile
     "add_layer_norm_forward": (
-        Entry(_settings(4, 1, BLOCK_TC=64), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TC=256), architectures=(INTERPRETER,)),
         Entry(_settings(4, 1, BLOCK_TC=2048)),
     ),
     "add_layer_norm_backward": (
-        Entry(_settings(4, 1, BLOCK_TC=64), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TC=256), architectures=(INTERPRETER,)),
         Entry(_settings(4, 1, BLOCK_TC=1024), dtypes=DOUBLE),
         Entry(_settings(4, 1, BLOCK_TC=2048)),
     ),
     # BLOCK_TK: queries times classes of a tile
     "sigmoid_focal_loss_forward": (
-        Entry(_settings(4, 1, BLOCK_TK=32), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TK=128), architectures=(INTERPRETER,)),
         Entry(_settings(4, 1, BLOCK_TK=256), dtypes=DOUBLE),
         Entry(_settings(4, 1, BLOCK_TK=1024)),
     ),
     "sigmoid_focal_loss_backward": (
-        Entry(_settings(4, 1, BLOCK_TK=64), architectures=(INTERPRETER,)),
+        Entry(_settings(4, 1, BLOCK_TK=128), architectures=(INTERPRETER,)),
         Entry(_settings(4, 1, BLOCK_TK=1024)),
     ),
     "softmax_adjoint": (
