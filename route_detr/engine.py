@@ -157,7 +157,7 @@ def train_one_epoch(
                     norm = accelerator.clip_grad_norm_(model.parameters(), train.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=values.device)
         step = Step(progress.step + 1, tuple(losses), values, norm, settings)
         yield step
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from route_detr.checkpoint import load_checkpoint
+from route_detr.config import TrainConfig
 from route_detr.errors import CheckpointError, UsageError
 
 
@@ -57,7 +58,7 @@ def start_processes(device: str = "auto") -> Accelerator:
 
 
 def prepared(
-    accelerator: Accelerator, detector: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int
+    accelerator: Accelerator, detector: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Detector and optimizer, wrapped as the run needs them.
 
@@ -75,7 +76,11 @@ def prepared(
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         accelerator.state.fsdp_plugin.ignored_modules = list(detector.decoder.routers.values())
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+        pieces = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.batch_size // pieces,
+            "gradient_clipping": config.clip_norm,
+        }
     else:
         routers = {id(parameter) for parameter in detector.decoder.routers.parameters()}
         ignored = [name for name, parameter in detector.named_parameters() if id(parameter) in routers]

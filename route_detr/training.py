@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from tqdm import tqdm
 
 from route_detr.checkpoint import load_checkpoint, random_state, restore_random_state
@@ -80,8 +81,7 @@ class Training:
         optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train))
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        micro_batch = config.train.batch_size // accelerator.num_processes // accelerator.gradient_accumulation_steps
-        self.model, self.optimizer = prepared(accelerator, self.detector, optimizer, micro_batch)
+        self.model, self.optimizer = prepared(accelerator, self.detector, optimizer, config.train)
         torch.manual_seed(config.train.seed + accelerator.process_index)
         self.progress, self.sums = Progress(), self._loss_sums()
         self.stop = StopSignal()
@@ -104,12 +104,17 @@ class Training:
             "data": self.data,
             **self._data_identity(),
             "threads": torch.get_num_threads(),
-            "model": whole(self.detector.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            **self._weights(),
             "progress": self.progress.to_dict(),
             "loss_sums": self.sums.read(),
             "random": everybodys(random_state()),
         }
+
+    def _weights(self) -> dict[str, Any]:
+        """Model and optimizer; the optimizer's state under DeepSpeed is not ours to hold."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return {"model": whole(self.accelerator.get_state_dict(self.model)), "optimizer": None}
+        return {"model": whole(self.detector.state_dict()), "optimizer": whole(self.optimizer.state_dict())}
 
     def _data_identity(self) -> dict[str, Any]:
         categories = zip(self.train_set.category_ids, self.train_set.category_names, strict=True)
@@ -129,6 +134,8 @@ class Training:
         """Go back to the run's last checkpoint, in memory and in its records. Any number of ranks may go on."""
         self.run.check_resumable()
         state = load_checkpoint(self.run.last)
+        if state["optimizer"] is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise CheckpointError(f"{self.run.last}: a run under DeepSpeed cannot be resumed, only begun from: --init")
         for name, value in self._data_identity().items():
             if state.get(name) != value:
                 raise CheckpointError(f"{self.run.last}: the training set's {name} have changed since the run began")
