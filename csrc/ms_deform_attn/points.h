@@ -151,11 +151,11 @@ void find_corners(const LevelBlock<T>& level, const Rows& rows, int64_t grad_str
   RK_INDEPENDENT
   for (int64_t i = 0; i < BLOCK; ++i) {
     const Cell<T> cell = cell_of(p.x[i], p.y[i], level.height[i], level.width[i]);
-    const T above = p.weight[i] * (T(1) - cell.fraction_y), below = p.weight[i] * cell.fraction_y;
-    p.corner_weight[0][i] = (cell.top & cell.left) ? above * (T(1) - cell.fraction_x) : T(0);
-    p.corner_weight[1][i] = (cell.top & cell.right) ? above * cell.fraction_x : T(0);
-    p.corner_weight[2][i] = (cell.bottom & cell.left) ? below * (T(1) - cell.fraction_x) : T(0);
-    p.corner_weight[3][i] = (cell.bottom & cell.right) ? below * cell.fraction_x : T(0);
+    const CornerWeights<T> share = corner_weights(cell.fraction_x, cell.fraction_y, p.weight[i]);
+    p.corner_weight[0][i] = (cell.top & cell.left) ? share.top_left : T(0);
+    p.corner_weight[1][i] = (cell.top & cell.right) ? share.top_right : T(0);
+    p.corner_weight[2][i] = (cell.bottom & cell.left) ? share.bottom_left : T(0);
+    p.corner_weight[3][i] = (cell.bottom & cell.right) ? share.bottom_right : T(0);
     exists[0][i] = cell.top & cell.left;
     exists[1][i] = cell.top & cell.right;
     exists[2][i] = cell.bottom & cell.left;
