@@ -133,6 +133,16 @@ def tile_bytes(ttir: str) -> dict[str, int]:
     return dict(found)
 
 
+def narrow_strides(ttir: str) -> list[str]:
+    """Strides that a program multiplies in 32 bits, in Triton's own code: their products overflow in large tensors."""
+    found = []
+    for line in ttir.splitlines():
+        used = re.search(r"= (?P<operation>[\w.]+) .*%(?P<stride>stride_\w+).*: (?P<type>[^:]*?)(?: loc\(|$)", line)
+        if used and used["operation"] != "arith.extsi" and "i64" not in used["type"]:
+            found.append(used["stride"])
+    return sorted(set(found))
+
+
 def _with_loop_depth(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Each line with the number of loops around it; what else opens a brace is no loop."""
     blocks: list[bool] = []

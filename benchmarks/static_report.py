@@ -24,6 +24,7 @@ from .machine_code import (
     TENSOR_CORE,
     MachineCode,
     machine_code,
+    narrow_strides,
     tile_bytes,
 )
 from .processors import PROCESSORS, TENSOR_MEMORY_COLUMNS
@@ -63,6 +64,7 @@ class Row:
     atomics: dict[str, int]
     tile_bytes: dict[str, int]  # loaded and stored by a program, once and in each turn of its loops
     entries: list[list[Any]]  # (kernel name, place) of the table's entries
+    narrow_strides: Sequence[str] = ()  # multiplied in 32 bits
 
     def faults(self) -> list[str]:
         """Why it would be slow or could not be launched."""
@@ -75,6 +77,8 @@ class Row:
             found.append(f"{self.tensor_memory_columns} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
         if self.programs_at_once < 1:
             found.append("no program fits on a multiprocessor")
+        if self.narrow_strides:
+            found.append(f"multiplied in 32 bits: {', '.join(self.narrow_strides)}")
         return found
 
 
@@ -97,6 +101,7 @@ def row(variant: Variant) -> Row:
         tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
         tile_bytes=tile_bytes(compiled.asm["ttir"]),
         entries=sorted(map(list, variant.entries)),
+        narrow_strides=narrow_strides(compiled.asm["ttir"]),
         **counts(code, variant.architecture, metadata.shared, metadata.num_warps),
     )
 

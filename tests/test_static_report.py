@@ -98,6 +98,16 @@ def test_bytes_of_tiles_once_and_in_loops():
     }  # fmt: skip
 
 
+def test_strides_that_are_multiplied_in_32_bits():
+    ttir = """
+    %a = arith.extsi %stride_b : i32 to i64 loc(#loc1)
+    %b = arith.muli %image, %stride_h : i64 loc(#loc1)
+    %c = tt.splat %stride_n : i32 -> tensor<64x1xi32> loc(#loc2)
+    %d = arith.muli %n, %stride_m : i32
+    """
+    assert machine_code.narrow_strides(ttir) == ["stride_m", "stride_n"]
+
+
 @pytest.mark.parametrize(
     "chip, registers, shared, num_warps, expected",
     [
@@ -129,7 +139,7 @@ ROW = static_report.Row(
 def test_faults_stand_under_their_row():
     assert not ROW.faults()
     bad = replace(ROW, spilled_bytes=8, spill_instructions=2, shared_bytes=2**18, programs_at_once=0,
-                  tensor_memory_columns=1024)  # fmt: skip
+                  tensor_memory_columns=1024, narrow_strides=["stride_b"])  # fmt: skip
     lines = list(static_report.table([ROW, bad]))
     assert lines[0].startswith("chip") and "kernel bfloat16" in lines[1]
     assert lines[3:] == [
@@ -137,6 +147,7 @@ def test_faults_stand_under_their_row():
         "  ! 262144 bytes of shared memory, at most 232448",
         "  ! 1024 columns of tensor memory, at most 512",
         "  ! no program fits on a multiprocessor",
+        "  ! multiplied in 32 bits: stride_b",
     ]
 
 

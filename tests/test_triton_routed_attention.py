@@ -289,6 +289,15 @@ def test_float64_is_refused_with_the_reason():
         on_triton(**arguments)
 
 
+@pytest.mark.parametrize("wide", [dict(channels=129), dict(rank=65), dict(gate_rank=65)], ids=str)
+def test_wider_rows_are_refused_with_the_reason(wide):
+    arguments = routed_attention_arguments(queries=3, **wide)
+    (width,) = wide.values()
+    with pytest.raises(rk.BackendUnavailableError, match=rf"takes (D up to 128|R and G up to 64), got {width}"):
+        on_triton(**arguments)
+    assert on_triton(**routed_attention_arguments(queries=1, channels=128, rank=64)).shape[-1] == 128
+
+
 def test_second_derivatives_are_refused():
     arguments = routed_attention_arguments(queries=3)
     (grad,) = torch.autograd.grad(on_triton(**arguments).sum(), arguments["query"], create_graph=True)

@@ -22,6 +22,8 @@ DTYPES = {
     "sigmoid_focal_loss": FLOATING,
 }
 """What each op's kernels take. An op that is not here has none."""
+WIDEST = {4: ("D", 128), 3: ("R and G", 64)}
+"""By their dimensions, the widest rows of routed attention's tensors that registers and shared memory hold."""
 
 
 def can_run(op: str, *tensors: torch.Tensor) -> tuple[bool, str]:
@@ -37,6 +39,10 @@ def can_run(op: str, *tensors: torch.Tensor) -> tuple[bool, str]:
         if tensor.is_floating_point() and tensor.dtype not in DTYPES[op]:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[op])
             return False, f"the triton kernel takes {names}, got {tensor.dtype}"
+        if op == "routed_attention" and tensor.dim() in WIDEST:
+            name, most = WIDEST[tensor.dim()]
+            if tensor.shape[-1] > most:
+                return False, f"the triton kernel takes {name} up to {most}, got {tensor.shape[-1]}"
     return True, _description()
 
 
