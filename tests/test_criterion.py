@@ -9,6 +9,7 @@ import route_kernels as rk
 from route_detr.boxes import corners, generalized_iou, inverse_sigmoid
 from route_detr.config import TrainConfig
 from route_detr.criterion import Criterion
+from route_detr.denoising import Denoised, DenoisingTargets
 from route_detr.detector import DetectorOutput
 from route_detr.heads import Predictions
 from route_detr.matcher import Matcher, padded_targets
@@ -149,6 +150,35 @@ def test_losses_equal_a_plain_loop_over_layers_branches_and_images():
                 expected["giou"] += 0.5 * (1 - generalized_iou(corners(boxes[q]), corners(target.boxes[t])).item())
         for kind, value in expected.items():
             assert losses[f"{name}/{kind}"].item() == pytest.approx(weight * value / 6, rel=1e-12)
+
+
+def test_denoising_losses_are_those_of_the_targets_that_queries_start_from():
+    torch.manual_seed(2)
+    config, output, targets = TrainConfig(), random_output(2), random_targets(2, 1)
+    layers = [random_predictions(2, 1, 4), random_predictions(2, 2, 4)]
+    target = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
+    positive = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    present = torch.tensor([[True, True, True, True], [True, False, True, False]])
+    known = DenoisingTargets(target, positive, present, groups=3)
+    losses = Criterion(config)(output._replace(denoising=Denoised(layers, known)), targets)
+    plain = Criterion(config)(output, targets)
+    rows = {"layer0": (layers[0], 0, 1.5), "layer1.main": (layers[1], 0, 1.0), "layer1.aux": (layers[1], 1, 0.5)}
+    for name, (predictions, branch, weight) in rows.items():
+        expected = dict.fromkeys(("class", "l1", "giou"), 0.0)
+        for image, query in itertools.product(range(2), range(4)):
+            logits, box = (part[image, branch, query] for part in predictions[:2])
+            true = targets[image].boxes[target[image, query]]
+            label = targets[image].labels[target[image, query]] if positive[image, query] else torch.tensor(CLASSES)
+            if present[image, query]:
+                expected["class"] += rk.sigmoid_focal_loss(logits[None], label[None], 0.25, 2.0).item()
+            if positive[image, query]:
+                expected["l1"] += 5.0 * (box - true).abs().sum().item()
+                expected["giou"] += 2.0 * (1 - generalized_iou(corners(box), corners(true)).item())
+        for kind, value in expected.items():
+            assert losses[f"{name}.denoising/{kind}"].item() == pytest.approx(weight * value / 3 / 3, rel=1e-9)
+    assert all(losses[part].item() == pytest.approx(plain[part].item()) for part in plain if part != "loss")
+    total = losses.pop("loss").item()
+    assert total == pytest.approx(sum(part.item() for part in losses.values()))
 
 
 def test_predictions_in_bfloat16_are_compared_in_float32():
