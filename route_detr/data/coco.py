@@ -191,7 +191,9 @@ class CocoDetection(Dataset):
             labels=self.labels(index)[kept],
             size=view.size[::-1],
             original_size=image.size[::-1],
-            masks=None if self._masks is None else torch.from_numpy(view.masks(self.masks(index)[..., kept])).bool(),
+            masks=None
+            if self._masks is None
+            else torch.from_numpy(view.masks(self.masks(index)[..., kept])).view(torch.bool),
         )
         return image_pixels(view.image(image)), target
 

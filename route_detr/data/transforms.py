@@ -75,7 +75,7 @@ class View(NamedTuple):
             for start, stop, count in ((x0, x1, self.size[0]), (y0, y1, self.size[1]))
         )
         columns = columns[::-1] if self.mirrored else columns
-        return np.ascontiguousarray(masks[np.ix_(rows, columns)].transpose(2, 0, 1))
+        return np.ascontiguousarray(masks.transpose(2, 0, 1)).take(columns, 2).take(rows, 1)
 
 
 def resized_shape(width: float, height: float, shorter: int, max_size: int) -> tuple[int, int]:
