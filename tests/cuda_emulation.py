@@ -78,14 +78,15 @@ def library(*flags: str, root: Path = ROOT) -> ctypes.CDLL:
 class Kernels:
     """The launches of one call, as the host makes them.
 
-    `backwards` runs the blocks, and the threads of each, in the opposite order. `launches` counts kernels,
-    `reductions` what their threads added to sums.
+    `backwards` runs the blocks, and the threads of each, in the opposite order. `launches` counts kernels, `reductions`
+    what their threads added to sums. `cell_dtype` is int64 where there are 2^31 cells or more.
     """
 
     def __init__(self, emulation: ctypes.CDLL | None = None, *, deterministic: bool = False, backwards: bool = False):
         self.emulation = library() if emulation is None else emulation
         self.deterministic, self.backwards = deterministic, backwards
         self.launches = self.reductions = 0
+        self.cell_dtype = torch.int32
 
     def ms_deform_attn(
         self, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *, points=None
@@ -135,11 +136,11 @@ class Kernels:
         inputs = {**inputs, "grad_output": last_dim_contiguous(grad_output)}
         cells = 1 + sum((height + 1) * (width + 1) for _, height, width, _, _ in levels)
         if self.deterministic:
-            made["cell"] = _poisoned(weights, *weights.shape, dtype=torch.int32)
+            made["cell"] = _poisoned(weights, *weights.shape, dtype=self.cell_dtype)
             made["corner_weight"] = _poisoned(weights, *weights.shape, 4, dtype=accumulate)
             self.launch("b", levels, inputs, cells=cells, **made)
             sorted_cells, order = torch.sort(made["cell"].flatten(), stable=True)
-            bounds = torch.searchsorted(sorted_cells, torch.arange(batch * heads * cells + 1, dtype=torch.int32))
+            bounds = torch.searchsorted(sorted_cells, torch.arange(batch * heads * cells + 1, dtype=self.cell_dtype))
             grad_value = _poisoned(value, *value.shape)
             inputs |= {"corner_weight": made["corner_weight"], "order": order, "bounds": bounds}
             self.launch("g", levels, inputs, cells=cells, grad_value=grad_value)

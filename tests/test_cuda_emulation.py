@@ -134,6 +134,12 @@ def test_points_of_another_dtype_than_value(op, dtype, point_dtype):
     check_accuracy(op, arguments, emulated(op))
 
 
+def test_cells_of_64_bits():
+    kernels = Kernels(deterministic=True)
+    kernels.cell_dtype = torch.int64
+    check_accuracy("ms_deform_attn", ms_deform_attn_arguments(**SMALL), kernels.ms_deform_attn)
+
+
 # ---- strides -----------------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,8 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 namespace rk {
 namespace deform {
 
-// Each enqueues at most one kernel on the stream of the current device, allocates nothing and waits for nothing. Returns
-// a cudaError_t: 0, or why the launch was refused. Where there is nothing to write there is no launch.
+// Each enqueues at most one kernel on the stream of the current device, allocates nothing and waits for nothing. It
+// returns a cudaError_t: 0, or why the launch was refused. Where there is nothing to write there is no launch.
 template <DType STORAGE>
 int launch_forward(const DeviceArgs& args, CUstream_st* stream);
 
