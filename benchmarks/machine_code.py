@@ -135,9 +135,10 @@ def tile_bytes(ttir: str) -> dict[str, int]:
 
 def narrow_strides(ttir: str) -> list[str]:
     """Strides that a program multiplies in 32 bits, in Triton's own code: their products overflow in large tensors."""
+    pattern = re.compile(r"\s*%\S+ = (?P<operation>[\w.]+) .*%(?P<stride>stride_\w+).*: (?P<type>[^:]*?)(?: loc\(|$)")
     found = []
     for line in ttir.splitlines():
-        used = re.search(r"= (?P<operation>[\w.]+) .*%(?P<stride>stride_\w+).*: (?P<type>[^:]*?)(?: loc\(|$)", line)
+        used = pattern.match(line)
         if used and used["operation"] != "arith.extsi" and "i64" not in used["type"]:
             found.append(used["stride"])
     return sorted(set(found))

@@ -100,6 +100,7 @@ def test_bytes_of_tiles_once_and_in_loops():
 
 def test_strides_that_are_multiplied_in_32_bits():
     ttir = """
+    tt.func public @kernel(%x: !tt.ptr<bf16> {tt.divisibility = 16 : i32}, %stride_x: i32 loc("x"(#loc))) {
     %a = arith.extsi %stride_b : i32 to i64 loc(#loc1)
     %b = arith.muli %image, %stride_h : i64 loc(#loc1)
     %c = tt.splat %stride_n : i32 -> tensor<64x1xi32> loc(#loc2)

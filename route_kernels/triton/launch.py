@@ -145,6 +145,8 @@ def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], setting
     found = _compiled.get(seen)
     if found is None:
         compiled = kernel.run(*arguments, grid=grid, warmup=False, **settings)
+        if compiled is None:  # a hook of Triton's took the launch
+            return
         if len(_compiled) >= MOST_COMPILED:
             _compiled.clear()
         constants = [parameter.name for parameter in kernel.params[len(arguments) :]]

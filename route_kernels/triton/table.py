@@ -95,6 +95,7 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_attention(64, 16, 1), NVIDIA, HALF),
         Entry(_attention(64, 16, 1, num_stages=1), AMD, HALF),
         Entry(_attention(32, 32, 1), NVIDIA, FULL, {"D": 64, "R": 16, "MASKED": 1}),
+        Entry(_attention(32, 16, 1, num_stages=1), ("sm80",), FULL, {"D": 64, "R": 16}),
         Entry(_attention(32, 16, 1), AMD, FULL, {"MASKED": 1}),
         Entry(_attention(32, 16, 1, num_stages=1), AMD, FULL),
         Entry(_attention(32, 16, 1, num_warps=8), ("sm86",), FULL, {"MASKED": 1}),
