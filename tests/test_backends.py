@@ -45,7 +45,7 @@ def test_the_fastest_runs_unless_another_is_asked_for(op, label):
 @pytest.mark.parametrize("backend", MISSING)
 def test_a_request_that_cannot_run_raises_with_the_reason(op, label, backend):
     arguments = sample_arguments(op)[label]
-    reason = re.escape(rk.can_run(op, backend)[1])
+    reason = re.escape(rk.can_run(op, backend, *(tensor for _, tensor in named_tensors(arguments)))[1])
     message = f"^{op}: backend '{backend}' was requested but cannot run: {reason}$"
     with rk.backend(backend), pytest.raises(rk.BackendUnavailableError, match=message):
         call(op, arguments)
@@ -107,8 +107,9 @@ def test_available_backends_says_what_runs_and_why_not(op, label):
         assert available["cpu"] == (
             (True, "native C++ kernel") if native.load_error is None else (False, native.load_error)
         )
+        tensors = [tensor for _, tensor in named_tensors(sample_arguments(op)[label])] if inputs else []
         for name in MISSING:
-            assert available[name] == rk.can_run(op, name) and not available[name][0]
+            assert available[name] == rk.can_run(op, name, *tensors)
     for name, (runs, _) in available.items():
         with rk.backend(name):
             if runs:

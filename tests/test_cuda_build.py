@@ -94,6 +94,13 @@ def test_neither_forward_nor_the_sums_in_order_use_atomics(compiled, storage, ch
             assert not matching(kernel.code.instructions, "RED|ATOM"), kernel
 
 
+def test_the_static_report_knows_the_size_of_a_block():
+    sources = "".join((ROOT / path).read_text() for path in build().CUDA_HEADERS if path.endswith(".cuh"))
+    found = {name: int(threads) // 32 for name, threads in re.findall(r"constexpr int (\w*THREADS) = (\d+);", sources)}
+    expected = {"deform_forward": "THREADS", "deform_backward": "BACKWARD_THREADS", "deform_gather": "THREADS"}
+    assert {name: found[constant] for name, constant in expected.items()} == cuda_machine_code.WARPS
+
+
 @needs_nvcc
 def test_the_static_report_has_them(compiled):
     (row,) = (
