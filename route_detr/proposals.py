@@ -79,7 +79,7 @@ class Proposals(nn.Module):
         embedding = box_embedding(best_logits.sigmoid(), features.shape[-1])
         position = None if self.position is None else self.position(embedding)
         if self.query_content == "learned":
-            content = self.content[:count].expand(len(features), -1, -1)
+            content = self.content[:count].expand(features.shape[0], -1, -1)
         elif self.query_content == "encoded":
             content = features.detach().gather(1, best.expand(-1, -1, features.shape[-1]))
         elif self.query_content == "box":
