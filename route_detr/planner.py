@@ -7,18 +7,20 @@ ones; only the assignment of boxes to queries, which has no size, is left out.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from route_kernels.backends import assumed
-from route_kernels.memory import WORKSPACES, Ledger, mixed_precision
+from route_kernels.memory import PRODUCTS, WORKSPACES, Ledger, mixed_precision
 
 from .config import Config, DetectorConfig, MemoryLevel
 from .criterion import Criterion
@@ -84,6 +86,20 @@ class Plan:
 
 def plan(request: Request) -> Plan:
     """The peak of the requested step."""
+    return _step_planned(request)
+
+
+def products(request: Request) -> int:
+    """FLOPs of the step's matrix products and convolutions, those in backward too; not of our attention ops.
+
+    A run of its own: the counter's hooks keep tensors alive.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=PRODUCTS)
+    _step_planned(request, counter)
+    return counter.get_total_flops()
+
+
+def _step_planned(request: Request, counter: FlopCounterMode | None = None) -> Plan:
     config = request.config
     if request.public:
         config = dataclasses.replace(config, detector=public_config(config.detector))
@@ -101,8 +117,22 @@ def plan(request: Request) -> Plan:
         criterion.matcher = _UnsolvedMatcher(config.train)
         shares = _label(detector, ledger)
         step = _Step(request, detector, criterion, ledger)
-        step.run(autocast)
+        with _without_garbage_collection(), nullcontext() if counter is None else counter:
+            step.run(autocast)
     return _plan(ledger, shares)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Python collects cycles when it likes: then what a cycle holds would be alive in one run and not in the next."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Step:

@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--scope", choices=("step", "transformer"), default="step",
         help="transformer: without backbone and optimizer, on the neck's outputs [%(default)s]",
     )  # fmt: skip
+    parser.add_argument("--products", action="store_true", help="FLOPs of matrix products and convolutions as well")
     parser.add_argument("--fit", choices=CARDS, metavar="CARD", help=f"largest batch for one of {', '.join(CARDS)}")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="levels as stacked bars, peaks over N and image size")
     parser.add_argument("--measure", action="store_true", help="run the step on this GPU and compare")
@@ -65,6 +66,9 @@ def run(options: argparse.Namespace) -> int:
         "rows": {n: dataclasses.asdict(p) for n, p in rows.items()},
     }
     lines = [_title(request), "", *table(rows)]
+    if options.products:
+        result["products"] = {name: planner.products(row) for name, row in requests.items()}
+        lines += ["", *(f"{n}: {flops / 1e12:.2f} TFLOP of products" for n, flops in result["products"].items())]
     if options.fit:
         fitting = card(options.fit)
         batches = {name: planner.largest_batch(row, fitting.usable) for name, row in requests.items()}

@@ -1,0 +1,253 @@
+"""The planner: repeatable bytes, the table of memory levels and its targets, workspaces, and the command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import route_kernels as rk
+from route_detr import planner
+from route_detr.config import preset
+from route_detr.planner import PARTS, Request, largest_batch, plan
+from route_kernels import backends, cli
+from route_kernels.memory import CARDS, Ledger, card, mixed_precision, workspace_bytes
+
+GIB = 2**30
+SMALLER = {"detector.encoder_layers": 1, "detector.decoder_layers": 2, "detector.num_levels": 3}
+TINY = Request(preset("tiny-dino").updated(SMALLER), batch=2, image=(96, 128))
+
+
+@pytest.fixture(scope="module")
+def tiny_plans():
+    return {level: plan(TINY.at(level)) for level in ("none", "fused", "lean")}
+
+
+def test_the_parts_sum_to_the_peak(tiny_plans):
+    for level, planned in tiny_plans.items():
+        assert tuple(planned.parts) == PARTS
+        assert sum(planned.parts.values()) == planned.peak, level
+        assert planned.parts["parameters"] > 0 and planned.parts["optimiser"] > 0
+
+
+def test_levels_cost_products_and_save_memory(tiny_plans):
+    none, fused, lean = tiny_plans.values()
+    assert none.peak > max(fused.peak, lean.peak)
+    assert planner.products(TINY.at("fused")) < planner.products(TINY.at("lean"))
+
+
+def test_the_peak_is_the_same_in_every_process(tiny_plans):
+    command = [sys.executable, "-m", "route_kernels.cli", "memory", "--preset", "tiny-dino", "--batch", "2"]
+    command += ["--image", "96x128", "--memory", "lean", "--json"]
+    command += [f"{key}={value}" for key, value in SMALLER.items()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["rows"]["lean"] == dataclasses.asdict(tiny_plans["lean"])
+
+
+def test_backbone_and_optimizer_belong_to_the_whole_step_alone(tiny_plans):
+    transformer = plan(dataclasses.replace(TINY.at("fused"), scope="transformer"))
+    assert transformer.parts["backbone"] == transformer.parts["optimiser"] == 0
+    assert transformer.peak < tiny_plans["fused"].peak
+
+
+def test_the_auxiliary_branch_has_its_part():
+    routed = dataclasses.replace(TINY.at("fused"), scope="transformer")
+    plain = dataclasses.replace(routed, config=routed.config.updated({"detector.route": False}))
+    assert plan(routed).parts["decoder aux"] > 0 == plan(plain).parts["decoder aux"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.last = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        return (x + self.last(self.first(self.norm(x)).relu())).square().mean()
+
+
+def test_the_ledger_counts_what_the_tracker_of_pytorch_counts():
+    def step(counter):
+        with FakeTensorMode():
+            block, x = Block(), torch.empty(8, 100, 64)
+            tracked = [*block.parameters(), x]
+            counter.count("inputs", *tracked) if isinstance(counter, Ledger) else counter.track_external(*tracked)
+            with counter:
+                block(x).backward()
+
+    ledger, tracker = Ledger("triton"), MemTracker()
+    step(ledger)
+    step(tracker)
+    assert ledger.peak == tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert sum(ledger.at_peak.values()) == ledger.peak
+
+
+def test_freed_storages_leave_the_ledger():
+    ledger = Ledger("triton")
+    with FakeTensorMode(), ledger:
+        with ledger.labelled("kept"):
+            kept = torch.empty(10)
+        with ledger.labelled("freed"):
+            torch.empty(100).view(10, 10).clone()
+    assert ledger.live["kept"] == ledger.total == kept.nbytes
+    assert ledger.peak == kept.nbytes + 2 * 400
+
+
+def test_float32_operators_of_cuda_are_so_in_the_plan_and_nowhere_else():
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    operators = (lambda: nn.functional.layer_norm(x, (4,)), lambda: x.softmax(-1), lambda: x.sum(-1), lambda: x**2)
+    with mixed_precision(torch.bfloat16) as autocast, autocast:
+        assert {call().dtype for call in operators} == {torch.float32}
+        assert (x @ x.T).dtype == torch.bfloat16 and x.softmax(-1, dtype=torch.float64).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.functional.layer_norm(x, (4,)).dtype == torch.bfloat16
+
+
+def recorded_bytes(call, inputs):
+    """The most that Triton's host code of `call` has allocated at once beside what it returns."""
+    pytest.importorskip("triton")
+    from route_kernels.triton import launch
+
+    ledger = Ledger("triton")
+    ledger.count("inputs", *inputs)
+    with launch.recording("sm90"), ledger:
+        results = call()
+    return ledger.peak - ledger.live["inputs"] - sum(x.nbytes for x in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_workspaces_are_what_the_launches_allocate(dtype):
+    from route_kernels.triton import ms_deform_attn_fused, query_similarity
+
+    batch, heads, channels, queries, sizes = 2, 4, 16, 10, (6, 5, 3, 2)
+    value, grad = (torch.empty(batch, n, heads, channels, dtype=dtype, device="meta") for n in (36, queries))
+    offsets, logits = (torch.empty(batch, queries, heads, 8, *x, dtype=dtype, device="meta") for x in ((2,), ()))
+    references = torch.empty(batch, queries, 2, 4, device="meta")
+    native = (value, sizes, (0, 30), references, offsets, logits, (4, 4), None)
+    found = recorded_bytes(
+        lambda: ms_deform_attn_fused.backward(grad.flatten(2), *native, False),
+        (value, grad, offsets, logits, references),
+    )
+    arguments = (grad.flatten(2), value, sizes, references, offsets, logits, None, None, False, "triton")
+    op = torch.ops.route_kernels.ms_deform_attn_fused_backward.default
+    assert found == workspace_bytes(op, arguments, "triton")
+
+    x = torch.empty(batch, queries, 32, dtype=dtype, device="meta")
+    found = recorded_bytes(lambda: [query_similarity.forward(x)], [x])
+    assert found == workspace_bytes(torch.ops.route_kernels.query_similarity.default, (x, "relu", None), "triton")
+
+
+def test_an_assumed_backend_is_asked_of_nobody():
+    with FakeTensorMode(), backends.assumed("cuda"):
+        x = torch.empty(1, 2, 3, 4)
+        assert rk.routed_attention(x, x, x).shape == x.shape
+    with pytest.raises(ValueError, match="backend"), backends.assumed("tpu"):
+        pass
+
+
+def test_cards_leave_room():
+    assert all(0 < each.usable < each.total for each in CARDS.values())
+    with pytest.raises(ValueError, match="h100-80g"):
+        card("h1000")
+
+
+@pytest.mark.parametrize("fixed, each", [(10, 3), (0, 7), (95, 1), (101, 5)])
+def test_the_largest_batch_is_found(fixed, each):
+    asked = []
+
+    def peak(request):
+        asked.append(request.batch)
+        return fixed + each * request.batch + request.batch // 5
+
+    found = largest_batch(TINY, 100, peak)
+    assert found == max((n for n in range(101) if fixed + each * n + n // 5 <= 100 and n), default=0)
+    assert len(asked) < 8
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--preset", "dino"], "preset"),
+        (["--memory", "small"], "memory"),
+        (["--batch", "0"], "batch"),
+        (["detector.num_querys=3"], "num_queries"),
+        (["--preset", "tiny", "--batch", "1", "--image", "64x64", "--measure"], "GPU"),
+    ],
+)
+def test_errors_of_the_command(options, said, capsys):
+    if options[-1] == "--measure" and torch.cuda.is_available():
+        pytest.skip("there is a GPU to measure with")
+    assert cli.main(["memory", *options]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_says_when_the_detector_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "route_detr", None)
+    for name in [name for name in sys.modules if name.startswith("route_detr.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["memory"]) == 1
+    assert "route-kernels[detr]" in capsys.readouterr().err
+
+
+def test_the_command_prints_a_table_and_what_fits(capsys):
+    options = ["--preset", "tiny", "--batch", "1", "--image", "64x64", "--memory", "lean", "--scope", "transformer"]
+    assert cli.main(["memory", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "encoder" in printed and "lean" in printed
+
+
+def test_the_picture_is_drawn(tmp_path, monkeypatch):
+    from route_detr import memory_plot
+
+    monkeypatch.setattr(
+        memory_plot, "plan", lambda request: planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
+    )
+    memory_plot.draw(TINY, {}, tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+BF16 = Request(preset("dino-r50"), batch=16, scope="transformer")  # 900 + 200 denoising queries
+FP32 = Request(preset("deformable-detr-pp-r50"), batch=2, dtype=torch.float32, scope="transformer")  # 300 queries
+TARGETS = {  # GiB, of the rows A, D, E and E6 of the anatomy
+    "fused": (26.9, 5.16),
+    "lean": (12.2, 2.04),
+    "tight": (8.8, 1.40),
+    "min": (5.8, 0.93),
+}
+
+
+@pytest.mark.parametrize(
+    "level", [pytest.param(name, marks=() if name == "lean" else pytest.mark.slow) for name in TARGETS]
+)
+def test_peaks_meet_their_targets(level):
+    for request, target in zip((BF16, FP32), TARGETS[level], strict=True):
+        assert plan(request.at(level)).peak <= target * GIB
+
+
+@pytest.mark.slow
+def test_routing_every_layer_costs_little():
+    everywhere = dataclasses.replace(BF16, config=BF16.config.updated({"detector.routed_layers": "all"}))
+    assert plan(everywhere.at("lean")).peak <= 12.9 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "request_, public_code",
+    [
+        (
+            dataclasses.replace(
+                FP32, batch=16, dtype=torch.bfloat16, config=FP32.config.updated({"detector.num_queries": 1100})
+            ),
+            37.22,
+        ),
+        (FP32, 5.80),
+    ],
+    ids=["bf16", "fp32"],
+)
+def test_the_public_row_is_that_of_the_public_code(request_, public_code):
+    peak = plan(dataclasses.replace(request_, public=True)).peak
+    assert abs(peak / (public_code * GIB) - 1) <= 0.03
