@@ -77,10 +77,10 @@ def _group(name: str, row: Row, chosen: int) -> Group:
 
 def table(found: Sequence[Group]) -> Iterator[str]:
     """Lines: a kernel each, for every number of heads its instructions a pair and head; * marks the table's choice."""
-    yield f"{'chip':8}{'kernel':26}" + "".join(f"{f'{heads} heads':>18}" for heads in HEADS)
+    yield f"{'chip':8}{'kernel':26}" + "".join(f"{f'{heads} heads':>22}" for heads in HEADS)
     lines: dict[tuple[str, str], str] = {}
     for group in found:
-        spilled = f", {group.spilled_bytes} B spilled" if group.spilled_bytes else ""
-        cell = f"{group.instructions:.1f}{'*' if group.chosen else ' '} {group.registers} r{spilled}"
-        lines[group.chip, group.name] = lines.get((group.chip, group.name), "") + f"{cell:>18}"
+        registers = f"{group.spilled_bytes} B spilled" if group.spilled_bytes else f"{group.registers} r"
+        cell = f"{group.instructions:.1f}{'*' if group.chosen else ''} {registers}"
+        lines[group.chip, group.name] = lines.get((group.chip, group.name), "") + f"{cell:>22}"
     yield from (f"{chip:8}{name:26}{cells}" for (chip, name), cells in lines.items())
