@@ -47,5 +47,5 @@ def deformable_attention(config: DetectorConfig, whole_layer: bool = False) -> M
 
 
 def self_attention(config: DetectorConfig) -> RoutedSelfAttention:
-    """From `tight` on q, k and v are projected again."""
-    return RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=saves(config, "tight"))
+    """From `lean` on q, k and v are projected again: few queries, so few products."""
+    return RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=saves(config, "lean"))
