@@ -19,7 +19,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from route_detr.config import PRESETS, preset
+from route_detr.planner import LEVELS, Request, plan
 from route_detr.run import Run
 
 from .device import RESULTS, circumstances
@@ -64,6 +67,13 @@ def settings_of(name: str) -> list[Setting]:
     return [Setting(name, 1, 600, 800, queries, 1.1)]
 
 
+def planned_bytes(setting: Setting) -> dict[str, int]:
+    """Peak of the routed step at each level of `detector.memory`, in float32, as `route-kernels memory` plans it."""
+    config = preset(setting.preset).updated({"detector.num_queries": setting.queries})
+    request = Request(config, setting.batch, (setting.height, setting.width), torch.float32)
+    return {level: plan(request.at(level)).peak for level in LEVELS}
+
+
 def disagreement(first: dict[str, dict[str, float]]) -> str | None:
     """What differs between the first steps of the fused and the eager form of one detector, or None."""
     for route in (False, True):
@@ -79,6 +89,7 @@ def disagreement(first: dict[str, dict[str, float]]) -> str | None:
 def measured(setting: Setting, seconds: float) -> dict[str, Any]:
     """One setting: milliseconds and peak memory of each contender; nothing of either where the first steps differ."""
     result = {"setting": setting.title, **asdict(setting), "failure": None, "contenders": {}}
+    result["planned_bytes"] = planned_bytes(setting)
     choices = {name: value for name, value in asdict(setting).items() if name != "target"}
     with ExitStack() as stack:
         workers = {
@@ -129,7 +140,8 @@ def table(result: dict[str, Any]) -> str:
         )
     met = "met" if result["target_met"] else "MISSED"
     cost = f"routing costs {result['routing_costs']:.2f} times the plain step; target at most {result['target']}: {met}"
-    return f"{aligned(head, rows)}\n{cost}"
+    levels = ", ".join(f"{level} {size / 1e6:.0f} MB" for level, size in result["planned_bytes"].items())
+    return f"{aligned(head, rows)}\n{cost}\nmemory of our step by detector.memory, planned: {levels}"
 
 
 def precision(run: Path) -> str:
