@@ -64,6 +64,9 @@ def prepared(
 
     The routers stay whole on every rank and outside the wrapper: they have no gradient while lambda is 0, and FSDP
     takes no scalar parameters. `average_gradients` is theirs. Norms that learn from the batch learn from all ranks'.
+
+    Raises:
+        UsageError: DeepSpeed is asked for what it has not been made to do here: ZeRO stage 3, or float16.
     """
     if accelerator.num_processes > 1:
         for module in detector.modules():
@@ -76,15 +79,37 @@ def prepared(
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         accelerator.state.fsdp_plugin.ignored_modules = list(detector.decoder.routers.values())
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-        pieces = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.batch_size // pieces,
-            "gradient_clipping": config.clip_norm,
-        }
+        return _prepared_for_deepspeed(accelerator, detector, optimizer, config)
     else:
         routers = {id(parameter) for parameter in detector.decoder.routers.parameters()}
         ignored = [name for name, parameter in detector.named_parameters() if id(parameter) in routers]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(detector, ignored)
+    return accelerator.prepare(detector, optimizer)
+
+
+def _prepared_for_deepspeed(
+    accelerator: Accelerator, detector: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """DeepSpeed owns all parameters, the routers' too; precision is autocast, as everywhere else."""
+    plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
+    if plugin.zero_stage == 3:
+        raise UsageError("DeepSpeed: expected ZeRO stage 0, 1 or 2, got 3 (to shard parameters use FSDP)")
+    if precision not in ("no", "bf16"):
+        raise UsageError(f"DeepSpeed: expected mixed precision no or bf16, got {precision}")
+    pieces = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": config.batch_size // pieces,
+        "gradient_clipping": config.clip_norm,
+        "bf16": {"enabled": False},  # it casts parameters, boxes and all
+    }
+    if precision == "bf16":
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        detector.forward = convert_outputs_to_fp32(autocast(detector.forward))
+    # It sends parameters as bytes: contiguous ones, and none without a dimension.
+    detector.to(memory_format=torch.contiguous_format)
+    for parameter in detector.parameters():
+        if parameter.dim() == 0:
+            parameter.data = parameter.data.reshape(1)
     return accelerator.prepare(detector, optimizer)
 
 

@@ -81,6 +81,7 @@ class Training:
         optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train))
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        self.shapes = {name: value.shape for name, value in self.detector.state_dict().items()}
         self.model, self.optimizer = prepared(accelerator, self.detector, optimizer, config.train)
         torch.manual_seed(config.train.seed + accelerator.process_index)
         self.progress, self.sums = Progress(), self._loss_sums()
@@ -111,9 +112,10 @@ class Training:
         }
 
     def _weights(self) -> dict[str, Any]:
-        """Model and optimizer; the optimizer's state under DeepSpeed is not ours to hold."""
+        """Model and optimizer; under DeepSpeed scalars have a dimension and the optimizer keeps its state to itself."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return {"model": whole(self.accelerator.get_state_dict(self.model)), "optimizer": None}
+            weights = whole(self.accelerator.get_state_dict(self.model))
+            return {"model": {k: v.reshape(self.shapes[k]) for k, v in weights.items()}, "optimizer": None}
         return {"model": whole(self.detector.state_dict()), "optimizer": whole(self.optimizer.state_dict())}
 
     def _data_identity(self) -> dict[str, Any]:

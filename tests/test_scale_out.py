@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from small_training import SMALL, options, write_data
 from torch import nn
 from two_processes import seen_while_training
@@ -18,7 +20,7 @@ from route_detr.data import coco_layout
 from route_detr.engine import train_one_epoch
 from route_detr.errors import UsageError
 from route_detr.run import Run
-from route_detr.scale_out import start_processes
+from route_detr.scale_out import prepared, start_processes
 from route_detr.training import Training
 
 ROOT = Path(__file__).parents[1]
@@ -209,3 +211,33 @@ def test_the_commands_of_the_docs_train(launcher, tmp_path, data):
     assert written["processes"] == 2
     assert written["precision"] == ("no" if launcher == "torchrun" else "bf16")
     assert written["distributed"] == ("FSDP" if "FSDP" in launcher else "MULTI_CPU")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_deepspeed_gives_the_losses_of_one(precision, tmp_path, alone, paths, config):
+    """Later losses drift apart: DeepSpeed's optimizer counts steps in which a router has no gradient yet."""
+    pytest.importorskip("deepspeed")
+    words = [json.dumps(config.to_dict()), json.dumps(paths), tmp_path / "run"]
+    done = torchrun(SCRIPT, "deepspeed", *words, ACCELERATE_MIXED_PRECISION=precision)
+    assert done.returncode == 0, done.stderr
+    expected, found = steps(alone[0].run), steps(Run(tmp_path / "run"))
+    assert len(found) == 20
+    tolerances = [1e-4 if index < 5 else 5e-2 for index in range(20)] if precision == "no" else [5e-2] * 20
+    for one, other, tolerance in zip(expected, found, tolerances, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=tolerance)
+        assert other["routing_strength"] == one["routing_strength"]
+    own, others = (load_checkpoint(run.last)["model"] for run in (alone[0].run, Run(tmp_path / "run")))
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in others.items()}
+
+
+@pytest.mark.parametrize(
+    "stage, precision, message", [(3, "no", "stage 0, 1 or 2, got 3"), (2, "fp16", "no or bf16, got fp16")]
+)
+def test_what_deepspeed_is_not_made_to_do_here_is_refused(stage, precision, message, config):
+    accelerator = SimpleNamespace(
+        num_processes=2, distributed_type=DistributedType.DEEPSPEED, mixed_precision=precision,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=message):
+        prepared(accelerator, nn.Linear(1, 1), None, config.train)

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 from route_detr import cli, engine
 from route_detr.checkpoint import load_checkpoint
@@ -88,5 +90,27 @@ def lose_a_process(*arguments: str) -> None:
     sys.exit(cli.main(arguments))
 
 
+def start_deepspeed() -> Accelerator:
+    """As `start_processes`, with DeepSpeed over gloo: Accelerate's own switch wants an accelerator."""
+    from deepspeed import comm
+
+    accelerator, plugin = Accelerator(cpu=True), DeepSpeedPlugin(zero_stage=2)
+    comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    accelerator.state.deepspeed_plugins, accelerator.deepspeed_engine_wrapped = {"default": plugin}, None
+    plugin.set_mixed_precision(os.environ["ACCELERATE_MIXED_PRECISION"])
+    plugin.select(_from_accelerator_state=True)
+    return accelerator
+
+
+def deepspeed(config: str, data: str, out: str) -> None:
+    """A run with DeepSpeed in OUT."""
+    run = Run(out, writes=RANK == 0)
+    training = Training(run, Config.from_dict(json.loads(config)), json.loads(data), start_deepspeed())
+    training.start()
+    training.fit()
+    run.close()
+
+
 if __name__ == "__main__":
-    {"train": train, "lose_a_process": lose_a_process}[sys.argv[1]](*sys.argv[2:])
+    {"train": train, "lose_a_process": lose_a_process, "deepspeed": deepspeed}[sys.argv[1]](*sys.argv[2:])
