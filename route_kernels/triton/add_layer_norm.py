@@ -6,7 +6,7 @@ one row of the sums over tokens: no atomics. Both read and write each tensor onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .interpreter import rounded
-from .launch import blocks, config, launch
+from .launch import Prepared, blocks, config, kept
 
 if TYPE_CHECKING:
     from .variants import Variant
@@ -120,23 +120,33 @@ def add_layer_norm_backward(
 
 def forward(x, residual, weight, bias, eps, channels, output, rstd, normalized) -> None:
     """Writes output [T, C], rstd [T] and normalized [T, kept] of x and residual [T, C]."""
+    tensors = (x, residual, weight, bias, channels, output, rstd, normalized)
+    kept(_forward, tensors, eps)(tensors)
+
+
+def _forward(tensors: Sequence[torch.Tensor], eps: float) -> Prepared:
+    x, residual, _, _, channels, output, _, _ = tensors
     tokens, width = output.shape
     settings = _settings("add_layer_norm_forward", output)
-    launch(
-        add_layer_norm_forward, (blocks(tokens, settings["BLOCK_T"]),),
-        x, residual, weight, bias, channels, output, rstd, normalized, x.stride(0), residual.stride(0), tokens,
+    return Prepared(
+        add_layer_norm_forward, (blocks(tokens, settings["BLOCK_T"]),), x.stride(0), residual.stride(0), tokens,
         C=width, EPS=eps, KEPT=channels.shape[0], **settings,
     )  # fmt: skip
 
 
 def backward(grad_output, output, rstd, normalized, channels, weight, bias, grad_sum, sums) -> None:
     """Writes grad_sum [T, C] and sums [parts, 2, C] of weight and bias."""
+    tensors = (grad_output, output, rstd, normalized, channels, weight, bias, grad_sum, sums)
+    kept(_backward, tensors)(tensors)
+
+
+def _backward(tensors: Sequence[torch.Tensor]) -> Prepared:
+    grad_output, output, _, _, channels, *_, sums = tensors
     tokens, width = output.shape
     settings = _settings("add_layer_norm_backward", output)
-    launch(
-        add_layer_norm_backward, (sums.shape[0],),
-        grad_output, output, rstd, normalized, channels, weight, bias, grad_sum, sums, grad_output.stride(0), tokens,
-        sums.shape[0], C=width, KEPT=channels.shape[0], ROUNDOFF=torch.finfo(output.dtype).eps / 2, **settings,
+    return Prepared(
+        add_layer_norm_backward, (sums.shape[0],), grad_output.stride(0), tokens, sums.shape[0],
+        C=width, KEPT=channels.shape[0], ROUNDOFF=torch.finfo(output.dtype).eps / 2, **settings,
     )  # fmt: skip
 
 

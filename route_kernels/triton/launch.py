@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,13 +19,13 @@ Settings = Mapping[str, int]  # BLOCK_..., num_warps, num_stages
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel, as `launch` got it."""
+    """One call of a kernel, as a `Prepared` made it."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
-    entries: frozenset[tuple[str, int]]  # (kernel name, place in its table) looked up since the launch before
+    entries: frozenset[tuple[str, int]]  # (kernel name, place in its table) looked up for it
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Lookup:
     sizes: tuple[tuple[str, int], ...]
 
 
-MOST_COMPILED = 4096
-_PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
+MOST_PLANS = 4096
+Plan = TypeVar("Plan")
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # kernel and constants by all that specializes it
+_plans: dict[tuple[Any, ...], Any] = {}
 _recording: Recording | None = None
 _forced: Mapping[str, Settings] = {}  # by kernel name
 _lookups: set[Lookup] | None = None
@@ -111,49 +111,67 @@ def input_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """`kernel[grid](*arguments, **settings)` on the device of the first argument (a tensor) and its current stream.
+class Prepared:
+    """A launch but for its tensors and floats: `Prepared(kernel, grid, *integers, **settings)(tensors, *floats)`.
 
-    A grid with a 0 in it launches nothing.
+    A kernel's parameters come in this order: tensors (or None), floats, integers, constants. For each launch Triton
+    finds out how the arguments specialize a kernel: that they are 1, or multiples of 16. On the host it takes 20 us for
+    50 of them. Here what it found is kept, for tensors of the same alignments; their dtypes are what `kept` knows.
     """
-    if 0 in grid:
-        return
-    if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, settings, frozenset(_recording.entries)))
-        _recording.entries.clear()
-        return
-    device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _run(kernel, grid, arguments, settings, device.index)
-    else:
-        _run(kernel, grid, arguments, settings, device.index)
 
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *integers: int, **settings: Any) -> None:
+        self.kernel, self.grid, self.integers, self.settings = kernel, grid, integers, settings
+        self.entries = frozenset() if _recording is None else frozenset(_recording.entries)
+        if _recording is not None:
+            _recording.entries.clear()
+        self._runner: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # by device and alignments
 
-def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], settings: dict[str, Any], device: int | None):
-    """`kernel[grid](*arguments, **settings)` on the current device.
-
-    For each launch Triton finds out how the arguments specialize a kernel: that they are 1, or multiples of 16. On the
-    host it takes 20 us for 50 of them. Here what it found is kept, for arguments of the same types, alignments and
-    values.
-    """
-    if not _finds_again():
-        kernel.run(*arguments, grid=grid, warmup=False, **settings)
-        return
-    kinds = [x if x.__class__ in _PLAIN else (x.dtype, x.data_ptr() % 16) for x in arguments]
-    seen = (id(kernel), device, *settings.values(), *kinds)
-    found = _compiled.get(seen)
-    if found is None:
-        compiled = kernel.run(*arguments, grid=grid, warmup=False, **settings)
-        if compiled is None:  # a hook of Triton's took the launch
+    def __call__(self, tensors: Sequence[torch.Tensor | None], *floats: float) -> None:
+        """Launches on the device of the first tensor and its current stream; a grid with a 0 in it nothing."""
+        if 0 in self.grid:
             return
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        constants = [parameter.name for parameter in kernel.params[len(arguments) :]]
-        _compiled[seen] = compiled, tuple(settings[name] for name in constants)
-    else:
-        compiled, constants = found
-        compiled[(*grid, 1, 1)](*arguments, *constants)
+        arguments = (*tensors, *floats, *self.integers)
+        if _recording is not None:
+            _recording.launches.append(Launch(self.kernel, self.grid, arguments, self.settings, self.entries))
+            return
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(device.index, tensors, arguments)
+        else:
+            self._run(device.index, tensors, arguments)
+
+    def _run(self, device: int | None, tensors: Sequence[torch.Tensor | None], arguments: tuple[Any, ...]) -> None:
+        if not _finds_again():
+            self.kernel.run(*arguments, grid=self.grid, warmup=False, **self.settings)
+            return
+        seen = (device, *[None if tensor is None else tensor.data_ptr() % 16 for tensor in tensors])
+        found = self._runner.get(seen)
+        if found is not None:
+            compiled, constants = found
+            compiled[(*self.grid, 1, 1)](*arguments, *constants)
+            return
+        compiled = self.kernel.run(*arguments, grid=self.grid, warmup=False, **self.settings)
+        if compiled is not None:  # else a hook of Triton's took the launch
+            names = [parameter.name for parameter in self.kernel.params[len(arguments) :]]
+            self._runner[seen] = compiled, tuple(self.settings[name] for name in names)
+
+
+def kept(make: Callable[..., Plan], tensors: Sequence[torch.Tensor | None], *others: Any) -> Plan:
+    """`make(tensors, *others)`: what an op launches, made once for tensors of these shapes, strides and dtypes.
+
+    others: all else that it depends on, hashable. What `make` returns must not hold on to the tensors.
+    """
+    if _recording is not None or _forced or _lookups is not None:
+        return make(tensors, *others)
+    known = [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+    seen = (make, input_precision(), tensors[0].device, others, *known)
+    plan = _plans.get(seen)
+    if plan is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[seen] = make(tensors, *others)
+    return plan
 
 
 @functools.cache

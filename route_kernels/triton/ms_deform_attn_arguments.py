@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,9 +32,19 @@ class Points(NamedTuple):
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.point, self.weight, self.reference, self.value_mask
 
+    def shape(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes, starts and counts, hashable."""
+        return tuple(self.sizes), tuple(self.starts), tuple(self.counts)
+
     def levels(self) -> tuple[int, ...]:
         """(height, width, start, points) of each level, x as 2 x + 3."""
-        return _levels(tuple(self.sizes), tuple(self.starts), tuple(self.counts))
+        # 2 x + 3 is odd and above 1: Triton compiles a kernel anew for integers that are 1 or multiples of 16.
+        rows = zip(self.sizes[::2], self.sizes[1::2], self.starts, self.counts, strict=True)
+        return tuple(2 * number + 3 for row in rows for number in row)
+
+    def cells(self) -> int:
+        """Cells between, and beside, the pixels of all levels of one head, and one for points that are nowhere."""
+        return sum((h + 1) * (w + 1) for h, w in zip(self.sizes[::2], self.sizes[1::2], strict=True)) + 1
 
     def strides(self) -> Strides:
         """Of points, weights, references and mask, as the kernels' arguments end."""
@@ -46,7 +55,7 @@ class Points(NamedTuple):
 
     def constants(self, channels: int) -> dict[str, int]:
         """What a kernel is compiled for."""
-        every, total = _known_counts(tuple(self.counts))
+        every, total = self.counts[0] if len(set(self.counts)) == 1 else 0, sum(self.counts)
         return {
             "CHANNELS": channels,
             "LEVELS": len(self.counts),
@@ -54,19 +63,6 @@ class Points(NamedTuple):
             "ALL_POINTS": total if self.reference is not None and total <= MOST_POINTS_UNROLLED else 0,
             "COORDINATES": self.coordinates,
         }
-
-
-@functools.lru_cache(maxsize=4096)
-def _levels(sizes: tuple[int, ...], starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
-    # 2 x + 3 is odd and above 1: Triton compiles a kernel anew for integers that are 1 or multiples of 16.
-    rows = zip(sizes[::2], sizes[1::2], starts, counts, strict=True)
-    return tuple(2 * number + 3 for row in rows for number in row)
-
-
-@functools.lru_cache(maxsize=4096)
-def _known_counts(counts: tuple[int, ...]) -> tuple[int, int]:
-    """The points of every level, 0 where they differ, and of all together."""
-    return counts[0] if len(set(counts)) == 1 else 0, sum(counts)
 
 
 def _strides_of_reference(reference: torch.Tensor) -> Strides:

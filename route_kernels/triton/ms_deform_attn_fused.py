@@ -5,13 +5,13 @@ The softmax and the locations are in registers; what backward needs of them is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..reference.precision import accumulate_dtype
-from .launch import config, launch
+from .launch import Prepared, config, kept
 from .ms_deform_attn_arguments import Points, power_of_two
 from .ms_deform_attn_launch import sample, sample_backward
 from .softmax_adjoint import softmax_adjoint
@@ -49,15 +49,20 @@ def backward(
 
 def softmax_backward(grad_logits: torch.Tensor, grad_weights: torch.Tensor, logits: torch.Tensor) -> None:
     """Writes the gradient of logits [B, N, H, K] by that of their softmax, which may be the same tensor."""
-    batch, queries, heads, samples = logits.shape
     if logits.numel() == 0:
         return
+    tensors = (grad_logits, grad_weights, logits)
+    kept(_softmax_backward, tensors)(tensors)
+
+
+def _softmax_backward(tensors: Sequence[torch.Tensor]) -> Prepared:
+    _, grad_weights, logits = tensors
+    batch, queries, heads, samples = logits.shape
     rows, block_k = batch * queries * heads, min(power_of_two(samples), 128)
     settings = dict(config("softmax_adjoint", logits.device, grad_weights.dtype))
     block_n = max(settings.pop("BLOCK_NK") // block_k, 1)
-    launch(
-        softmax_adjoint, (-(-rows // block_n),),
-        grad_logits, grad_weights, logits, rows, queries, heads, samples, *logits.stride()[:3],
+    return Prepared(
+        softmax_adjoint, (-(-rows // block_n),), rows, queries, heads, samples, *logits.stride()[:3],
         BLOCK_N=block_n, BLOCK_K=block_k, **settings,
     )  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..reference.precision import accumulate_dtype
-from .launch import config, launch
+from .launch import Prepared, config, kept
 from .ms_deform_attn_arguments import Points, aligned, power_of_two, tile
 from .ms_deform_attn_backward import ms_deform_attn_backward
 from .ms_deform_attn_forward import ms_deform_attn_forward
@@ -17,18 +19,25 @@ LARGEST_INT32 = 2**31 - 1
 def sample(value: torch.Tensor, points: Points) -> torch.Tensor:
     """The weighted sum over all points, [B, N, H * D]; value [B, S, H, D], channels contiguous."""
     batch, _, heads, channels = value.shape
-    queries, samples = points.weight.shape[1], points.weight.shape[3]
-    output = value.new_empty(batch, queries, heads * channels)
+    output = value.new_empty(batch, points.weight.shape[1], heads * channels)
     if output.numel() == 0:
         return output
+    tensors = (value, *points.tensors())
+    kept(_sample, tensors, *points.shape())((output, *tensors))
+    return output
+
+
+def _sample(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
+    value, points = tensors[0], Points(*tensors[1:], *shape)
+    batch, _, heads, channels = value.shape
+    queries, samples = points.weight.shape[1], points.weight.shape[3]
     settings = tile("ms_deform_attn_forward", value, queries)
     align, strides = aligned(value.stride()[:3])
-    launch(
+    return Prepared(
         ms_deform_attn_forward, _grid(batch, heads, queries, settings["BLOCK_N"]),
-        output, value, *points.tensors(), points.levels(), queries, heads, samples, *strides, *points.strides(),
+        points.levels(), queries, heads, samples, *strides, *points.strides(),
         **points.constants(channels), ALIGN=align, **settings,
     )  # fmt: skip
-    return output
 
 
 def sample_backward(
@@ -42,50 +51,61 @@ def sample_backward(
     deterministic: bool | None = None,
 ) -> None:
     """Writes every gradient; that of value by atomics, or with `deterministic` (None asks PyTorch) in a fixed order."""
-    batch, positions, heads, channels = value.shape
-    queries, samples = points.weight.shape[1], points.weight.shape[3]
-    if grad_output.numel() == 0 or samples == 0 or positions == 0:
+    batch, positions, heads, _ = value.shape
+    if grad_output.numel() == 0 or points.weight.shape[3] == 0 or positions == 0:
         for grad in (grad_value, grad_point, grad_weight, *(() if grad_reference is None else (grad_reference,))):
             grad.zero_()
         return
     sums = cell = corner_weight = None
-    cells = _cells(points)
     accumulate = accumulate_dtype(value.dtype)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic:
-        cell = value.new_empty(
-            points.weight.shape, dtype=torch.int32 if batch * heads * cells <= LARGEST_INT32 else torch.int64
-        )
+        few = batch * heads * points.cells() <= LARGEST_INT32
+        cell = value.new_empty(points.weight.shape, dtype=torch.int32 if few else torch.int64)
         corner_weight = value.new_empty(*points.weight.shape, 4, dtype=accumulate)
     else:
         sums = grad_value.zero_() if value.dtype == accumulate else torch.zeros_like(grad_value, dtype=accumulate)
-    settings = tile("ms_deform_attn_backward", value, queries)
-    align, strides = aligned((*grad_output.stride()[:2], *value.stride()[:3]))
-    launch(
-        ms_deform_attn_backward, _grid(batch, heads, queries, settings["BLOCK_N"]),
-        grad_output, sums, cell, corner_weight, grad_point, grad_weight, grad_reference, value, *points.tensors(),
-        points.levels(), queries, positions, heads, samples, cells, *strides, *points.strides(),
-        **points.constants(channels), ALIGN=align,
-        **settings,
-    )  # fmt: skip
+    grads = (sums, cell, corner_weight, grad_point, grad_weight, grad_reference)
+    inputs = (value, *points.tensors())
+    kept(_sample_backward, (grad_output, *inputs, *grads), *points.shape())((grad_output, *grads, *inputs))
     if deterministic:
-        _gather(grad_value, grad_output, points, cell, corner_weight, cells)
+        _gather(grad_value, grad_output, points, cell, corner_weight)
     elif sums is not grad_value:
         grad_value.copy_(sums)
 
 
-def _gather(grad_value, grad_output, points, cell, corner_weight, cells) -> None:
+def _sample_backward(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
+    grad_output, value, points = tensors[0], tensors[1], Points(*tensors[2:6], *shape)
+    batch, positions, heads, channels = value.shape
+    queries, samples = points.weight.shape[1], points.weight.shape[3]
+    settings = tile("ms_deform_attn_backward", value, queries)
+    align, strides = aligned((*grad_output.stride()[:2], *value.stride()[:3]))
+    return Prepared(
+        ms_deform_attn_backward, _grid(batch, heads, queries, settings["BLOCK_N"]),
+        points.levels(), queries, positions, heads, samples, points.cells(), *strides, *points.strides(),
+        **points.constants(channels), ALIGN=align, **settings,
+    )  # fmt: skip
+
+
+def _gather(grad_value, grad_output, points, cell, corner_weight) -> None:
     """The gradient of value, each element summed by one program over points in the order of their cells."""
+    batch, _, heads, _ = grad_value.shape
+    cell, order = torch.sort(cell.flatten(), stable=True)
+    all_cells = torch.arange(batch * heads * points.cells() + 1, dtype=cell.dtype, device=cell.device)
+    bounds = torch.searchsorted(cell, all_cells)
+    gather = kept(_prepared_gather, (grad_value, grad_output, *points.tensors()), *points.shape())
+    gather((grad_value, grad_output, order, bounds, corner_weight))
+
+
+def _prepared_gather(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
+    grad_value, grad_output, points = tensors[0], tensors[1], Points(*tensors[2:], *shape)
     batch, positions, heads, channels = grad_value.shape
     queries, samples = points.weight.shape[1], points.weight.shape[3]
-    cell, order = torch.sort(cell.flatten(), stable=True)
-    all_cells = torch.arange(batch * heads * cells + 1, dtype=cell.dtype, device=cell.device)
     align, grad_strides = aligned(grad_output.stride()[:2])
-    launch(
+    return Prepared(
         ms_deform_attn_gather, (batch * positions * heads,),
-        grad_value, grad_output, order, torch.searchsorted(cell, all_cells), corner_weight,
-        points.levels(), positions, queries, heads, samples, cells, *grad_strides,
+        points.levels(), positions, queries, heads, samples, points.cells(), *grad_strides,
         CHANNELS=channels, LEVELS=len(points.counts), ALIGN=align,
         BLOCK_D=power_of_two(channels), **config("ms_deform_attn_gather", grad_value.device, grad_value.dtype),
     )  # fmt: skip
@@ -93,8 +113,3 @@ def _gather(grad_value, grad_output, points, cell, corner_weight, cells) -> None
 
 def _grid(batch: int, heads: int, queries: int, block: int) -> tuple[int]:
     return (batch * heads * -(-queries // block),)
-
-
-def _cells(points: Points) -> int:
-    """Cells between, and beside, the pixels of all levels of one head, and one for points that are nowhere."""
-    return sum((h + 1) * (w + 1) for h, w in zip(points.sizes[::2], points.sizes[1::2], strict=True)) + 1

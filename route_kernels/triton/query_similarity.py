@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from .interpreter import dot, rounded
-from .launch import blocks, config, input_precision, launch, padded
+from .launch import Prepared, blocks, config, input_precision, kept, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from .variants import Variant
 
@@ -126,19 +126,28 @@ def query_similarity_relu(
 
 def forward(x: torch.Tensor) -> torch.Tensor:
     """x [B, N, C], rows contiguous -> [B, N] in the dtype of x."""
-    batch, queries, channels = x.shape
+    batch, queries, _ = x.shape
     output = torch.empty((batch, queries), dtype=x.dtype, device=x.device)
     inverse_norms = torch.empty((batch, queries), dtype=torch.float32, device=x.device)
+    norms, similarity = kept(_launches, (x,))
+    norms((x, inverse_norms))
+    similarity((x, inverse_norms, output))
+    return output
+
+
+def _launches(tensors: Sequence[torch.Tensor]) -> tuple[Prepared, Prepared]:
+    (x,) = tensors
+    batch, queries, channels = x.shape
     sizes = (*x.stride()[:2], queries, channels)
     settings = _settings("query_inverse_norms", x)
-    launch(query_inverse_norms, (batch * blocks(queries, settings["BLOCK_N"]),), x, inverse_norms, *sizes, **settings)
+    norms = Prepared(query_inverse_norms, (batch * blocks(queries, settings["BLOCK_N"]),), *sizes, **settings)
     settings = _settings("query_similarity_relu", x)
     chunk = settings["BLOCK_C"]
-    launch(
-        query_similarity_relu, (batch * blocks(queries, settings["BLOCK_N"]),), x, inverse_norms, output, *sizes,
-        input_precision(), channels <= chunk, channels > 0 and channels % chunk == 0, **settings,
+    similarity = Prepared(
+        query_similarity_relu, (batch * blocks(queries, settings["BLOCK_N"]),), *sizes, PRECISION=input_precision(),
+        ONE_CHUNK=channels <= chunk, EVEN_C=channels > 0 and channels % chunk == 0, **settings,
     )  # fmt: skip
-    return output
+    return norms, similarity
 
 
 def _settings(kernel_name: str, x: torch.Tensor) -> dict[str, int]:

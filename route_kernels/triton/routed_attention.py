@@ -5,9 +5,8 @@ Called by `route_kernels.ops.routed_attention` with masks as views of [B, H, N, 
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,7 +17,7 @@ from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
 from .table import AMD, HALF
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from .variants import Variant
 
@@ -31,18 +30,10 @@ def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
     """O [B, H, N, D] and lse [B, H, N] float32, +inf where a query attends nothing."""
     output = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    _, heads, queries, _ = query.shape
-    if heads == 0:
+    if query.shape[1] == 0:
         return output, lse
-    masked = attn_mask is not None or key_ranges is not None
-    settings = _settings("routed_attention_forward", query, key, factors, masked)
-    grid = _grid(query, queries, settings, "BLOCK_N")
-    inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
-    launch.launch(
-        attention_forward, grid, *inputs.tensors, output, lse,
-        heads, queries, key.shape[2], scale, _bound(limit), *inputs.strides,
-        **constants, **settings,
-    )  # fmt: skip
+    inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
+    launch.kept(_forward, inputs)((*inputs, output, lse), scale, _bound(limit))
     return output, lse
 
 
@@ -55,47 +46,71 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     if 0 in query.shape[:2]:  # no head: no program writes the factors' gradients
         return [grad.zero_() for grad in grads]
     output_dot = lse.new_empty(lse.shape)
-    inputs, constants = _inputs(query, key, value, factors, attn_mask, key_ranges)
-    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2], scale, _bound(limit))
-    strides = (*grad_output.stride()[:3], *inputs.strides)
-    output, lse = output.contiguous(), lse.contiguous()
-    masked = attn_mask is not None or key_ranges is not None
+    output, lse, floats = output.contiguous(), lse.contiguous(), (scale, _bound(limit))
+    inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
+    of_queries, of_keys = launch.kept(_backward, (grad_output, *inputs))
 
-    settings = _settings("routed_attention_backward_queries", query, key, factors, masked)
-    to_factors = _FactorGradients(grads[3::2], query.shape[1], settings)
-    launch.launch(
-        attention_backward_queries, _grid(query, query.shape[2], settings, "BLOCK_N"),
-        grad_output, output, lse, *inputs.tensors, grads[0], *to_factors.parts, output_dot, *sizes, *strides,
-        **constants, **settings,
-    )  # fmt: skip
-    to_factors.sum()
-
-    settings = _settings("routed_attention_backward_keys", query, key, factors, masked)
-    to_factors = _FactorGradients(grads[4::2], query.shape[1], settings)
-    launch.launch(
-        attention_backward_keys, _grid(query, key.shape[2], settings, "BLOCK_M"),
-        grad_output, output_dot, lse, *inputs.tensors, grads[1], grads[2], *to_factors.parts, *sizes, *strides,
-        **constants, **settings,
-    )  # fmt: skip
-    to_factors.sum()
+    parts = of_queries.parts(grads[3::2])
+    of_queries.launch((grad_output, output, lse, *inputs, grads[0], *parts, output_dot), *floats)
+    of_queries.sum(parts, grads[3::2])
+    parts = of_keys.parts(grads[4::2])
+    of_keys.launch((grad_output, output_dot, lse, *inputs, grads[1], grads[2], *parts), *floats)
+    of_keys.sum(parts, grads[4::2])
     return grads
 
 
-class _FactorGradients:
-    """Where a pass writes the gradients of its three factors: in place, or [groups, ...] for `sum_groups` to add."""
+def _forward(inputs) -> launch.Prepared:
+    query, key = inputs[:2]
+    settings = _settings("routed_attention_forward", inputs)
+    grid, sizes = _grid(query, query.shape[2], settings, "BLOCK_N"), (query.shape[1], query.shape[2], key.shape[2])
+    return launch.Prepared(attention_forward, grid, *sizes, *_strides(inputs), **settings)
 
-    def __init__(self, grads: list[torch.Tensor], heads: int, settings: dict[str, int]):
-        self.grads, self.groups = grads, launch.blocks(heads, settings["HEADS_PER_PROGRAM"])
-        self.parts: list[torch.Tensor | None] = list(grads) or [None] * 3
-        if grads and self.groups > 1:
-            self.parts = [grad.new_empty((self.groups, *grad.shape), dtype=torch.float32) for grad in grads]
 
-    def sum(self) -> None:
-        if self.parts[0] is None or self.groups == 1:
-            return
-        sizes = [grad.numel() for grad in self.grads]
-        grid = (launch.blocks(max(sizes), SUM_BLOCK), 3)
-        launch.launch(sum_groups, grid, *self.parts, *self.grads, self.groups, *sizes, BLOCK=SUM_BLOCK, num_warps=4)
+class _Pass(NamedTuple):
+    """Of backward: over queries, or over keys."""
+
+    launch: launch.Prepared
+    groups: int  # of heads: each writes its part of the three factors' gradients
+    total: launch.Prepared | None  # adds the parts; None where there is one, or no factor
+
+    def parts(self, grads: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+        """Where the three gradients are written: in place, or [groups, ...] for `sum` to add."""
+        if self.total is None:
+            return grads or (None, None, None)
+        return [grad.new_empty((self.groups, *grad.shape), dtype=torch.float32) for grad in grads]
+
+    def sum(self, parts: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor]) -> None:
+        if self.total is not None:
+            self.total((*parts, *grads))
+
+
+def _backward(inputs) -> tuple[_Pass, _Pass]:
+    grad_output, query, key = inputs[:3]
+    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    integers = (*sizes, *grad_output.stride()[:3], *_strides(inputs[1:]))
+
+    def over(kernel, kernel_name: str, rows: int, block: str, factors) -> _Pass:
+        settings = _settings(kernel_name, inputs[1:])
+        of_rows = launch.Prepared(kernel, _grid(query, rows, settings, block), *integers, **settings)
+        groups = launch.blocks(query.shape[1], settings["HEADS_PER_PROGRAM"])
+        if groups == 1 or factors[0] is None:
+            return _Pass(of_rows, groups, None)
+        elements = [factor.numel() for factor in factors]
+        grid = (launch.blocks(max(elements), SUM_BLOCK), 3)
+        return _Pass(
+            of_rows, groups, launch.Prepared(sum_groups, grid, groups, *elements, BLOCK=SUM_BLOCK, num_warps=4)
+        )
+
+    return (
+        over(
+            attention_backward_queries, "routed_attention_backward_queries", query.shape[2], "BLOCK_N", inputs[4:10:2]
+        ),
+        over(attention_backward_keys, "routed_attention_backward_keys", key.shape[2], "BLOCK_M", inputs[5:10:2]),
+    )
+
+
+def _bytes(attn_mask: torch.Tensor | None) -> torch.Tensor | None:
+    return attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
 
 
 def _grid(query, rows: int, settings, block: str) -> tuple[int]:
@@ -104,50 +119,42 @@ def _grid(query, rows: int, settings, block: str) -> tuple[int]:
     return (launch.blocks(rows, settings[block]) * groups * query.shape[0],)
 
 
-def _settings(kernel_name: str, query, key, factors, masked: bool) -> dict[str, int]:
-    """The table's, with the heads spread evenly over the programs: 5 heads in groups of at most 4 are 3 and 2."""
+def _strides(inputs) -> list[int]:
+    strides: list[int] = []
+    for tensor, count in zip(inputs, STRIDES, strict=True):
+        strides += (0,) * count if tensor is None else tensor.stride()[:count]
+    return strides
+
+
+def _settings(kernel_name: str, inputs) -> dict[str, Any]:
+    """The table's, with the heads spread evenly over the programs: 5 heads in groups of at most 4 are 3 and 2; and what
+    the kernel is compiled for."""
+    query, key, _, *factors, attn_mask, key_ranges = inputs
     _, heads, queries, channels = query.shape
-    routed = factors[0] is not None
+    routed, masked = factors[0] is not None, attn_mask is not None or key_ranges is not None
     settings = launch.config(
         kernel_name, query.device, query.dtype, H=heads, N=queries, M=key.shape[2], D=channels,
         R=max(factor.shape[-1] for factor in factors) if routed else 0, MASKED=2 if masked else 1,
         F=factors[0].element_size() if routed else query.element_size(),
     )  # fmt: skip
     groups = launch.blocks(heads, settings["HEADS_PER_PROGRAM"])
-    return {**settings, "HEADS_PER_PROGRAM": launch.blocks(heads, groups)}
-
-
-class _Inputs(NamedTuple):
-    tensors: tuple
-    strides: tuple[int, ...]
-
-
-def _inputs(query, key, value, factors, attn_mask, key_ranges) -> tuple[_Inputs, dict[str, object]]:
-    """What every kernel reads, and its constants."""
     mask_kind = NO_MASK
     if attn_mask is not None:
-        mask_kind = BOOL_MASK if attn_mask.dtype == torch.bool else FLOAT_MASK
-        attn_mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK else attn_mask
-    tensors = (query, key, value, *factors, attn_mask, key_ranges)
-    strides: list[int] = []
-    for tensor, count in zip(tensors, STRIDES, strict=True):
-        strides += (0,) * count if tensor is None else tensor.stride()[:count]
-    routed, heads = factors[0] is not None, query.shape[1]
+        mask_kind = BOOL_MASK if attn_mask.dtype == torch.uint8 else FLOAT_MASK
     constants = _constants(
-        query.dtype, query.shape[3], tuple([factor.shape[-1] for factor in factors[::2]]) if routed else None,
+        query.dtype, channels, tuple(factor.shape[-1] for factor in factors[::2]) if routed else None,
         factors[0].dtype if routed else query.dtype, mask_kind,
         attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, key_ranges is not None,
         launch.input_precision(), launch.target(query.device),
     )  # fmt: skip
-    return _Inputs(tensors, tuple(strides)), constants
+    return {**constants, **settings, "HEADS_PER_PROGRAM": launch.blocks(heads, groups)}
 
 
-@functools.lru_cache(maxsize=4096)
 def _constants(
     dtype: torch.dtype, channels: int, ranks: tuple[int, ...] | None, factor_dtype: torch.dtype, mask_kind: int,
     mask_of_head: bool, ranges: bool, precision: str, target: str,
 ) -> dict[str, object]:  # fmt: skip
-    """What the kernels are compiled for. Do not change the dictionary that comes back: it is kept."""
+    """What the kernels are compiled for."""
     sup_rank, del_rank, gate_rank = ranks or (0, 0, 0)
     # TF32 factors beside a short query are more exact than the logits they add to.
     factor_precision = "tf32" if dtype != factor_dtype else precision

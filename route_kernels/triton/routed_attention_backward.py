@@ -48,8 +48,8 @@ def attention_backward_queries(
     grad_query,  # [B, H, N, D], contiguous
     grad_sup, grad_del, grad_gate,  # [groups, B, N, R], [groups, B, N, R], [groups, B, N, G], contiguous
     output_dot,  # [B, H, N] float32: T, for the other pass
-    batch, heads, queries, keys,
     scale, limit,
+    batch, heads, queries, keys,
     stride_ob, stride_oh, stride_on,  # of grad_output
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_km,
@@ -209,8 +209,8 @@ def attention_backward_keys(
     key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     grad_key, grad_value,  # [B, H, M, D], contiguous
     grad_sup, grad_del, grad_gate,  # [groups, B, M, R], [groups, B, M, R], [groups, B, M, G], contiguous
-    batch, heads, queries, keys,
     scale, limit,
+    batch, heads, queries, keys,
     stride_ob, stride_oh, stride_on,  # of grad_output
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_km,

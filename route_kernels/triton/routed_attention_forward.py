@@ -52,8 +52,8 @@ def attention_forward(
     key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     output,  # [B, H, N, D], contiguous
     lse,  # [B, H, N] float32, contiguous
-    heads, queries, keys,
     scale, limit,
+    heads, queries, keys,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_km,
     stride_vb, stride_vh, stride_vm,

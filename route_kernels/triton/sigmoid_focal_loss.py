@@ -6,7 +6,7 @@ floor of backward, three special functions a logit that of forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .interpreter import rounded
-from .launch import blocks, config, launch
+from .launch import Prepared, blocks, config, kept
 
 if TYPE_CHECKING:
     from .variants import Variant
@@ -91,23 +91,32 @@ def sigmoid_focal_loss_backward(
 
 def forward(logits, targets, alpha, gamma, scale, loss, grad) -> None:
     """Writes loss [T] and, where it is given, grad [T, K] of logits [T, K] and targets [T]."""
+    tensors = (logits, targets, loss, grad)
+    kept(_forward, tensors, alpha, gamma, scale)(tensors)
+
+
+def _forward(tensors: Sequence[torch.Tensor | None], alpha: float, gamma: float, scale: float) -> Prepared:
+    logits, _, _, grad = tensors
     queries, classes = logits.shape
     settings = _settings("sigmoid_focal_loss_forward", logits)
-    launch(
-        sigmoid_focal_loss_forward, (blocks(queries, settings["BLOCK_T"]),),
-        logits, targets, loss, grad, logits.stride(0), queries, classes, ALPHA=alpha, REST=1 - alpha, GAMMA=gamma,
-        SCALE=scale, TERMS=17 if logits.dtype == torch.float64 else 7, DIFFERENTIATED=grad is not None, **settings,
+    return Prepared(
+        sigmoid_focal_loss_forward, (blocks(queries, settings["BLOCK_T"]),), logits.stride(0), queries, classes,
+        ALPHA=alpha, REST=1 - alpha, GAMMA=gamma, SCALE=scale, TERMS=17 if logits.dtype == torch.float64 else 7,
+        DIFFERENTIATED=grad is not None, **settings,
     )  # fmt: skip
 
 
 def backward(grad_loss, grad, scale, grad_logits) -> None:
     """Writes grad_logits [T, K] = scale grad_loss [T] grad [T, K]."""
-    queries, classes = grad.shape
-    settings = _settings("sigmoid_focal_loss_backward", grad)
-    launch(
-        sigmoid_focal_loss_backward, (blocks(queries, settings["BLOCK_T"]),),
-        grad_loss, grad, grad_logits, queries, classes, SCALE=scale, **settings,
-    )  # fmt: skip
+    tensors = (grad_loss, grad, grad_logits)
+    kept(_backward, tensors, scale)(tensors)
+
+
+def _backward(tensors: Sequence[torch.Tensor], scale: float) -> Prepared:
+    queries, classes = tensors[1].shape
+    settings = _settings("sigmoid_focal_loss_backward", tensors[1])
+    grid = (blocks(queries, settings["BLOCK_T"]),)
+    return Prepared(sigmoid_focal_loss_backward, grid, queries, classes, SCALE=scale, **settings)
 
 
 def _settings(kernel_name: str, logits: torch.Tensor) -> dict[str, int]:
