@@ -24,11 +24,16 @@ constexpr int ACCUMULATORS = 16;  // of 32 registers; two FMAs of latency 4 need
 constexpr int ACCUMULATORS = 8;  // of 16 registers
 #endif
 
-template <int ROWS, int VECTORS, typename T, typename Finish>
+template <int ROWS, int VECTORS, typename T, typename Start, typename Finish>
 inline RK_INLINE void gemm_block(
     int64_t row, int64_t column, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
-    const Finish& finish) {
-  Vec<T> sum[ROWS][VECTORS] = {};
+    const Start& start, const Finish& finish) {
+  Vec<T> sum[ROWS][VECTORS];
+  RK_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r) {
+    RK_UNROLL(2)
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = start(row + r, column + v * LANES<T>);
+  }
   RK_UNROLL_PARTLY
   for (int64_t p = 0; p < k; ++p) {
     Vec<T> row_of_b[VECTORS];
@@ -46,26 +51,34 @@ inline RK_INLINE void gemm_block(
 }
 
 // Rows [row, m) in blocks of ROWS, what is left in smaller blocks.
-template <int ROWS, int VECTORS, typename T, typename Finish>
+template <int ROWS, int VECTORS, typename T, typename Start, typename Finish>
 inline RK_INLINE void gemm_rows(
     int64_t row, int64_t m, int64_t column, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-    int64_t b_row, const Finish& finish) {
-  for (; row + ROWS <= m; row += ROWS) gemm_block<ROWS, VECTORS>(row, column, k, a, a_row, a_column, b, b_row, finish);
+    int64_t b_row, const Start& start, const Finish& finish) {
+  for (; row + ROWS <= m; row += ROWS)
+    gemm_block<ROWS, VECTORS>(row, column, k, a, a_row, a_column, b, b_row, start, finish);
   if constexpr (ROWS > 1)
-    if (row < m) gemm_rows<(ROWS > 4 ? 4 : 1), VECTORS>(row, m, column, k, a, a_row, a_column, b, b_row, finish);
+    if (row < m) gemm_rows<(ROWS > 4 ? 4 : 1), VECTORS>(row, m, column, k, a, a_row, a_column, b, b_row, start, finish);
 }
 
-// Calls finish(row, column, sum) once for every vector of A B; sum holds columns [column, column + LANES<T>) of row.
-// A [m, k] with any strides; B [k, n] with contiguous rows; n a multiple of LANES<T>.
-// All rows of A meet one panel of B, [k, 2 vectors], while it is in the first-level cache.
+// Calls finish(row, column, sum) once for every vector of A B + start(row, column), which costs no addition; sum holds
+// columns [column, column + LANES<T>) of row. A [m, k] with any strides; B [k, n] with contiguous rows; n a multiple of
+// LANES<T>. All rows of A meet one panel of B, [k, 2 vectors], while it is in the first-level cache.
+template <typename T, typename Start, typename Finish>
+inline RK_INLINE void gemm(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
+    const Start& start, const Finish& finish) {
+  int64_t column = 0;
+  for (; column + 2 * LANES<T> <= n; column += 2 * LANES<T>)
+    gemm_rows<ACCUMULATORS / 2, 2>(0, m, column, k, a, a_row, a_column, b, b_row, start, finish);
+  if (column < n) gemm_rows<ACCUMULATORS, 1>(0, m, column, k, a, a_row, a_column, b, b_row, start, finish);
+}
+
 template <typename T, typename Finish>
 inline RK_INLINE void gemm(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
     const Finish& finish) {
-  int64_t column = 0;
-  for (; column + 2 * LANES<T> <= n; column += 2 * LANES<T>)
-    gemm_rows<ACCUMULATORS / 2, 2>(0, m, column, k, a, a_row, a_column, b, b_row, finish);
-  if (column < n) gemm_rows<ACCUMULATORS, 1>(0, m, column, k, a, a_row, a_column, b, b_row, finish);
+  gemm<T>(m, n, k, a, a_row, a_column, b, b_row, [](int64_t, int64_t) RK_INLINE { return Vec<T>{}; }, finish);
 }
 
 // C = A B

@@ -21,7 +21,7 @@ struct RoutedAttention {
   View attn_mask;          // [B, H, N, M], any strides; bool (true = may attend) or floating; or none
   View key_ranges;         // int32 [B, N, 2, 2], contiguous but for B and N; or none
   View output;             // [B, H, N, D]
-  View lse;                // [B, H, N] in the accumulate type; +inf where a query has no key to attend
+  View lse;                // [B, H, N] log2(sum_j exp(S)), accumulate type; +inf where a query has no key to attend
   Parallel parallel;
   char* workspace;
 };

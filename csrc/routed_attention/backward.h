@@ -30,14 +30,14 @@ struct KeyGradients {
 template <typename T>
 struct BackwardScratch {
   BiasTile<T> bias;
-  QueryRows<T> query;                                // [H, BLOCK_N, D] scale q
+  QueryRows<T> query;                                // [H, BLOCK_N, D] scale log2(e) q
   QueryRows<T> grad_output;                          // [H, BLOCK_N, D]
   QueryRows<T> grad_query;                           // [H, BLOCK_N, D] sum_j dS_hij k_hj
   T* grad_sup_q;   // [R, BLOCK_N]
   T* grad_del_q;   // [R, BLOCK_N]
   T* grad_gate_q;  // [G, BLOCK_N]
-  T* lse;          // [H, BLOCK_N]
-  T* dot;          // [H, BLOCK_N] T_hi = dO_hi . O_hi
+  T* minus_lse;    // [H, BLOCK_N]
+  T* minus_dot;    // [H, BLOCK_N] -T_hi = -dO_hi . O_hi
   T* probability;  // [BLOCK_M, BLOCK_N] P
   T* grad_logits;  // [BLOCK_M, BLOCK_N] dS
   T* grad_bias;    // [BLOCK_M, BLOCK_N] sum_h dS
@@ -49,7 +49,7 @@ struct BackwardScratch {
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), grad_output(blocks, a.heads, a.channels, true),
         grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks.take<T>(a.sup_rank * BLOCK_N)),
         grad_del_q(blocks.take<T>(a.del_rank * BLOCK_N)), grad_gate_q(blocks.take<T>(a.gate_rank * BLOCK_N)),
-        lse(blocks.take<T>(a.heads * BLOCK_N)), dot(blocks.take<T>(a.heads * BLOCK_N)),
+        minus_lse(blocks.take<T>(a.heads * BLOCK_N)), minus_dot(blocks.take<T>(a.heads * BLOCK_N)),
         probability(blocks.take<T>(TILE_SIZE)), grad_logits(blocks.take<T>(TILE_SIZE)),
         grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
         value(blocks.take<T>(BLOCK_M * query.padded_columns)),
@@ -71,7 +71,7 @@ struct Backward {
     scratch_bytes = counting_scratch.used + ALIGNMENT;
   }
 
-  int64_t slots() const { return a.parallel.workers + a.batch; }
+  int64_t slots() const { return a.parallel.workers + a.batch - 1; }
   int64_t workspace_bytes() const { return slots() * slot_bytes + a.parallel.workers * scratch_bytes; }
 
   // Walking through (image, worker) pairs in order, each step raises one of them: the sum numbers the slots.
@@ -97,7 +97,7 @@ struct Backward {
   }
 
   void read_block(BackwardScratch<T>& s, const Place& at) const {
-    s.query.read(a.query, start_of(a.query, at), a.query.stride[1], a.query.stride[2], at.rows, T(a.scale));
+    s.query.read(a.query, start_of(a.query, at), a.query.stride[1], a.query.stride[2], at.rows, T(a.scale * LOG2_E));
     // O passes through grad_query's block, which is not needed yet.
     s.grad_query.read(a.output, start_of(a.output, at), a.output.stride[1], a.output.stride[2], at.rows, T(1));
     const View& incoming = grad.output;
@@ -110,8 +110,8 @@ struct Backward {
         if (i < at.rows)
           for (int64_t d = i * padded; d < (i + 1) * padded; d += LANES<T>)
             dot += load(s.grad_output.of_head(h) + d) * load(s.grad_query.of_head(h) + d);
-        s.dot[h * BLOCK_N + i] = sum_of_lanes<T>(dot);
-        s.lse[h * BLOCK_N + i] = i < at.rows ? lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : -NOT_VISIBLE<T>;
+        s.minus_dot[h * BLOCK_N + i] = -sum_of_lanes<T>(dot);
+        s.minus_lse[h * BLOCK_N + i] = i < at.rows ? -lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : NOT_VISIBLE<T>;
       }
     s.bias.read_queries(a, at);
     s.grad_query.clear();
@@ -154,25 +154,29 @@ struct Backward {
         at.rows, padded, at.count, s.grad_logits, 1, BLOCK_N, key.data, key.stride, s.grad_query.of_head(h), padded);
   }
 
-  // P = exp(S + bias - lse),  dS = P (dP - T),  dbias += dS
+  // P = 2^(S + bias - lse),  dS = P (dP - T),  dbias += dS
   template <bool BIASED, bool MASKED, bool ROUTED>
   static void softmax_adjoint_of_tile(
       const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const KeyRows<T>& value,
       const T* bias) {
-    const T* lse = s.lse + h * BLOCK_N;
-    const T* dot = s.dot + h * BLOCK_N;
+    const T* minus_lse = s.minus_lse + h * BLOCK_N;
+    const T* minus_dot = s.minus_dot + h * BLOCK_N;
     gemm<T>(
         at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
-        [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
+        [&](int64_t j, int64_t i) RK_INLINE {
+          return BIASED ? load(bias + j * BLOCK_N + i) + load(minus_lse + i) : load(minus_lse + i);
+        },
+        [&](int64_t j, int64_t i, Vec<T> log_probability) RK_INLINE {
           const int64_t e = j * BLOCK_N + i;
-          if constexpr (BIASED) logit = add_bias<T, MASKED>(logit, load(bias + e));
-          store(s.probability + e, exp_nonpositive(logit - load(lse + i)));
+          if constexpr (MASKED) log_probability = where_visible<T>(log_probability, load(bias + e));
+          store(s.probability + e, exp2_nonpositive(log_probability));
         });
     gemm<T>(
         at.count, at.columns, s.query.columns, value.data, value.stride, 1, s.grad_output.flipped_of_head(h), BLOCK_N,
-        [&](int64_t j, int64_t i, Vec<T> grad_probability) RK_INLINE {
+        [&](int64_t, int64_t i) RK_INLINE { return load(minus_dot + i); },
+        [&](int64_t j, int64_t i, Vec<T> grad_probability_minus_dot) RK_INLINE {
           const int64_t e = j * BLOCK_N + i;
-          const Vec<T> grad_logit = load(s.probability + e) * (grad_probability - load(dot + i));
+          const Vec<T> grad_logit = load(s.probability + e) * grad_probability_minus_dot;
           store(s.grad_logits + e, grad_logit);
           if constexpr (ROUTED) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logit);
         });
@@ -218,9 +222,9 @@ struct Backward {
     write(s.bias.gate, s.grad_gate_q, grad.gate_q);
   }
 
-  // grad = sum of the slots of image b, in the order of the workers.
+  // grad = factor * (sum of the slots of image b, in the order of the workers)
   void write_key_gradient(const View& to, int64_t b, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
-                          T* KeyGradients<T>::*member, int64_t first, T* sum) const {
+                          T* KeyGradients<T>::*member, int64_t first, T* sum, T factor) const {
     const int64_t padded = round_up_to_lanes<T>(columns), count = smaller(BLOCK_M, a.keys - first);
     const int64_t offset = (h * a.keys + first) * padded;
     memset(sum, 0, size_t(count * padded) * sizeof(T));
@@ -232,7 +236,7 @@ struct Backward {
     for (int64_t j = 0; j < count; ++j)
       write_row<T>(
           sum + j * padded, columns, to.dtype, to.data,
-          b * to.stride[0] + h * head_stride + (first + j) * row_stride, T(1));
+          b * to.stride[0] + h * head_stride + (first + j) * row_stride, factor);
   }
 
   void write_keys(int64_t worker) const {
@@ -244,11 +248,11 @@ struct Backward {
       const int64_t b = item / tiles / parts, part = item / tiles % parts, first = item % tiles * BLOCK_M;
       using Slot = KeyGradients<T>;
       const auto write = [&](const View& to, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
-                             auto member) {
-        write_key_gradient(to, b, h, head_stride, row_stride, columns, member, first, sum);
+                             auto member, T factor = 1) {
+        write_key_gradient(to, b, h, head_stride, row_stride, columns, member, first, sum, factor);
       };
       if (part < a.heads) {
-        write(grad.key, part, grad.key.stride[1], grad.key.stride[2], a.channels, &Slot::key);
+        write(grad.key, part, grad.key.stride[1], grad.key.stride[2], a.channels, &Slot::key, T(LN_2));
         write(grad.value, part, grad.value.stride[1], grad.value.stride[2], a.channels, &Slot::value);
       } else {
         write(grad.sup_k, 0, 0, grad.sup_k.stride[1], a.sup_rank, &Slot::sup);

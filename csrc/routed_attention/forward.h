@@ -7,18 +7,18 @@ namespace rk {
 namespace RK_SIMD {
 namespace {
 
-inline float log_of(float x) { return __builtin_logf(x); }
-inline double log_of(double x) { return __builtin_log(x); }
+inline float log2_of(float x) { return __builtin_log2f(x); }
+inline double log2_of(double x) { return __builtin_log2(x); }
 
 template <typename T>
 struct ForwardScratch {
   BiasTile<T> bias;
-  QueryRows<T> query;   // [H, BLOCK_N, D] scale q
-  QueryRows<T> output;  // [H, BLOCK_N, D] sum_j exp(S_hij - max) v_hj
-  T* weights;           // [BLOCK_M, BLOCK_N] S_hij, then exp(S_hij - max)
+  QueryRows<T> query;   // [H, BLOCK_N, D] scale log2(e) q
+  QueryRows<T> output;  // [H, BLOCK_N, D] sum_j 2^(S_hij - max) v_hj
+  T* weights;           // [BLOCK_M, BLOCK_N] S_hij, then 2^(S_hij - max)
   T* row_max;           // [H, BLOCK_N]
-  T* row_sum;           // [H, BLOCK_N] sum_j exp(S_hij - max)
-  T* correction;        // [BLOCK_N] exp(old max - new max)
+  T* row_sum;           // [H, BLOCK_N] sum_j 2^(S_hij - max)
+  T* correction;        // [BLOCK_N] 2^(old max - new max)
   T* key;               // [BLOCK_M, D]
   T* value;             // [BLOCK_M, D]
 
@@ -51,7 +51,7 @@ struct Forward {
   }
 
   void attend_block(ForwardScratch<T>& s, const Place& block) const {
-    s.query.read(a.query, start_of(a.query, block), a.query.stride[1], a.query.stride[2], block.rows, T(a.scale));
+    s.query.read(a.query, start_of(a.query, block), a.query.stride[1], a.query.stride[2], block.rows, T(a.scale * LOG2_E));
     s.bias.read_queries(a, block);
     s.output.clear();
     for (int64_t i = 0; i < a.heads * BLOCK_N; ++i) s.row_max[i] = NOT_VISIBLE<T>, s.row_sum[i] = 0;
@@ -82,17 +82,52 @@ struct Forward {
         });
   }
 
-  // Online softmax over the keys of a tile, 16 queries at a time: weights = exp(S - max).
+  // weights = 2^(S - max) in one pass, by the maximum that the tiles before this one left: its weights may be somewhat
+  // above 1. False where that will not do: a query has seen no key yet, or a logit is far above the maximum.
+  template <bool BIASED, bool MASKED>
+  static bool weights_by_old_maximum(
+      const ForwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const T* bias) {
+    constexpr T FAR_ABOVE = 8;
+    T* row_max = s.row_max + h * BLOCK_N;
+    T* row_sum = s.row_sum + h * BLOCK_N;
+    for (int64_t i = 0; i < at.columns; i += LANES<T>)
+      if (any<T>(load(row_max + i) == NOT_VISIBLE<T>)) return false;
+
+    Vec<T> largest[BLOCK_N / LANES<T>] = {}, sum[BLOCK_N / LANES<T>] = {};
+    gemm<T>(
+        at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
+        [&](int64_t j, int64_t i) RK_INLINE {
+          return BIASED ? load(bias + j * BLOCK_N + i) - load(row_max + i) : -load(row_max + i);
+        },
+        [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
+          if constexpr (MASKED) logit = where_visible<T>(logit, load(bias + j * BLOCK_N + i));
+          const Vec<T> weight = exp2_nonpositive(logit);
+          store(s.weights + j * BLOCK_N + i, weight);
+          largest[i / LANES<T>] = max<T>(logit, largest[i / LANES<T>]);
+          sum[i / LANES<T>] += weight;
+        });
+    for (int64_t i = 0; i < at.columns; i += LANES<T>)
+      if (any<T>(largest[i / LANES<T>] > FAR_ABOVE)) return false;
+    for (int64_t i = 0; i < at.columns; i += LANES<T>) {
+      store(row_sum + i, load(row_sum + i) + sum[i / LANES<T>]);
+      store(s.correction + i, broadcast(T(1)));
+    }
+    return true;
+  }
+
+  // Online softmax over the keys of a tile, 16 queries at a time: weights = 2^(S - max).
   template <bool BIASED, bool MASKED>
   static void softmax_of_tile(
       const ForwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const T* bias) {
+    if (weights_by_old_maximum<BIASED, MASKED>(s, at, h, key, bias)) return;
     T* weights = s.weights;
     Vec<T> largest[BLOCK_N / LANES<T>];
     for (Vec<T>& of_queries : largest) of_queries = broadcast(NOT_VISIBLE<T>);
     gemm<T>(
         at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
+        [&](int64_t j, int64_t i) RK_INLINE { return BIASED ? load(bias + j * BLOCK_N + i) : Vec<T>{}; },
         [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
-          if constexpr (BIASED) logit = add_bias<T, MASKED>(logit, load(bias + j * BLOCK_N + i));
+          if constexpr (MASKED) logit = where_visible<T>(logit, load(bias + j * BLOCK_N + i));
           store(weights + j * BLOCK_N + i, logit);
           largest[i / LANES<T>] = max<T>(logit, largest[i / LANES<T>]);
         });
@@ -104,12 +139,12 @@ struct Forward {
       const Vec<T> before = load(row_max + i);
       const Vec<T> now = max<T>(largest[i / LANES<T>], before);
       const Vec<T> shift = now == NOT_VISIBLE<T> ? Vec<T>{} : now;
-      const Vec<T> factor = before == now ? broadcast(T(1)) : exp_nonpositive(before - shift);
+      const Vec<T> factor = before == now ? broadcast(T(1)) : exp2_nonpositive(before - shift);
 
       Vec<T> sum[CHAINS] = {};
       const auto exponentiate = [&](int64_t j, int64_t chain) {
         T* weight = weights + j * BLOCK_N + i;
-        store(weight, exp_nonpositive(load(weight) - shift));
+        store(weight, exp2_nonpositive(load(weight) - shift));
         sum[chain] += load(weight);
       };
       int64_t j = 0;
@@ -122,15 +157,15 @@ struct Forward {
     }
   }
 
-  // O = output / sum, lse = max + log(sum); a query that attended nothing gives 0 and lse = +inf, so that
-  // exp(S - lse) is 0 in backward.
+  // O = output / sum, lse = max + log2(sum); a query that attended nothing gives 0 and lse = +inf, so that
+  // 2^(S - lse) is 0 in backward.
   void finish(const ForwardScratch<T>& s, const Place& block) const {
     T* lse = static_cast<T*>(a.lse.data) + start_of(a.lse, block);
     for (int64_t h = 0; h < a.heads; ++h)
       for (int64_t i = 0; i < block.rows; ++i) {
         const T sum = s.row_sum[h * BLOCK_N + i];
         lse[h * a.lse.stride[1] + i * a.lse.stride[2]] =
-            sum == 0 ? -NOT_VISIBLE<T> : s.row_max[h * BLOCK_N + i] + log_of(sum);
+            sum == 0 ? -NOT_VISIBLE<T> : s.row_max[h * BLOCK_N + i] + log2_of(sum);
         write_row<T>(
             s.output.of_head(h) + i * s.output.padded_columns, a.channels, a.output.dtype, a.output.data,
             start_of(a.output, block) + h * a.output.stride[1] + i * a.output.stride[2], sum == 0 ? T(0) : 1 / sum);

@@ -8,10 +8,9 @@
 
 namespace rk {
 
-// sigmoid(gate), with decay = exp(-|gate|): no overflow for any gate.
+// sigmoid(gate), with decay = exp(-|gate|) and inverse = 1 / (1 + decay): no overflow for any gate.
 template <typename T>
-RK_HOST_DEVICE T sigmoid_of_decay(T gate, T decay) {
-  const T inverse = 1 / (1 + decay);
+RK_HOST_DEVICE T sigmoid_of_decay(T gate, T decay, T inverse) {
   return gate < 0 ? decay * inverse : inverse;
 }
 

@@ -106,6 +106,9 @@ inline KeyRows<T> key_rows(const View& view, int64_t offset, int64_t row_stride,
 template <typename T>
 constexpr T NOT_VISIBLE = -T(__builtin_inff());
 
+// Logits are kept times log2(e), so that exp is 2^logit.
+constexpr double LOG2_E = 1.44269504088896340736, LN_2 = 0.69314718055994530942;
+
 // One factor pair: its queries of the block, its keys of the tile, and their products.
 template <typename T>
 struct FactorTile {
@@ -137,7 +140,7 @@ struct FactorTile {
   }
 };
 
-// What is added to the logits of one tile, [BLOCK_M, BLOCK_N], and what backward needs of it.
+// What is added to the logits of one tile, [BLOCK_M, BLOCK_N], times log2(e), and what backward needs of it.
 template <typename T>
 struct BiasTile {
   FactorTile<T> sup;   // for backward its products become sup - del
@@ -203,9 +206,10 @@ struct BiasTile {
     gate.multiply(at, [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
       const int64_t e = j * BLOCK_N + i;
       const Vec<T> suppressor = load(sup.products + e), delegator = load(del.products + e);
-      const Vec<T> p = sigmoid_of_decay(logit, exp_nonpositive(logit < 0 ? logit : -logit));
+      const Vec<T> decay = exp2_nonpositive((logit < 0 ? logit : -logit) * T(LOG2_E));
+      const Vec<T> p = sigmoid_of_decay(logit, decay, reciprocal(1 + decay));
       const Vec<T> r = route(p, suppressor, delegator);
-      store(shared + e, clamp(r, limit));
+      store(shared + e, clamp(r, limit) * T(LOG2_E));
       if (!for_backward) return;
       store(gate.products + e, p), store(sup.products + e, suppressor - delegator), store(del.products + e, r);
     });
@@ -236,18 +240,17 @@ struct BiasTile {
         with_storage(mask.dtype, [&](auto type) {
           using Storage = decltype(type);
           const Storage* added = static_cast<const Storage*>(mask.data) + offset;
-          for (int64_t j = 0; j < at.count; ++j) tile[j * BLOCK_N + i] += load_as<T>(added[j * step]);
+          for (int64_t j = 0; j < at.count; ++j) tile[j * BLOCK_N + i] += load_as<T>(added[j * step]) * T(LOG2_E);
         });
       }
     }
   }
 };
 
-// logits + bias; behind a mask NOT_VISIBLE wins over any content of the key, even NaN.
-template <typename T, bool MASKED>
-inline Vec<T> add_bias(Vec<T> logits, Vec<T> bias) {
-  const Vec<T> sum = logits + bias;
-  return MASKED ? (bias == NOT_VISIBLE<T> ? bias : sum) : sum;
+// Behind a mask NOT_VISIBLE wins over any content of the key, even NaN.
+template <typename T>
+inline Vec<T> where_visible(Vec<T> biased_logits, Vec<T> bias) {
+  return bias == NOT_VISIBLE<T> ? bias : biased_logits;
 }
 
 // Runs `method(worker)` of an object on every worker.
