@@ -122,6 +122,5 @@ def group_similarity(content: Tensor, known: DenoisingTargets) -> Tensor:
 def separated(layers: list[Predictions], known: DenoisingTargets) -> tuple[list[Predictions], Denoised]:
     """Predictions of all queries -> of the matching ones, and of the denoising ones."""
     matching = layers[0].boxes.shape[2] - known.target.shape[1]
-    first = [Predictions(*(None if part is None else part[:, :, :matching] for part in layer)) for layer in layers]
-    rest = [Predictions(*(None if part is None else part[:, :, matching:] for part in layer)) for layer in layers]
-    return first, Denoised(rest, known)
+    first, rest = slice(matching), slice(matching, None)
+    return [layer.of(first) for layer in layers], Denoised([layer.of(rest) for layer in layers], known)

@@ -14,40 +14,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .config import DetectorConfig
+from .encoder import Memory
+from .position import sine_embedding
+
 MASK_STRIDE = 4
 OVERSAMPLING = 3  # candidates a point, of which the most uncertain are kept
 UNCERTAIN_SHARE = 0.75  # of the points; the others are uniform
 
 
 class PixelEmbedding(nn.Module):
-    """Backbone map [B, F, H/4, W/4] and finest encoded level [B, C, h, w] -> pixel embeddings [B, C, H/4, W/4].
+    """Backbone map [B, F, H/4, W/4] and the memory's finest level -> pixel embeddings [B, C, H/4, W/4].
 
     The level comes with its positions' sine embedding added, as queries do: a dot product tells things that look alike
     apart by where they are.
     """
 
-    def __init__(self, channels: int, embed_dim: int) -> None:
+    def __init__(self, config: DetectorConfig, channels: int) -> None:
         super().__init__()
-        groups = math.gcd(32, embed_dim // 4)
-        self.lateral = nn.Sequential(nn.Conv2d(channels, embed_dim, 1), nn.GroupNorm(groups, embed_dim))
+        dim, self.temperature = config.embed_dim, config.position_temperature
+        groups = math.gcd(32, dim // 4)
+        self.lateral = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(groups, dim))
         self.project = nn.Sequential(
-            nn.Conv2d(embed_dim, embed_dim, 3, padding=1),
-            nn.GroupNorm(groups, embed_dim),
-            nn.ReLU(),
-            nn.Conv2d(embed_dim, embed_dim, 1),
+            nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(groups, dim), nn.ReLU(), nn.Conv2d(dim, dim, 1)
         )
 
-    def forward(self, fine: Tensor, encoded: Tensor) -> Tensor:
+    def forward(self, fine: Tensor, memory: Memory) -> Tensor:
+        height, width = memory.spatial_shapes[0]
+        finest, positions = (x[:, : height * width] for x in (memory.features, memory.positions))
+        placed = finest + sine_embedding(positions.flip(-1), finest.shape[-1] // 2, self.temperature)
+        encoded = placed.mT.unflatten(2, (height, width))
         encoded = functional.interpolate(encoded, size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return self.project(self.lateral(fine) + encoded)
-
-
-class MaskHead(nn.Sequential):
-    """Query content and position, summed, [..., C] -> mask embedding [..., C]."""
-
-    def __init__(self, embed_dim: int) -> None:
-        layers = [nn.Linear(embed_dim, embed_dim) for _ in range(3)]
-        super().__init__(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
 class MaskTargets(NamedTuple):
