@@ -99,7 +99,9 @@ class Matcher:
                     raise FloatingPointError(f"matching cost of {name}, image {image} is not finite")
                 problems.append(problem)
         solved = list(self.threads.map(linear_sum_assignment, problems))
-        rows = [np.concatenate([np.stack(pairs) for pairs in solved[row :: len(names)]], 1) for row in range(len(names))]
+        rows = [
+            np.concatenate([np.stack(pairs) for pairs in solved[row :: len(names)]], 1) for row in range(len(names))
+        ]
         counts = [min(cost.shape[2], count) for count in targets.counts]
         found = (np.repeat(np.arange(len(counts)), counts), *np.stack(rows, 1))
         return Matches(*(torch.from_numpy(each).to(targets.labels.device, non_blocking=True) for each in found), counts)
