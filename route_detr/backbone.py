@@ -37,11 +37,9 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, stages: int) -> None:
         super().__init__()
+        configured = AutoConfig.for_model if config.weights is None else AutoConfig.from_pretrained
         try:
-            if config.weights is None:
-                model = AutoConfig.for_model(config.model, **config.settings)
-            else:
-                model = AutoConfig.from_pretrained(config.weights, **config.settings)
+            model = configured(config.weights or config.model, **config.settings)
             names = [name for name in model.stage_names if name != "stem"]
         except (ValueError, AttributeError) as error:
             raise ValueError(f"backbone: expected a model of transformers with an AutoBackbone: {error}") from error

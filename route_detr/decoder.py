@@ -25,6 +25,13 @@ from .proposals import Queries
 from .schedule import RouteType, RoutingValues
 
 MIN_AREA = 1e-6  # of a reference box, before the logarithm
+ROUTER = (
+    "rank",
+    "hidden_dim",
+    "gate_rank",
+    "limit",
+    "nonnegative",
+)  # of `QueryRouter`, router_... in the configuration
 
 
 class DecoderLayer(nn.Module):
@@ -41,33 +48,27 @@ class DecoderLayer(nn.Module):
 
     def forward(self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""
-        attended = self._self_attention(queries, routing, keep_main)
-        x = self.self_norm(attended, queries.content.expand_as(attended))
-        x = self.cross_norm(self._cross_attention(x, queries, memory), x)
-        return self.ffn_norm(self.ffn(x), x)
-
-    def _self_attention(self, queries: Queries, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         content, position, ranges = queries.content, queries.position.expand_as(queries.content), queries.key_ranges
         if routing is None:
             ranges = None if ranges is None else ranges.repeat_interleave(content.shape[1], 0)
             attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1), key_ranges=ranges)
-            return attended.unflatten(0, content.shape[:2])
-        aux = self.self_attention(content[:, -1], position[:, -1], routing, key_ranges=ranges)
-        if not keep_main:
-            return aux[:, None]
-        return torch.stack([self.self_attention(content[:, 0], position[:, 0], key_ranges=ranges), aux], 1)
-
-    def _cross_attention(self, content: Tensor, queries: Queries, memory: Memory) -> Tensor:
-        """All branches side by side on the query axis: the value is projected once."""
-        reference = queries.box_logits.sigmoid().expand(*content.shape[:3], 4).flatten(1, 2)
+            attended = attended.unflatten(0, content.shape[:2])
+        else:
+            attended = self.self_attention(content[:, -1], position[:, -1], routing, key_ranges=ranges)[:, None]
+            if keep_main:
+                main = self.self_attention(content[:, 0], position[:, 0], key_ranges=ranges)
+                attended = torch.stack([main, attended[:, 0]], 1)
+        x = self.self_norm(attended, content.expand_as(attended))
+        # All branches side by side on the query axis: the value is projected once.
         attended = self.cross_attention(
-            (content + queries.position).flatten(1, 2),
-            memory.sampling_reference(reference),
+            (x + queries.position).flatten(1, 2),
+            memory.sampling_reference(queries.box_logits.sigmoid().expand(*x.shape[:3], 4).flatten(1, 2)),
             memory.features,
             memory.spatial_shapes,
             padding_mask=memory.padding,
         )
-        return attended.unflatten(1, content.shape[1:3])
+        x = self.cross_norm(attended.unflatten(1, x.shape[1:3]), x)
+        return self.ffn_norm(self.ffn(x), x)
 
 
 class Decoder(nn.Module):
@@ -83,12 +84,8 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim) if config.decoder_norm else None
         self.anchor = mlp(2 * dim, dim, dim) if config.query_position != "proposal" else None
         self.anchor_scale = mlp(dim, dim, dim) if config.query_position == "scaled_anchor" else None
-        sizes = {
-            **{"rank": config.router_rank, "hidden_dim": config.router_hidden_dim},
-            **{"gate_rank": config.router_gate_rank, "limit": config.router_limit},
-            **{"nonnegative": config.router_nonnegative},
-        }
-        self.routers = nn.ModuleDict({str(index): QueryRouter(dim, **sizes) for index in config.routed_layer_indices})
+        form = {name: getattr(config, f"router_{name}") for name in ROUTER}
+        self.routers = nn.ModuleDict({str(index): QueryRouter(dim, **form) for index in config.routed_layer_indices})
 
     def forward(self, queries: Queries, memory: Memory, routing: RoutingValues | None = None) -> list[Predictions]:
         """Main branch alone (routing None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""
@@ -105,7 +102,10 @@ class Decoder(nn.Module):
         strengths = {} if values is None else dict(zip(self.routers, values.strengths, strict=True))
         for index, layer in enumerate(self.layers):
             if self.anchor is not None:
-                queries = queries._replace(position=self._position(index, queries))
+                position = self.anchor(sine_embedding(queries.box_logits.sigmoid(), queries.content.shape[-1] // 2))
+                if self.anchor_scale is not None and index > 0:
+                    position = position * self.anchor_scale(queries.content)  # DAB, arXiv 2201.12329
+                queries = queries._replace(position=position)
             strength = strengths.get(str(index), 0.0)
             routing = self.routing(index, queries, strength, values.route_type) if strength > 0 else None
             content = layer(queries, memory, routing, keep_main)
@@ -121,11 +121,6 @@ class Decoder(nn.Module):
                 queries = queries._replace(
                     content=content, box_logits=after.detach(), logits=logits.detach(), attached=attached
                 )
-
-    def _position(self, index: int, queries: Queries) -> Tensor:
-        """[B, G, N, C] from the reference boxes, in DAB (arXiv 2201.12329) scaled by what a layer passes on."""
-        position = self.anchor(sine_embedding(queries.box_logits.sigmoid(), queries.content.shape[-1] // 2))
-        return position if self.anchor_scale is None or index == 0 else position * self.anchor_scale(queries.content)
 
     def routing(self, index: int, queries: Queries, strength: float, route_type: RouteType) -> rk.RoutingFactors:
         """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`.

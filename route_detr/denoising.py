@@ -117,10 +117,3 @@ def group_similarity(content: Tensor, known: DenoisingTargets) -> Tensor:
     groups = (content * known.present[..., None]).reshape(shape)
     among_all = rk.query_similarity(groups).reshape(known.target.shape)
     return among_all * (known.group_size / known.group_counts.clamp_min(1).to(content.dtype))[:, None]
-
-
-def separated(layers: list[Predictions], known: DenoisingTargets) -> tuple[list[Predictions], Denoised]:
-    """Predictions of all queries -> of the matching ones, and of the denoising ones."""
-    matching = layers[0].boxes.shape[2] - known.target.shape[1]
-    first, rest = slice(matching), slice(matching, None)
-    return [layer.of(first) for layer in layers], Denoised([layer.of(rest) for layer in layers], known)

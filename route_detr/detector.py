@@ -15,7 +15,7 @@ from .backbone import Backbone, FeatureLevels
 from .boxes import corners
 from .config import DetectorConfig, TrainConfig
 from .decoder import Decoder
-from .denoising import Denoised, Denoising, separated
+from .denoising import Denoised, Denoising
 from .eager import make_eager
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
@@ -59,7 +59,7 @@ class RoutedLayerView(NamedTuple):
 class RoutingState(nn.Module):
     """lambda of each decoder layer, alpha and the route type as buffers: a reloaded run goes on where it stopped.
 
-    The host keeps a copy, so that a step need not wait for the device to read them back.
+    The host keeps a copy: a step need not wait for the device to read them back.
     """
 
     def __init__(self, decoder_layers: int, routed_layers: Sequence[int]) -> None:
@@ -154,7 +154,8 @@ class Detector(nn.Module):
             queries = self.denoising(queries, targets)
         layers, denoised = self.decoder(queries, memory, self.routing.read() if dual else None), None
         if queries.denoising is not None:
-            layers, denoised = separated(layers, queries.denoising)
+            denoised = Denoised([layer.of(slice(queries.matching, None)) for layer in layers], queries.denoising)
+            layers = [layer.of(slice(queries.matching)) for layer in layers]
         aux_weight = self.routing.aux_weight if dual else torch.zeros_like(self.routing.aux_weight)
         pixels = None if self.pixel_embedding is None else self.pixel_embedding(features[0], memory)
         return DetectorOutput(layers, proposals, aux_weight, denoised, pixels)
