@@ -7,7 +7,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn, RoutedSelfAttention
+from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn
 
 from .config import DetectorConfig, MemoryLevel
 
@@ -51,8 +51,3 @@ def deformable_attention(config: DetectorConfig, whole_layer: bool = False) -> M
     sizes = config.embed_dim, config.num_levels, config.num_heads, config.num_points
     recompute = saves(config, "tight") and not whole_layer
     return MSDeformAttn(*sizes, recompute=recompute, recast=config.memory == "lean")
-
-
-def self_attention(config: DetectorConfig) -> RoutedSelfAttention:
-    """From `lean` on q, k and v are projected again: few queries, so few products."""
-    return RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=saves(config, "lean"))

@@ -32,11 +32,10 @@ class Criterion:
         self.matcher = Matcher(config)
 
     def __call__(self, output: DetectorOutput, targets: Sequence, box_count: Tensor | None = None) -> dict[str, Tensor]:
-        """targets: one an image: boxes [T, 4] (cx, cy, w, h) in [0, 1], labels [T] int64, and masks [T, h, w] bool
-        where the detector has masks. The only wait for the device is the copy of the costs: labels are checked where
-        they lie on the host.
-
+        """targets: each has boxes [T, 4] (cx, cy, w, h) in [0, 1], labels [T] int64, masks [T, h, w] bool to segment.
         box_count: 0-dim, the number of boxes to divide by, for a batch that is part of a larger one.
+
+        The only wait for the device is the copy of the costs: labels are checked where they lie on the host.
 
         Raises ValueError for a wrong number of targets, missing masks, or a label out of range, FloatingPointError for
         a matching cost that is not finite.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
-from route_kernels.nn import QueryRouter
+from route_kernels.nn import QueryRouter, RoutedSelfAttention
 
-from .blocks import add_norm, deformable_attention, feed_forward, mlp, self_attention
+from .blocks import add_norm, deformable_attention, feed_forward, mlp, saves
 from .config import DetectorConfig
 from .denoising import group_similarity
 from .encoder import Memory
@@ -39,7 +39,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        self.self_attention = self_attention(config)
+        again = saves(config, "lean")  # q, k and v are projected again in backward: few queries, so few products
+        self.self_attention = RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=again)
         self.self_norm = add_norm(config)
         self.cross_attention = deformable_attention(config)
         self.cross_norm = add_norm(config)

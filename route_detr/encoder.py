@@ -21,8 +21,8 @@ class Memory(NamedTuple):
     features: Tensor  # [B, S, C]
     positions: Tensor  # [B or 1, S, 2] (x, y) as fractions of each image's own extent; beyond 1 in its padding
     spatial_shapes: list[tuple[int, int]]  # (h, w) of each level
-    padding: Tensor | None  # [B, S] bool, True = padding; None: no padding anywhere
-    valid_ratios: Tensor | None  # [B, L, 2] (x, y): share of each level that is not padding
+    padding: Tensor | None = None  # [B, S] bool, True = padding; None: no padding anywhere
+    valid_ratios: Tensor | None = None  # [B, L, 2] (x, y): share of each level that is not padding
 
     def sampling_reference(self, reference: Tensor) -> Tensor:
         """Image fractions [B, N, 2 or 4] -> fractions of each padded level, [B, N, L or 1, 2 or 4]."""
@@ -40,26 +40,24 @@ def flatten_levels(
     """
     shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
     features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
-    paddings, ratios, pixels, extents = [], [], [], []
+    centres, embedded, paddings, ratios = [], [], [], []
     for height, width in shapes:
         if padding_mask is None:
             padding = torch.zeros(1, height, width, dtype=torch.bool, device=features.device)
         else:
             padding = functional.interpolate(padding_mask[:, None].float(), size=(height, width))[:, 0] > 0.5
         columns, rows = (~padding[:, 0]).sum(-1).clamp_min(1), (~padding[:, :, 0]).sum(-1).clamp_min(1)
-        extent = torch.stack([columns, rows], -1).to(features.dtype)  # [B or 1, 2]
+        extent = torch.stack([columns, rows], -1).to(features.dtype)[:, None]  # [B or 1, 1, 2]
         x, y = (torch.arange(side, dtype=features.dtype, device=features.device) for side in (width, height))
-        pixels.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1))
-        extents.append(extent[:, None])
-        ratios.append(torch.stack([extent[:, 0] / width, extent[:, 1] / height], -1))
+        pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+        centres.append((pixels + 0.5) / extent)
+        embedded.append((pixels + offset) / extent)
         paddings.append(padding.flatten(1))
-    positions, embedded = (
-        torch.cat([(pixel + shift) / extent for pixel, extent in zip(pixels, extents, strict=True)], 1)
-        for shift in (0.5, offset)
-    )
-    masked = (None, None) if padding_mask is None else (torch.cat(paddings, 1), torch.stack(ratios, 1))
-    embedding = sine_embedding(embedded.flip(-1), features.shape[-1] // 2, temperature)
-    return Memory(features, positions, shapes, *masked), embedding
+        ratios.append(torch.cat([extent[..., :1] / width, extent[..., 1:] / height], -1))
+    memory = Memory(features, torch.cat(centres, 1), shapes)
+    if padding_mask is not None:
+        memory = memory._replace(padding=torch.cat(paddings, 1), valid_ratios=torch.cat(ratios, 1))
+    return memory, sine_embedding(torch.cat(embedded, 1).flip(-1), features.shape[-1] // 2, temperature)
 
 
 class EncoderLayer(nn.Module):
