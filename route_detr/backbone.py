@@ -13,10 +13,7 @@ from .config import BackboneConfig
 
 
 class FrozenBatchNorm(nn.Module):
-    """BatchNorm2d with fixed statistics and affine map: [B, C, H, W] -> the same shape, in the input's dtype.
-
-    Its tensors are buffers under BatchNorm2d's names.
-    """
+    """BatchNorm2d with fixed statistics and affine map, buffers under its names: [B, C, H, W], in the input's dtype."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -40,11 +37,9 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, stages: int) -> None:
         super().__init__()
+        configured = AutoConfig.for_model if config.weights is None else AutoConfig.from_pretrained
         try:
-            if config.weights is None:
-                model = AutoConfig.for_model(config.model, **config.settings)
-            else:
-                model = AutoConfig.from_pretrained(config.weights, **config.settings)
+            model = configured(config.weights or config.model, **config.settings)
             names = [name for name in model.stage_names if name != "stem"]
         except (ValueError, AttributeError) as error:
             raise ValueError(f"backbone: expected a model of transformers with an AutoBackbone: {error}") from error
@@ -55,24 +50,22 @@ class Backbone(nn.Module):
         self.body.to(memory_format=torch.channels_last)
         self.channels = list(self.body.channels)
         if config.fine_tune:
-            self._freeze(config.frozen)
-
-    def _freeze(self, prefixes: tuple[str, ...]) -> None:
-        for prefix in prefixes:
-            matching = [p for name, p in self.body.named_parameters() if name.startswith(prefix)]
-            if not matching:
-                raise ValueError(
-                    f"frozen: expected the beginning of a parameter's name in the backbone, got {prefix!r}"
-                )
-            for parameter in matching:
-                parameter.requires_grad_(False)
-        for module in list(self.body.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.BatchNorm2d):
-                    setattr(module, name, FrozenBatchNorm(child))
+            _freeze(self.body, config.frozen)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return list(self.body(images.contiguous(memory_format=torch.channels_last)).feature_maps)
+
+
+def _freeze(body: nn.Module, prefixes: tuple[str, ...]) -> None:
+    for prefix in prefixes:
+        fixed = [parameter for name, parameter in body.named_parameters() if name.startswith(prefix)]
+        if not fixed:
+            raise ValueError(f"frozen: expected the beginning of a parameter's name in the backbone, got {prefix!r}")
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+    for name, module in list(body.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            body.set_submodule(name, FrozenBatchNorm(module))
 
 
 def _pretrained(model: PretrainedConfig, weights: str) -> nn.Module:
@@ -92,22 +85,21 @@ class FeatureLevels(nn.Module):
 
     def __init__(self, channels: list[int], embed_dim: int, num_levels: int) -> None:
         super().__init__()
-        inputs = [(width, 1) for width in channels]
-        for extra in range(num_levels - len(channels)):
-            inputs.append((channels[-1] if extra == 0 else embed_dim, 3))
+        coarser = [channels[-1]] + [embed_dim] * num_levels
+        forms = [(width, 1, 1, 0) for width in channels]  # input channels, kernel, stride, padding
+        forms += [(width, 3, 2, 1) for width in coarser[: num_levels - len(channels)]]
+        groups = math.gcd(32, embed_dim // 4)
         self.projections = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(width, embed_dim, kernel, stride=1 if kernel == 1 else 2, padding=kernel // 2),
-                nn.GroupNorm(math.gcd(32, embed_dim // 4), embed_dim),
-            )
-            for width, kernel in inputs
+            nn.Sequential(nn.Conv2d(width, embed_dim, *form), nn.GroupNorm(groups, embed_dim)) for width, *form in forms
         )
-        for projection in self.projections:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+        for convolution, _ in self.projections:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         levels = [project(feature) for project, feature in zip(self.projections, features, strict=False)]
-        for extra, project in enumerate(self.projections[len(features) :]):
-            levels.append(project(features[-1] if extra == 0 else levels[-1]))
+        coarsest = features[-1]
+        for project in self.projections[len(features) :]:
+            coarsest = project(coarsest)
+            levels.append(coarsest)
         return levels

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import get_args
 
 from torch import Tensor, nn
 
-from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn, RoutedSelfAttention
+from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn
 
 from .config import DetectorConfig, MemoryLevel
 
 CHUNKS = 8  # of the tokens, in a feed-forward that is computed again in backward
-_ORDER = get_args(MemoryLevel)
 
 
 def saves(config: DetectorConfig, level: MemoryLevel) -> bool:
     """Whether the configured memory level is at least `level`."""
-    return _ORDER.index(config.memory) >= _ORDER.index(level)
+    levels = get_args(MemoryLevel)
+    return levels.index(config.memory) >= levels.index(level)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between these widths, with ReLU in between."""
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 class AddNorm(nn.LayerNorm):
@@ -37,15 +44,10 @@ def feed_forward(config: DetectorConfig) -> FeedForward:
 
 
 def deformable_attention(config: DetectorConfig, whole_layer: bool = False) -> MSDeformAttn:
-    """From `lean` on memory is cast again for the value, from `tight` on value, offsets and logits projected again.
+    """At `lean` memory is cast again for the value; from `tight` on value, offsets and logits are projected again.
 
     whole_layer: the layer around it is computed again, and so needs neither.
     """
     sizes = config.embed_dim, config.num_levels, config.num_heads, config.num_points
     recompute = saves(config, "tight") and not whole_layer
     return MSDeformAttn(*sizes, recompute=recompute, recast=config.memory == "lean")
-
-
-def self_attention(config: DetectorConfig) -> RoutedSelfAttention:
-    """From `lean` on q, k and v are projected again: few queries, so few products."""
-    return RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=saves(config, "lean"))

@@ -32,57 +32,53 @@ class Criterion:
         self.matcher = Matcher(config)
 
     def __call__(self, output: DetectorOutput, targets: Sequence, box_count: Tensor | None = None) -> dict[str, Tensor]:
-        """targets: one an image: boxes [T, 4] (cx, cy, w, h) in [0, 1], labels [T] int64, and masks [T, h, w] bool
-        where the detector has masks. The only wait for the device is the copy of the costs: labels are checked where
-        they lie on the host.
-
+        """targets: each has boxes [T, 4] (cx, cy, w, h) in [0, 1], labels [T] int64, masks [T, h, w] bool to segment.
         box_count: 0-dim, the number of boxes to divide by, for a batch that is part of a larger one.
+
+        The only wait for the device is the copy of the costs: labels are checked where they lie on the host.
 
         Raises ValueError for a wrong number of targets, missing masks, or a label out of range, FloatingPointError for
         a matching cost that is not finite.
         """
         _check_targets(targets, *output.logits.shape[::2])
-        pixels = output.pixel_embeddings if output.pixel_embeddings is None else _precise(output.pixel_embeddings)
         names, weights, decoder = _stacked(output.layers, output.aux_weight)
-        sets = [output.proposals._replace(boxes=_precise(output.proposals.boxes)), decoder]
-        padded = padded_targets(targets, like=decoder.boxes)
+        proposals = output.proposals._replace(boxes=_precise(output.proposals.boxes))
+        padded, pixels = padded_targets(targets, like=decoder.boxes), output.pixel_embeddings
         if pixels is not None:
+            pixels = _precise(pixels)
             padded = padded._replace(masks=mask_targets(targets, pixels))
-        parts: dict[str, Tensor] = {}
-
-        def add(names: Sequence[str], weights: Tensor, losses: dict[str, Tensor]) -> None:
-            for kind, rows in losses.items():
-                parts.update(zip((f"{name}/{kind}" for name in names), (rows * weights).unbind(), strict=True))
-
         with torch.autocast(decoder.boxes.device.type, enabled=False):
             share = 1 / (padded.boxes.new_full((), max(sum(padded.counts), 1)) if box_count is None else box_count)
-            matches = self.matcher(sets, padded, [["proposals"], names], pixels)
-            add(["proposals"], share, self._matched(sets[0], matches[0], padded))
-            add(names, weights * share, self._matched(decoder, matches[1], padded, pixels))
+            matches = self.matcher([proposals, decoder], padded, [["proposals"], names], pixels)
+            rows = [
+                (["proposals"], share, self._matched(proposals, matches[0], padded)),
+                (names, weights * share, self._matched(decoder, matches[1], padded, pixels)),
+            ]
             if output.denoising is not None:
-                names, weights, denoised = _stacked(output.denoising.layers, output.aux_weight)
-                known = output.denoising.targets
-                losses = self._denoised(denoised, known, padded)
-                add([f"{name}.denoising" for name in names], weights * share / known.groups, losses)
+                layers, known = output.denoising
+                names, weights, denoised = _stacked(layers, output.aux_weight)
+                names = [f"{name}.denoising" for name in names]
+                rows.append((names, weights * share / known.groups, self._denoised(denoised, known, padded)))
+            parts = {
+                f"{name}/{kind}": part
+                for names, weights, losses in rows
+                for kind, loss in losses.items()
+                for name, part in zip(names, (loss * weights).unbind(), strict=True)
+            }
         return {"loss": torch.stack(list(parts.values())).sum()} | {name: part.detach() for name, part in parts.items()}
 
     def _matched(
         self, predictions: Predictions, matches: Matches, targets: PaddedTargets, pixels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Weighted losses [G] of each kind, summed over images."""
-        rows = torch.arange(predictions.logits.shape[1], device=matches.image.device)[:, None]
         background = predictions.logits.shape[-1]
+        rows = torch.arange(predictions.logits.shape[1], device=matches.image.device)[:, None]
+        matched, true = (matches.image, rows, matches.query), (matches.image, matches.target)
         classes = matches.image.new_full(predictions.logits.shape[:3], background)
-        labels = targets.labels[matches.image, matches.target]
-        classes[matches.image, rows, matches.query] = labels if background > 1 else 0
-        predicted = predictions.boxes[matches.image, rows, matches.query]
-        losses = {
-            "class": self._class_loss(predictions.logits, classes).sum((0, 2)),
-            **{
-                k: v.sum(1)
-                for k, v in self._box_losses(predicted, targets.boxes[matches.image, matches.target]).items()
-            },
-        }
+        classes[matched] = targets.labels[true] if background > 1 else 0
+        losses = {"class": self._class_loss(predictions.logits, classes).sum((0, 2))}
+        for kind, loss in self._box_losses(predictions.boxes[matched], targets.boxes[true]).items():
+            losses[kind] = loss.sum(1)
         if predictions.mask_embeddings is not None and pixels is not None:
             pairs = zip(matches.query.split(matches.counts, 1), matches.target.split(matches.counts, 1), strict=True)
             masks = (predictions.mask_embeddings, pixels, targets.masks, list(pairs), self.config.mask_points)
@@ -96,9 +92,10 @@ class Criterion:
         classes = targets.labels.gather(1, known.target).masked_fill(~known.positive, background)[:, None]
         class_loss = self._class_loss(predictions.logits, classes.expand(predictions.logits.shape[:3]))
         true = targets.boxes.gather(1, known.target[..., None].expand(-1, -1, 4))[:, None].expand_as(predictions.boxes)
-        losses = {"class": class_loss * known.present[:, None]}
-        losses |= {k: v * known.positive[:, None] for k, v in self._box_losses(predictions.boxes, true).items()}
-        return {kind: loss.sum((0, 2)) for kind, loss in losses.items()}
+        losses = {"class": (class_loss * known.present[:, None]).sum((0, 2))}
+        for kind, loss in self._box_losses(predictions.boxes, true).items():
+            losses[kind] = (loss * known.positive[:, None]).sum((0, 2))
+        return losses
 
     def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Logits [..., N, K] and classes [..., N], K where there is none of them -> losses [..., N]."""
@@ -120,26 +117,20 @@ def _stacked(layers: Sequence[Predictions], aux_weight: Tensor) -> tuple[list[st
     """All rows of a decoder side by side: their names [R], loss weights [R] and predictions [B, R, N, .]."""
     logits, *others = side_by_side(layers)  # logits keep their dtype: the op that reads them sums in float32
     stacked = Predictions(logits, *(None if part is None else _precise(part) for part in others))
-    names: list[str] = []
-    weights: list[Tensor] = []
     alpha = aux_weight.to(stacked.boxes.dtype)
+    rows = {}
     for index, predictions in enumerate(layers):
         if predictions.boxes.shape[1] == 1:
-            names.append(f"layer{index}")
-            weights.append(1 + alpha)
+            rows[f"layer{index}"] = 1 + alpha
         else:
-            names += [f"layer{index}.main", f"layer{index}.aux"]
-            weights += [torch.ones_like(alpha), alpha]
-    return names, torch.stack(weights), stacked
+            rows |= {f"layer{index}.main": torch.ones_like(alpha), f"layer{index}.aux": alpha}
+    return list(rows), torch.stack(list(rows.values())), stacked
 
 
 def _check_targets(targets: Sequence, batch: int, num_classes: int) -> None:
     if len(targets) != batch:
         raise ValueError(f"targets: expected one for each of {batch} images, got {len(targets)}")
-    for image, target in enumerate(targets):
-        labels = target.labels
+    for image, labels in enumerate(target.labels for target in targets):
         if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(
-                f"targets[{image}].labels: expected numbers from 0 to {num_classes - 1}, "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
+            expected, got = f"numbers from 0 to {num_classes - 1}", f"{int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"targets[{image}].labels: expected {expected}, got {got}")

@@ -7,25 +7,31 @@ routed one give both branches the same result and run once; after it the branche
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
-from route_kernels.nn import QueryRouter
+from route_kernels.nn import QueryRouter, RoutedSelfAttention
 
-from .blocks import add_norm, deformable_attention, feed_forward, self_attention
+from .blocks import add_norm, deformable_attention, feed_forward, mlp, saves
 from .config import DetectorConfig
 from .denoising import group_similarity
 from .encoder import Memory
 from .heads import PredictionHead, Predictions, side_by_side
-from .masks import MaskHead
-from .position import box_embedding
+from .position import sine_embedding
 from .proposals import Queries
 from .schedule import RouteType, RoutingValues
 
 MIN_AREA = 1e-6  # of a reference box, before the logarithm
+ROUTER = (
+    "rank",
+    "hidden_dim",
+    "gate_rank",
+    "limit",
+    "nonnegative",
+)  # of `QueryRouter`, router_... in the configuration
 
 
 class DecoderLayer(nn.Module):
@@ -33,7 +39,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        self.self_attention = self_attention(config)
+        again = saves(config, "lean")  # q, k and v are projected again in backward: few queries, so few products
+        self.self_attention = RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=again)
         self.self_norm = add_norm(config)
         self.cross_attention = deformable_attention(config)
         self.cross_norm = add_norm(config)
@@ -42,35 +49,27 @@ class DecoderLayer(nn.Module):
 
     def forward(self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""
-        attended = self._self_attention(queries, routing, keep_main)
-        x = self.self_norm(attended, queries.content.expand_as(attended))
-        x = self.cross_norm(self._cross_attention(x, queries, memory), x)
-        return self.ffn_norm(self.ffn(x), x)
-
-    def _self_attention(self, queries: Queries, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
-        content, position, key_ranges = queries.content, queries.position.expand_as(queries.content), queries.key_ranges
+        content, position, ranges = queries.content, queries.position.expand_as(queries.content), queries.key_ranges
         if routing is None:
-            if key_ranges is not None:
-                key_ranges = key_ranges.repeat_interleave(content.shape[1], 0)
-            attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1), key_ranges=key_ranges)
-            return attended.unflatten(0, content.shape[:2])
-        aux = self.self_attention(content[:, -1], position[:, -1], routing, key_ranges=key_ranges)
-        if not keep_main:
-            return aux[:, None]
-        main = self.self_attention(content[:, 0], position[:, 0], key_ranges=key_ranges)
-        return torch.stack([main, aux], 1)
-
-    def _cross_attention(self, content: Tensor, queries: Queries, memory: Memory) -> Tensor:
-        """All branches side by side on the query axis: the value is projected once."""
-        reference = queries.box_logits.sigmoid().expand(*content.shape[:3], 4).flatten(1, 2)
+            ranges = None if ranges is None else ranges.repeat_interleave(content.shape[1], 0)
+            attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1), key_ranges=ranges)
+            attended = attended.unflatten(0, content.shape[:2])
+        else:
+            attended = self.self_attention(content[:, -1], position[:, -1], routing, key_ranges=ranges)[:, None]
+            if keep_main:
+                main = self.self_attention(content[:, 0], position[:, 0], key_ranges=ranges)
+                attended = torch.stack([main, attended[:, 0]], 1)
+        x = self.self_norm(attended, content.expand_as(attended))
+        # All branches side by side on the query axis: the value is projected once.
         attended = self.cross_attention(
-            (content + queries.position).flatten(1, 2),
-            memory.sampling_reference(reference),
+            (x + queries.position).flatten(1, 2),
+            memory.sampling_reference(queries.box_logits.sigmoid().expand(*x.shape[:3], 4).flatten(1, 2)),
             memory.features,
             memory.spatial_shapes,
             padding_mask=memory.padding,
         )
-        return attended.unflatten(1, content.shape[1:3])
+        x = self.cross_norm(attended.unflatten(1, x.shape[1:3]), x)
+        return self.ffn_norm(self.ffn(x), x)
 
 
 class Decoder(nn.Module):
@@ -78,73 +77,51 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        self.packed = config.branches == "packed"
+        self.config = config
         dim, heads = config.embed_dim, 1 if config.share_heads else config.decoder_layers
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.heads = nn.ModuleList(PredictionHead(dim, config.num_classes) for _ in range(heads))
-        self.mask_head = MaskHead(dim) if config.masks else None
+        self.mask_head = mlp(dim, dim, dim, dim) if config.masks else None
         self.norm = nn.LayerNorm(dim) if config.decoder_norm else None
-        self.look_forward_twice = config.look_forward_twice
-        self.routed_queries = config.routed_queries
-        self.anchor = _two_layers(2 * dim, dim) if config.query_position != "proposal" else None
-        self.anchor_scale = _two_layers(dim, dim) if config.query_position == "scaled_anchor" else None
-        sizes = {
-            "rank": config.router_rank,
-            "hidden_dim": config.router_hidden_dim,
-            "gate_rank": config.router_gate_rank,
-        }
-        form = {"limit": config.router_limit, "nonnegative": config.router_nonnegative}
-        self.routers = nn.ModuleDict(
-            {str(index): QueryRouter(dim, **sizes, **form) for index in config.routed_layer_indices}
-        )
+        self.anchor = mlp(2 * dim, dim, dim) if config.query_position != "proposal" else None
+        self.anchor_scale = mlp(dim, dim, dim) if config.query_position == "scaled_anchor" else None
+        form = {name: getattr(config, f"router_{name}") for name in ROUTER}
+        self.routers = nn.ModuleDict({str(index): QueryRouter(dim, **form) for index in config.routed_layer_indices})
 
     def forward(self, queries: Queries, memory: Memory, routing: RoutingValues | None = None) -> list[Predictions]:
         """Main branch alone (routing None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""
-        if routing is None or self.packed:
-            return self._run(queries, memory, routing)
-        main = self._run(queries, memory)
-        aux = self._run(queries, memory, routing, keep_main=False)
+        if routing is None or self.config.branches == "packed":
+            return [predictions for _, predictions in self.steps(queries, memory, routing)]
+        main = self.forward(queries, memory)
+        aux = [predictions for _, predictions in self.steps(queries, memory, routing, keep_main=False)]
         return [side_by_side(pair) for pair in zip(main, aux, strict=True)]
 
-    def _run(
-        self,
-        queries: Queries,
-        memory: Memory,
-        values: RoutingValues | None = None,
-        keep_main: bool = True,
-        observe: Callable[[int, Queries], None] | None = None,
-    ) -> list[Predictions]:
-        predictions = []
+    def steps(
+        self, queries: Queries, memory: Memory, values: RoutingValues | None = None, keep_main: bool = True
+    ) -> Iterator[tuple[Queries, Predictions]]:
+        """What enters each layer, and what it predicts."""
         strengths = {} if values is None else dict(zip(self.routers, values.strengths, strict=True))
         for index, layer in enumerate(self.layers):
             if self.anchor is not None:
-                queries = queries._replace(position=self._position(index, queries))
-            if observe is not None:
-                observe(index, queries)
+                position = self.anchor(sine_embedding(queries.box_logits.sigmoid(), queries.content.shape[-1] // 2))
+                if self.anchor_scale is not None and index > 0:
+                    position = position * self.anchor_scale(queries.content)  # DAB, arXiv 2201.12329
+                queries = queries._replace(position=position)
             strength = strengths.get(str(index), 0.0)
             routing = self.routing(index, queries, strength, values.route_type) if strength > 0 else None
             content = layer(queries, memory, routing, keep_main)
             head = self.heads[min(index, len(self.heads) - 1)]
             features = content if self.norm is None else self.norm(content)
-            start = queries.box_logits if queries.attached is None else queries.attached
-            logits, box_logits = head(features, start)
+            logits, box_logits = head(features, queries.box_logits if queries.attached is None else queries.attached)
             masks = None if self.mask_head is None else self.mask_head(features + queries.position)
-            predictions.append(Predictions(logits, box_logits.sigmoid(), masks))
+            yield queries, Predictions(logits, box_logits.sigmoid(), masks)
             if index + 1 < len(self.layers):
                 # DINO refines the reference by the content before the norm.
                 after = box_logits if self.norm is None else head.refined(content, queries.box_logits)
+                attached = after if self.config.look_forward_twice else None
                 queries = queries._replace(
-                    content=content,
-                    box_logits=after.detach(),
-                    logits=logits.detach(),
-                    attached=after if self.look_forward_twice else None,
+                    content=content, box_logits=after.detach(), logits=logits.detach(), attached=attached
                 )
-        return predictions
-
-    def _position(self, index: int, queries: Queries) -> Tensor:
-        """[B, G, N, C] from the reference boxes, in DAB (arXiv 2201.12329) scaled by what a layer passes on."""
-        position = self.anchor(box_embedding(queries.box_logits.sigmoid(), queries.content.shape[-1]))
-        return position if self.anchor_scale is None or index == 0 else position * self.anchor_scale(queries.content)
 
     def routing(self, index: int, queries: Queries, strength: float, route_type: RouteType) -> rk.RoutingFactors:
         """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`.
@@ -152,40 +129,24 @@ class Decoder(nn.Module):
         One route type alone takes the place of the other too: p r + (1 - p) r = r, and the gate has no gradient. Rows
         of queries that are not to be routed are zero.
         """
-        content = queries.content[:, -1]
-        area = queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1)
+        content, known = queries.content[:, -1], queries.denoising
+        matching, noisy = content.detach().tensor_split([queries.matching], 1)
+        similarity = rk.query_similarity(matching)
+        if known is not None:
+            similarity = torch.cat([similarity, group_similarity(noisy, known)], 1)
         factors = self.routers[str(index)](
             content + queries.position[:, -1],
-            similarity=self._similarity(content.detach(), queries),
+            similarity=similarity,
             confidence=queries.confidence[:, -1],
-            geometry=area.clamp_min(MIN_AREA).log(),
+            geometry=queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1).clamp_min(MIN_AREA).log(),
             strength=strength,
         )
-        if queries.denoising is not None and self.routed_queries != "both":
+        if known is not None and self.config.routed_queries != "both":
             denoising = torch.arange(content.shape[1], device=content.device) >= queries.matching
-            routed = (denoising if self.routed_queries == "denoising" else ~denoising)[:, None]
+            routed = (denoising if self.config.routed_queries == "denoising" else ~denoising)[:, None]
             factors = factors._replace(sup_q=factors.sup_q * routed, del_q=factors.del_q * routed)
         if route_type == "suppressor":
             return factors._replace(del_q=factors.sup_q, del_k=factors.sup_k)
         if route_type == "delegator":
             return factors._replace(sup_q=factors.del_q, sup_k=factors.del_k)
         return factors
-
-    @staticmethod
-    def _similarity(content: Tensor, queries: Queries) -> Tensor:
-        """To the other matching queries, or for a denoising query to the others of its group: [B, N, C] -> [B, N]."""
-        if queries.denoising is None:
-            return rk.query_similarity(content)
-        matching, noisy = content.tensor_split([queries.matching], 1)
-        return torch.cat([rk.query_similarity(matching), group_similarity(noisy, queries.denoising)], 1)
-
-    @torch.no_grad()
-    def observed_queries(self, queries: Queries, memory: Memory) -> dict[int, Queries]:
-        """The main branch's queries as they enter each routed layer."""
-        entering: dict[int, Queries] = {}
-        self._run(queries, memory, observe=entering.__setitem__)
-        return {int(index): entering[int(index)] for index in self.routers}
-
-
-def _two_layers(width: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, dim), nn.ReLU(), nn.Linear(dim, dim))

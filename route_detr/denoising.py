@@ -62,13 +62,12 @@ class Denoising(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        self.pairs, self.num_classes = config.denoising_pairs, config.num_classes
-        self.label_noise, self.box_noise = config.denoising_label_noise, config.denoising_box_noise
+        self.config = config
         self.content = nn.Embedding(config.num_classes, config.embed_dim)
 
     def forward(self, queries: Queries, targets: PaddedTargets) -> Queries:
         batch, fullest = targets.labels.shape
-        device, groups = targets.labels.device, max(1, self.pairs // max(1, fullest))
+        device, groups = targets.labels.device, max(1, self.config.denoising_pairs // max(1, fullest))
         target = torch.arange(fullest, device=device).repeat_interleave(2).repeat(groups).expand(batch, -1)
         present = target < torch.tensor(targets.counts, device=device)[:, None]
         positive = present & (torch.arange(target.shape[1], device=device) % 2 == 0)
@@ -83,14 +82,15 @@ class Denoising(nn.Module):
         )
 
     def _noisy_labels(self, labels: Tensor) -> Tensor:
-        drawn_anew = torch.rand(labels.shape, device=labels.device) < 0.5 * self.label_noise
-        return torch.where(drawn_anew, torch.randint_like(labels, self.num_classes), labels)
+        drawn_anew = torch.rand(labels.shape, device=labels.device) < 0.5 * self.config.denoising_label_noise
+        return torch.where(drawn_anew, torch.randint_like(labels, self.config.num_classes), labels)
 
     def _noisy_boxes(self, boxes: Tensor, negative: Tensor) -> Tensor:
         """A box whose sides cross has no extent left in that direction."""
         distance = torch.rand_like(boxes) + negative[..., None]
         direction = torch.randint_like(boxes, 2) * 2 - 1
-        moved = corners(boxes) + direction * distance * self.box_noise * 0.5 * boxes[..., 2:].repeat(1, 1, 2)
+        half_sides = 0.5 * boxes[..., 2:].repeat(1, 1, 2)
+        moved = corners(boxes) + direction * distance * self.config.denoising_box_noise * half_sides
         low, high = moved.clamp(0, 1).split(2, -1)
         return torch.cat([(low + high) / 2, (high - low).clamp_min(0)], -1)
 
@@ -100,15 +100,15 @@ def key_ranges(matching: int, known: DenoisingTargets) -> Tensor:
 
     First the matching queries, then the present queries of the own group; absent queries see none.
     """
-    slots = torch.arange(known.target.shape[1], device=known.target.device)
-    start = (matching + slots // max(1, known.group_size) * known.group_size).expand_as(known.target)
-    own_group = torch.stack([start, start + known.group_counts[:, None]], -1)
-    all_matching = torch.zeros_like(own_group)
-    all_matching[..., 1] = matching
-    denoising = torch.stack([all_matching, own_group], -2) * known.present[..., None, None]
-    first = denoising.new_zeros(denoising.shape[0], matching, 2, 2)
-    first[:, :, 0, 1] = matching
-    return torch.cat([first, denoising], 1).int()
+    batch, count = known.target.shape
+    ranges = torch.zeros(batch, matching + count, 2, 2, dtype=torch.int32, device=known.target.device)
+    ranges[:, :, 0, 1] = matching
+    slots = torch.arange(count, device=known.target.device)
+    start = matching + slots - slots % max(1, known.group_size)
+    ranges[:, matching:, 1, 0] = start
+    ranges[:, matching:, 1, 1] = start + known.group_counts[:, None]
+    ranges[:, matching:] *= known.present[..., None, None]
+    return ranges
 
 
 def group_similarity(content: Tensor, known: DenoisingTargets) -> Tensor:
@@ -117,11 +117,3 @@ def group_similarity(content: Tensor, known: DenoisingTargets) -> Tensor:
     groups = (content * known.present[..., None]).reshape(shape)
     among_all = rk.query_similarity(groups).reshape(known.target.shape)
     return among_all * (known.group_size / known.group_counts.clamp_min(1).to(content.dtype))[:, None]
-
-
-def separated(layers: list[Predictions], known: DenoisingTargets) -> tuple[list[Predictions], Denoised]:
-    """Predictions of all queries -> of the matching ones, and of the denoising ones."""
-    matching = layers[0].boxes.shape[2] - known.target.shape[1]
-    first = [Predictions(*(None if part is None else part[:, :, :matching] for part in layer)) for layer in layers]
-    rest = [Predictions(*(None if part is None else part[:, :, matching:] for part in layer)) for layer in layers]
-    return first, Denoised(rest, known)

@@ -15,29 +15,27 @@ from .backbone import Backbone, FeatureLevels
 from .boxes import corners
 from .config import DetectorConfig, TrainConfig
 from .decoder import Decoder
-from .denoising import Denoised, Denoising, separated
+from .denoising import Denoised, Denoising
 from .eager import make_eager
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
 from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits
 from .matcher import PaddedTargets, padded_targets
-from .position import image_embedding
 from .proposals import Proposals
 from .schedule import ROUTE_TYPES, RouteType, RoutingValues
 
 
 class DetectorOutput(NamedTuple):
-    """Predictions of every decoder layer [B, G, N, .], of the first stage [B, 1, S, .], and alpha.
+    """Predictions of every decoder layer [B, G, N, .] and of the first stage [B, 1, S, .].
 
-    G = 2 holds (main, auxiliary); G = 1 is one result that stands for both branches. In training a detector with
-    denoising adds the predictions of the denoising queries, one that segments the pixel embeddings.
+    G = 2 holds (main, auxiliary); G = 1 is one result that stands for both branches.
     """
 
     layers: list[Predictions]
     proposals: Predictions
-    aux_weight: Tensor  # 0-dim; 0 where there is no auxiliary branch
-    denoising: Denoised | None = None
-    pixel_embeddings: Tensor | None = None  # [B, E, h, w] at 1/4 of the images' size
+    aux_weight: Tensor  # alpha, 0-dim; 0 where there is no auxiliary branch
+    denoising: Denoised | None = None  # in training
+    pixel_embeddings: Tensor | None = None  # [B, E, h, w] at 1/4 of the images' size, to segment
 
     @property
     def logits(self) -> Tensor:
@@ -61,12 +59,12 @@ class RoutedLayerView(NamedTuple):
 class RoutingState(nn.Module):
     """lambda of each decoder layer, alpha and the route type as buffers: a reloaded run goes on where it stopped.
 
-    The host keeps a copy of what it wrote, so that a step need not wait for the device to read it back.
+    The host keeps a copy: a step need not wait for the device to read them back.
     """
 
     def __init__(self, decoder_layers: int, routed_layers: Sequence[int]) -> None:
         super().__init__()
-        self._routed_layers = list(routed_layers)
+        self.routed = list(routed_layers)
         self.register_buffer("strength", torch.zeros(decoder_layers))  # 0 where a layer is not routed
         self.register_buffer("aux_weight", torch.zeros(()))
         self.register_buffer("route_type", torch.zeros((), dtype=torch.int64))  # index in ROUTE_TYPES
@@ -74,21 +72,17 @@ class RoutingState(nn.Module):
 
     @torch.no_grad()
     def write(self, values: RoutingValues) -> None:
-        strengths, (alpha,) = (torch.tensor(numbers).tolist() for numbers in (values.strengths, [values.aux_weight]))
-        values = RoutingValues(tuple(strengths), alpha, values.route_type)  # as float32, as they are read back
-        if values == self._on_host:
-            return
-        strength = torch.zeros(self.strength.shape)
-        strength[self._routed_layers] = torch.tensor(values.strengths)
-        self.strength.copy_(strength)
-        self.aux_weight.fill_(values.aux_weight)
+        *strengths, alpha = torch.tensor([*values.strengths, values.aux_weight]).tolist()  # rounded, as in the buffers
+        for index, strength in zip(self.routed, strengths, strict=True):
+            self.strength[index].fill_(strength)
+        self.aux_weight.fill_(alpha)
         self.route_type.fill_(ROUTE_TYPES.index(values.route_type))
-        self._on_host = values
+        self._on_host = RoutingValues(tuple(strengths), alpha, values.route_type)
 
     def read(self) -> RoutingValues:
         if self._on_host is None:
-            strengths, alpha = self.strength[self._routed_layers].tolist(), self.aux_weight.item()
-            self._on_host = RoutingValues(tuple(strengths), alpha, ROUTE_TYPES[int(self.route_type)])
+            strengths = tuple(self.strength[self.routed].tolist())
+            self._on_host = RoutingValues(strengths, self.aux_weight.item(), ROUTE_TYPES[int(self.route_type)])
         return self._on_host
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -113,7 +107,7 @@ class Detector(nn.Module):
         self.proposals = Proposals(config)
         self.decoder = Decoder(config)
         self.denoising = Denoising(config) if config.denoising_pairs else None
-        self.pixel_embedding = PixelEmbedding(self.backbone.channels[0], config.embed_dim) if config.masks else None
+        self.pixel_embedding = PixelEmbedding(config, self.backbone.channels[0]) if config.masks else None
         self.routing = RoutingState(config.decoder_layers, config.routed_layer_indices)
         if config.memory == "none":
             make_eager(self)
@@ -126,25 +120,23 @@ class Detector(nn.Module):
         ValueError for negative or non-finite numbers, non-zero ones without routing, and a wrong number of strengths.
         """
         layers = len(self.config.routed_layer_indices)
-        strengths = tuple(strength) if isinstance(strength, Sequence) else (strength,) * max(1, layers)
-        if isinstance(strength, Sequence) and len(strengths) != layers:
+        strengths = tuple(strength) if isinstance(strength, Sequence) else (strength,) * layers
+        if len(strengths) != layers:
             raise ValueError(f"strength: expected one number or {layers}, one a routed layer, got {len(strengths)}")
-        for name, value in (*(("strength", value) for value in strengths), ("aux_weight", aux_weight)):
-            if not (math.isfinite(value) and value >= 0):
+        for name, value in (*(("strength", each) for each in strengths or [strength]), ("aux_weight", aux_weight)):
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
             if value and not self.config.route:
                 raise ValueError(f"{name}: expected 0 in a detector without routing, got {value!r}")
         if route_type not in ROUTE_TYPES:
             raise ValueError(f"route_type: expected one of {', '.join(ROUTE_TYPES)}, got {route_type!r}")
-        self.routing.write(RoutingValues(strengths[:layers], aux_weight, route_type))
+        self.routing.write(RoutingValues(strengths, aux_weight, route_type))
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence | None = None
     ) -> DetectorOutput:
         """targets (objects with boxes [T, 4] and labels [T], one an image) are what denoising queries start from."""
-        _check_images(images, padding_mask)
-        features = self.backbone(images)
-        padded = None
+        features, padded = self._features(images, padding_mask), None
         if self.training and self.denoising is not None:
             if targets is None:
                 raise ValueError("targets: expected those of the images, to train with denoising queries, got none")
@@ -156,28 +148,32 @@ class Detector(nn.Module):
     ) -> DetectorOutput:
         """All after the backbone, one graph: its feature maps and the images' padding -> DetectorOutput."""
         dual = self.training and self.config.route
-        memory = self._encoded(features, padding_mask)
+        memory = self.encoded(features, padding_mask)
         proposals, queries = self.proposals(memory)
         if targets is not None:
             queries = self.denoising(queries, targets)
         layers, denoised = self.decoder(queries, memory, self.routing.read() if dual else None), None
         if queries.denoising is not None:
-            layers, denoised = separated(layers, queries.denoising)
+            denoised = Denoised([layer.of(slice(queries.matching, None)) for layer in layers], queries.denoising)
+            layers = [layer.of(slice(queries.matching)) for layer in layers]
         aux_weight = self.routing.aux_weight if dual else torch.zeros_like(self.routing.aux_weight)
-        return DetectorOutput(layers, proposals, aux_weight, denoised, self._pixels(features, memory))
+        pixels = None if self.pixel_embedding is None else self.pixel_embedding(features[0], memory)
+        return DetectorOutput(layers, proposals, aux_weight, denoised, pixels)
 
-    def _encoded(self, features: list[Tensor], padding_mask: Tensor | None) -> Memory:
-        levels = self.feature_levels(features[-self.config.backbone.used_stages :])
-        config = self.config
+    def _features(self, images: Tensor, padding_mask: Tensor | None) -> list[Tensor]:
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images: expected a floating-point tensor [B, 3, H, W], got {got}")
+        expected = (images.shape[0], *images.shape[2:])
+        if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != expected):
+            got = f"{padding_mask.dtype} {tuple(padding_mask.shape)}"
+            raise ValueError(f"padding_mask: expected bool {expected}, got {got}")
+        return self.backbone(images)
+
+    def encoded(self, features: list[Tensor], padding_mask: Tensor | None) -> Memory:
+        """The backbone's feature maps, encoded."""
+        config, levels = self.config, self.feature_levels(features[-self.config.backbone.used_stages :])
         return self.encoder(*flatten_levels(levels, padding_mask, config.position_temperature, config.position_offset))
-
-    def _pixels(self, features: list[Tensor], memory: Memory) -> Tensor | None:
-        if self.pixel_embedding is None:
-            return None
-        height, width = memory.spatial_shapes[0]
-        finest, positions = (x[:, : height * width] for x in (memory.features, memory.positions))
-        where = image_embedding(positions, finest.shape[-1], self.config.position_temperature)
-        return self.pixel_embedding(features[0], (finest + where).mT.unflatten(2, (height, width)))
 
     @torch.no_grad()
     def routing_factors(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[int, RoutedLayerView]:
@@ -185,31 +181,18 @@ class Detector(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            _check_images(images, padding_mask)
-            memory = self._encoded(self.backbone(images), padding_mask)
-            entering = self.decoder.observed_queries(self.proposals(memory)[1], memory)
+            memory = self.encoded(self._features(images, padding_mask), padding_mask)
             return {
                 index: RoutedLayerView(
                     self.decoder.routing(index, queries, strength=1.0, route_type="gated"),
                     queries.box_logits[:, 0].sigmoid(),
                     queries.confidence[:, 0],
                 )
-                for index, queries in entering.items()
+                for index, (queries, _) in enumerate(self.decoder.steps(self.proposals(memory)[1], memory))
+                if index in self.config.routed_layer_indices
             }
         finally:
             self.train(was_training)
-
-
-def _check_images(images: Tensor, padding_mask: Tensor | None) -> None:
-    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"images: expected a floating-point tensor [B, 3, H, W], got {images.dtype} {tuple(images.shape)}"
-        )
-    expected = (images.shape[0], *images.shape[2:])
-    if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != expected):
-        raise ValueError(
-            f"padding_mask: expected bool {expected}, got {padding_mask.dtype} {tuple(padding_mask.shape)}"
-        )
 
 
 @torch.no_grad()
@@ -230,22 +213,15 @@ def detections(
     if len(sizes) != batch:
         raise ValueError(f"sizes: expected {batch} pairs (height, width), got {len(sizes)}")
     scores, best = probabilities.flatten(1).topk(min(top_k, queries * classes), dim=1)
-    query = best // classes
-    boxes = corners(output.boxes).clamp(0, 1)
-    boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
-    scale = boxes.new_tensor([(width, height, width, height) for height, width in sizes])[:, None]
-    found = [
-        {"scores": s, "labels": label, "boxes": box}
-        for s, label, box in zip(scores, best % classes, boxes * scale, strict=True)
-    ]
-    if output.pixel_embeddings is not None:
-        embeddings = output.layers[-1].mask_embeddings[:, 0]
-        for image, (pixels, size) in enumerate(zip(output.pixel_embeddings, sizes, strict=True)):
-            seen = (MASK_STRIDE * pixels.shape[1], MASK_STRIDE * pixels.shape[2])
-            logits = image_mask_logits(
-                embeddings[image, query[image]], pixels, seen if input_sizes is None else input_sizes[image]
-            )
-            found[image]["masks"] = full_masks(logits, size)
+    found = []
+    for image, (height, width) in enumerate(sizes):
+        query = best[image] // classes
+        boxes = corners(output.boxes[image]).clamp(0, 1)[query] * scores.new_tensor([width, height] * 2)
+        found.append({"scores": scores[image], "labels": best[image] % classes, "boxes": boxes})
+        if output.pixel_embeddings is not None:
+            pixels, embeddings = output.pixel_embeddings[image], output.layers[-1].mask_embeddings[image, 0, query]
+            seen = [MASK_STRIDE * side for side in pixels.shape[1:]] if input_sizes is None else input_sizes[image]
+            found[-1]["masks"] = full_masks(image_mask_logits(embeddings, pixels, seen), (height, width))
     return found
 
 
@@ -254,24 +230,21 @@ def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict]:
 
     Raises ValueError for a backbone whose fixed layers would be random: `fine_tune` without `weights`.
     """
-    backbone_config = detector.config.backbone
-    if backbone_config.fine_tune and backbone_config.weights is None:
+    backbone = detector.config.backbone
+    if backbone.fine_tune and backbone.weights is None:
         raise ValueError(
             "detector.backbone.weights: expected a model name or folder, since fine_tune fixes the stem and all norms, "
             "got None (or set detector.backbone.fine_tune to false to train from scratch)"
         )
-    scales = {
-        "main": 1.0,
-        "backbone": config.backbone_learning_rate_scale,
-        "sampling": config.sampling_learning_rate_scale,
-    }
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in scales}
+    scales = {"backbone": config.backbone_learning_rate_scale, "sampling": config.sampling_learning_rate_scale}
+    groups: dict[str, list[nn.Parameter]] = {"main": [], "backbone": [], "sampling": []}
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             kind = "backbone" if name.startswith("backbone.") else "sampling" if "sampling_offsets" in name else "main"
             groups[kind].append(parameter)
+    fixed = {"weight_decay": config.weight_decay}
     return [
-        {"name": kind, "params": groups[kind], "lr": config.learning_rate * scale, "weight_decay": config.weight_decay}
-        for kind, scale in scales.items()
-        if groups[kind]
+        {"name": kind, "params": parameters, "lr": config.learning_rate * scales.get(kind, 1.0), **fixed}
+        for kind, parameters in groups.items()
+        if parameters
     ]

@@ -1,4 +1,4 @@
-"""Attention and feed-forward as PyTorch alone has them: every intermediate written out and kept for backward.
+"""Attention as PyTorch alone has it: every intermediate written out and kept for backward.
 
 Memory level `none`, and the base of the public formulation (`public_form.py`). Results are those of the fused modules
 to rounding; parameters are theirs.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ def make_eager(model: nn.Module, sample: Sampling = grid_samples) -> None:
         if isinstance(module, MSDeformAttn):
             module.forward = partial(_deformable_attention, module, sample)
         elif isinstance(module, RoutedSelfAttention):
-            module.forward = MethodType(_self_attention, module)
+            module.forward = partial(_self_attention, module)
 
 
 def _deformable_attention(
@@ -46,12 +45,11 @@ def _deformable_attention(
     query_pos: Tensor | None = None,  # [B or 1, N, C]
 ) -> Tensor:
     query = query if query_pos is None else query + query_pos
-    value = self.value_proj(memory)
+    value, points = self.value_proj(memory), self.num_points
     if padding_mask is not None:
         value = value.masked_fill(padding_mask[..., None], 0.0)
-    levels, points = self.num_levels, self.num_points
-    offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, levels, points, 2))
-    weights = self.attention_weights(query).unflatten(-1, (self.num_heads, levels * points)).softmax(-1)
+    offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1, points, 2))
+    weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
     reference = reference_points[:, :, None, :, None]  # [B, N, 1, L or 1, 1, 2 or 4]
     if reference.shape[-1] == 2:
         sizes = reference.new_tensor([(width, height) for height, width in spatial_shapes])
@@ -61,7 +59,7 @@ def _deformable_attention(
     precise = torch.promote_types(value.dtype, torch.float32)
     heads = value.unflatten(-1, (self.num_heads, -1)).to(precise)
     with torch.autocast(value.device.type, enabled=False):
-        weights = weights.to(precise).unflatten(-1, (levels, points))
+        weights = weights.to(precise).unflatten(-1, (-1, points))
         sampled = sample(heads, spatial_shapes, None, locations.to(precise), weights)
     return self.output_proj(sampled.to(value.dtype))
 
@@ -72,13 +70,12 @@ def _self_attention(
     query_pos: Tensor | None = None,  # [B, N, C]
     routing: RoutingFactors | None = None,
     *,
-    key_ranges: Tensor | None = None,  # [N, 2, 2] or [B, N, 2, 2]
+    key_ranges: Tensor | None = None,  # [B, N, 2, 2]
 ) -> Tensor:
-    """`nn.MultiheadAttention` with the bias, and what a query may not see, as one additive mask."""
-    mask = None if routing is None else routing_bias(*routing).repeat_interleave(self.num_heads, 0)  # [B H, N, N]
+    """`nn.MultiheadAttention` with the bias, and what a query may not see, as one additive mask [B H, N, N]."""
+    mask = None if routing is None else routing_bias(*routing).repeat_interleave(self.num_heads, 0)
     if key_ranges is not None:
-        hidden = ~visible_keys(key_ranges, query.shape[1])
-        hidden = hidden.repeat_interleave(self.num_heads, 0) if hidden.dim() == 3 else hidden
+        hidden = ~visible_keys(key_ranges, query.shape[1]).repeat_interleave(self.num_heads, 0)
         mask = (query.new_zeros(hidden.shape) if mask is None else mask).masked_fill(hidden, -torch.inf)
     placed = (query if query_pos is None else query + query_pos).transpose(0, 1)
     attended, _ = functional.multi_head_attention_forward(

@@ -6,22 +6,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from route_kernels.recompute import recomputed
 
 from .blocks import add_norm, deformable_attention, feed_forward, saves
 from .config import DetectorConfig
-from .position import TEMPERATURE, image_embedding, image_positions, valid_extent
+from .position import sine_embedding
 
 
 class Memory(NamedTuple):
     """Feature levels of a batch, flattened to S positions."""
 
     features: Tensor  # [B, S, C]
-    positions: Tensor  # [B or 1, S, 2] (x, y) as fractions of each image's own extent
+    positions: Tensor  # [B or 1, S, 2] (x, y) as fractions of each image's own extent; beyond 1 in its padding
     spatial_shapes: list[tuple[int, int]]  # (h, w) of each level
-    padding: Tensor | None  # [B, S] bool, True = padding; None: no padding anywhere
-    valid_ratios: Tensor | None  # [B, L, 2] (x, y): share of each level that is not padding
+    padding: Tensor | None = None  # [B, S] bool, True = padding; None: no padding anywhere
+    valid_ratios: Tensor | None = None  # [B, L, 2] (x, y): share of each level that is not padding
 
     def sampling_reference(self, reference: Tensor) -> Tensor:
         """Image fractions [B, N, 2 or 4] -> fractions of each padded level, [B, N, L or 1, 2 or 4]."""
@@ -31,35 +32,37 @@ class Memory(NamedTuple):
 
 
 def flatten_levels(
-    levels: list[Tensor], padding_mask: Tensor | None, temperature: float = TEMPERATURE, offset: float = 0.5
+    levels: list[Tensor], padding_mask: Tensor | None, temperature: float = 10000.0, offset: float = 0.5
 ) -> tuple[Memory, Tensor]:
-    """Levels [B, C, h, w] and the images' padding [B, H, W] or None -> memory, sine embedding [B or 1, S, C]."""
+    """Levels [B, C, h, w] and the images' padding [B, H, W] or None -> memory, sine embedding [B or 1, S, C].
+
+    The embedding's halves are of y and x, as in DETR, of pixels at `offset`; the memory's positions are pixel centres.
+    """
     shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
     features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
-    paddings = [None if padding_mask is None else _resized(padding_mask, shape) for shape in shapes]
-
-    def at(offset: float) -> Tensor:
-        grids = zip(shapes, paddings, strict=True)
-        return torch.cat(
-            [image_positions(*shape, padding, features, offset).flatten(1, 2) for shape, padding in grids], 1
-        )
-
-    positions, embedding = at(0.5), image_embedding(at(offset), features.shape[-1], temperature)
-    if padding_mask is None:
-        return Memory(features, positions, shapes, None, None), embedding
-    ratios = [
-        torch.stack(valid_extent(padding), -1) / features.new_tensor([width, height])
-        for padding, (height, width) in zip(paddings, shapes, strict=True)
-    ]
-    padding = torch.cat([padding.flatten(1) for padding in paddings], 1)
-    return Memory(features, positions, shapes, padding, torch.stack(ratios, 1)), embedding
-
-
-def _resized(padding_mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    return nn.functional.interpolate(padding_mask[:, None].float(), size=shape)[:, 0] > 0.5
+    centres, embedded, paddings, ratios = [], [], [], []
+    for height, width in shapes:
+        if padding_mask is None:
+            padding = torch.zeros(1, height, width, dtype=torch.bool, device=features.device)
+        else:
+            padding = functional.interpolate(padding_mask[:, None].float(), size=(height, width))[:, 0] > 0.5
+        columns, rows = (~padding[:, 0]).sum(-1).clamp_min(1), (~padding[:, :, 0]).sum(-1).clamp_min(1)
+        extent = torch.stack([columns, rows], -1).to(features.dtype)[:, None]  # [B or 1, 1, 2]
+        x, y = (torch.arange(side, dtype=features.dtype, device=features.device) for side in (width, height))
+        pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+        centres.append((pixels + 0.5) / extent)
+        embedded.append((pixels + offset) / extent)
+        paddings.append(padding.flatten(1))
+        ratios.append(torch.cat([extent[..., :1] / width, extent[..., 1:] / height], -1))
+    memory = Memory(features, torch.cat(centres, 1), shapes)
+    if padding_mask is not None:
+        memory = memory._replace(padding=torch.cat(paddings, 1), valid_ratios=torch.cat(ratios, 1))
+    return memory, sine_embedding(torch.cat(embedded, 1).flip(-1), features.shape[-1] // 2, temperature)
 
 
 class EncoderLayer(nn.Module):
+    """Deformable self-attention of the memory, feed-forward."""
+
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.attention = deformable_attention(config, whole_layer=saves(config, "min"))
@@ -86,13 +89,9 @@ class Encoder(nn.Module):
         self.recompute = saves(config, "min")
 
     def forward(self, memory: Memory, embedding: Tensor) -> Memory:
-        sizes = [height * width for height, width in memory.spatial_shapes]
-        level_embedding = torch.cat(
-            [row.expand(size, -1) for row, size in zip(self.level_embedding, sizes, strict=True)]
-        )
-        batch = memory.features.shape[0]
-        reference = memory.sampling_reference(memory.positions.expand(batch, -1, -1))
-        position = embedding + level_embedding
+        rows = zip(self.level_embedding, memory.spatial_shapes, strict=True)
+        position = embedding + torch.cat([row.expand(height * width, -1) for row, (height, width) in rows])
+        reference = memory.sampling_reference(memory.positions.expand(memory.features.shape[0], -1, -1))
         for layer in self.layers:
             inputs = (memory, position, reference)
             memory = memory._replace(features=recomputed(layer, *inputs, kept=()) if self.recompute else layer(*inputs))

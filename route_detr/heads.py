@@ -9,20 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .blocks import mlp
 from .boxes import BOX_LOGIT_LIMIT
 
 PRIOR_PROBABILITY = 0.01  # of each class at the start (focal loss, arXiv 1708.02002)
 
 
 class Predictions(NamedTuple):
-    """Class logits [B, G, N, K] and boxes [B, G, N, 4] as (cx, cy, w, h) in [0, 1] of G branches.
+    """Of G branches; a query's mask is sigmoid(mask embedding . pixel embedding)."""
 
-    mask_embeddings [B, G, N, E], where the detector segments: a query's mask is sigmoid(embedding . pixel embedding).
-    """
+    logits: Tensor  # [B, G, N, K] of the classes
+    boxes: Tensor  # [B, G, N, 4] (cx, cy, w, h) in [0, 1]
+    mask_embeddings: Tensor | None = None  # [B, G, N, E] where the detector segments
 
-    logits: Tensor
-    boxes: Tensor
-    mask_embeddings: Tensor | None = None
+    def of(self, queries: slice) -> Predictions:
+        """Those of some of the N queries."""
+        return Predictions(*(None if part is None else part[:, :, queries] for part in self))
 
 
 class PredictionHead(nn.Module):
@@ -31,13 +33,7 @@ class PredictionHead(nn.Module):
     def __init__(self, embed_dim: int, num_classes: int) -> None:
         super().__init__()
         self.classify = nn.Linear(embed_dim, num_classes)
-        self.refine = nn.Sequential(
-            nn.Linear(embed_dim, embed_dim),
-            nn.ReLU(),
-            nn.Linear(embed_dim, embed_dim),
-            nn.ReLU(),
-            nn.Linear(embed_dim, 4),
-        )
+        self.refine = mlp(embed_dim, embed_dim, embed_dim, 4)
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
         nn.init.zeros_(self.refine[-1].weight)
         nn.init.zeros_(self.refine[-1].bias)

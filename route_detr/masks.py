@@ -14,40 +14,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .config import DetectorConfig
+from .encoder import Memory
+from .position import sine_embedding
+
 MASK_STRIDE = 4
 OVERSAMPLING = 3  # candidates a point, of which the most uncertain are kept
 UNCERTAIN_SHARE = 0.75  # of the points; the others are uniform
 
 
 class PixelEmbedding(nn.Module):
-    """Backbone map [B, F, H/4, W/4] and finest encoded level [B, C, h, w] -> pixel embeddings [B, C, H/4, W/4].
+    """Backbone map [B, F, H/4, W/4] and the memory's finest level -> pixel embeddings [B, C, H/4, W/4].
 
     The level comes with its positions' sine embedding added, as queries do: a dot product tells things that look alike
     apart by where they are.
     """
 
-    def __init__(self, channels: int, embed_dim: int) -> None:
+    def __init__(self, config: DetectorConfig, channels: int) -> None:
         super().__init__()
-        groups = math.gcd(32, embed_dim // 4)
-        self.lateral = nn.Sequential(nn.Conv2d(channels, embed_dim, 1), nn.GroupNorm(groups, embed_dim))
+        dim, self.temperature = config.embed_dim, config.position_temperature
+        groups = math.gcd(32, dim // 4)
+        self.lateral = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(groups, dim))
         self.project = nn.Sequential(
-            nn.Conv2d(embed_dim, embed_dim, 3, padding=1),
-            nn.GroupNorm(groups, embed_dim),
-            nn.ReLU(),
-            nn.Conv2d(embed_dim, embed_dim, 1),
+            nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(groups, dim), nn.ReLU(), nn.Conv2d(dim, dim, 1)
         )
 
-    def forward(self, fine: Tensor, encoded: Tensor) -> Tensor:
+    def forward(self, fine: Tensor, memory: Memory) -> Tensor:
+        height, width = memory.spatial_shapes[0]
+        finest, positions = (x[:, : height * width] for x in (memory.features, memory.positions))
+        placed = finest + sine_embedding(positions.flip(-1), finest.shape[-1] // 2, self.temperature)
+        encoded = placed.mT.unflatten(2, (height, width))
         encoded = functional.interpolate(encoded, size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return self.project(self.lateral(fine) + encoded)
-
-
-class MaskHead(nn.Sequential):
-    """Query content and position, summed, [..., C] -> mask embedding [..., C]."""
-
-    def __init__(self, embed_dim: int) -> None:
-        layers = [nn.Linear(embed_dim, embed_dim) for _ in range(3)]
-        super().__init__(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
 class MaskTargets(NamedTuple):
@@ -59,9 +57,8 @@ class MaskTargets(NamedTuple):
     def at(self, image: int, points: Tensor, target: Tensor | None = None) -> Tensor:
         """Whether points are inside, as 0 and 1: [P, 2] -> [T, P], or with `target` [M]: [M, P, 2] -> [M, P]."""
         masks = self.masks[image]
-        column, row = (
-            (points[..., axis] * side).clamp_max(side - 1).long() for axis, side in enumerate(masks.shape[:0:-1])
-        )
+        sides = enumerate(masks.shape[:0:-1])  # x, y
+        column, row = ((points[..., axis] * side).clamp_max(side - 1).long() for axis, side in sides)
         return (masks[:, row, column] if target is None else masks[target[:, None], row, column]).to(points.dtype)
 
 
@@ -73,10 +70,10 @@ def mask_targets(targets: Sequence, pixels: Tensor) -> MaskTargets:
     for image, target in enumerate(targets):
         if getattr(target, "masks", None) is None:
             raise ValueError(f"targets[{image}].masks: expected bool [T, h, w] for a detector with masks, got none")
-    height, width = (MASK_STRIDE * side for side in pixels.shape[-2:])
-    extents = [(target.masks.shape[2] / width, target.masks.shape[1] / height) for target in targets]
     masks = [target.masks.to(pixels.device, non_blocking=True) for target in targets]
-    return MaskTargets(masks, torch.tensor(extents, dtype=pixels.dtype).to(pixels.device, non_blocking=True))
+    extents = torch.tensor([each.shape[:0:-1] for each in masks], dtype=pixels.dtype)
+    extents /= MASK_STRIDE * torch.tensor(pixels.shape[:1:-1])
+    return MaskTargets(masks, extents.to(pixels.device, non_blocking=True))
 
 
 def sampled(maps: Tensor, points: Tensor) -> Tensor:
@@ -99,9 +96,8 @@ def mask_cost(embeddings: Tensor, pixels: Tensor, targets: MaskTargets, count: i
         logits = embeddings[image] @ sampled(pixels[image, None], (points * targets.extents[image])[None])[0]
         inside = logits.sigmoid()
         losses = functional.softplus(logits).sum(-1, keepdim=True) - logits @ truth.T
-        cross_entropy[image, ..., : len(masks)] = losses / count
         overlap = (2 * inside @ truth.T + 1) / (inside.sum(-1, keepdim=True) + truth.sum(1) + 1)
-        dice[image, ..., : len(masks)] = 1 - overlap
+        cross_entropy[image, ..., : len(masks)], dice[image, ..., : len(masks)] = losses / count, 1 - overlap
     return cross_entropy, dice
 
 
@@ -110,10 +106,8 @@ def mask_losses(
 ) -> Tensor:
     """Cross-entropy (mean over points) and dice loss of each row, summed over the matched pairs: [G, 2].
 
-    Args:
-        embeddings: [B, G, N, C].
-        pairs: (query, target), each [G, M] int64, of every image.
-        count: points a mask, chosen for each anew: the most uncertain of a uniform draw, and some uniform.
+    embeddings [B, G, N, C]; pairs: (query, target), each [G, M] int64, of every image; count: points a mask, chosen for
+    each anew: the most uncertain of a uniform draw, and some uniform.
     """
     losses = embeddings.new_zeros(embeddings.shape[1], 2)
     for image, (query, target) in enumerate(pairs):
@@ -135,20 +129,17 @@ def mask_losses(
 def uncertain_points(maps: Tensor, extent: Tensor, count: int) -> Tensor:
     """Points [M, count, 2]: UNCERTAIN_SHARE of them where logits [M, 1, H, W] are closest to 0, the others uniform."""
     certain = count - round(UNCERTAIN_SHARE * count)
-    candidates = torch.rand(len(maps), OVERSAMPLING * count + certain, 2, dtype=maps.dtype, device=maps.device)
-    uniform, candidates = candidates[:, :certain], candidates[:, certain:]
+    drawn = torch.rand(len(maps), OVERSAMPLING * count + certain, 2, dtype=maps.dtype, device=maps.device)
+    uniform, candidates = drawn[:, :certain], drawn[:, certain:]
     uncertainty = -sampled(maps, candidates * extent)[:, 0].abs()
     best = uncertainty.topk(count - certain, dim=1).indices
     return torch.cat([candidates.gather(1, best[..., None].expand(-1, -1, 2)), uniform], 1)
 
 
 def image_mask_logits(embeddings: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask logits [K, h/4, w/4] of one image, rounded up, over its extent without padding.
+    """Mask logits [K, h/4, w/4] (rounded up) of an image of `size` (h, w) without its padding.
 
-    Args:
-        embeddings: [K, C].
-        pixels: [C, H/4, W/4], padding included.
-        size: (h, w) of the image without padding.
+    embeddings [K, C]; pixels [C, H/4, W/4], padding included.
     """
     height, width = (-(-side // MASK_STRIDE) for side in size)
     extent = pixels.new_tensor([size[1], size[0]]) / (MASK_STRIDE * pixels.new_tensor(pixels.shape[:0:-1]))

@@ -15,7 +15,7 @@ from .config import DetectorConfig
 from .denoising import DenoisingTargets
 from .encoder import Memory
 from .heads import PredictionHead, Predictions
-from .position import box_embedding
+from .position import sine_embedding
 
 BASE_SIZE = 0.05  # side of the finest level's proposals, doubled with each level
 BORDER = 0.01  # a proposal centred closer to the border, or larger than 1 - BORDER, is left out
@@ -54,42 +54,39 @@ class Proposals(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        dim = config.embed_dim
+        dim, self.query_content, self.num_queries = config.embed_dim, config.query_content, config.num_queries
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.head = PredictionHead(dim, 1 if config.proposal_classes == "agnostic" else config.num_classes)
         self.recompute = saves(config, "lean")
-        self.num_queries, self.query_content = config.num_queries, config.query_content
-        self.content: nn.Parameter | nn.Module | None = None
-        if config.query_content == "learned":
-            self.content = nn.Parameter(torch.randn(config.num_queries, dim))
-        elif config.query_content != "encoded":
-            self.content = _embedding_layer(dim, 2 * dim if config.query_content == "joint" else dim)
-        positioned = config.query_position == "proposal" and config.query_content != "joint"
-        self.position = _embedding_layer(dim, dim) if positioned else None
+        self.content = self.position = None
+        if self.query_content == "learned":
+            self.content = nn.Parameter(torch.randn(self.num_queries, dim))
+        elif self.query_content != "encoded":
+            self.content = _embedding_layer(dim, 2 * dim if self.query_content == "joint" else dim)
+        if config.query_position == "proposal" and self.query_content != "joint":
+            self.position = _embedding_layer(dim, dim)
 
     def forward(self, memory: Memory) -> tuple[Predictions, Queries]:
         """Queries are the best num_queries proposals, or all S where there are fewer."""
         anchors, usable = self._anchors(memory)
         inputs = (memory.features, usable, anchors)
         features, scores, box_logits = recomputed(self._scored, *inputs) if self.recompute else self._scored(*inputs)
-        count = min(self.num_queries, scores.shape[1])
+        batch, size, dim = features.shape
         ranking = scores.detach().amax(-1).masked_fill(~usable, -torch.inf)
-        best = ranking.topk(count, dim=1).indices[..., None]
-        best_logits = box_logits.detach().gather(1, best.expand(-1, -1, 4))
-        embedding = box_embedding(best_logits.sigmoid(), features.shape[-1])
+        best = ranking.topk(min(self.num_queries, size), dim=1).indices[..., None]
+        start = box_logits.detach().gather(1, best.expand(-1, -1, 4))
+        embedding = sine_embedding(start.sigmoid(), dim // 2)
         position = None if self.position is None else self.position(embedding)
         if self.query_content == "learned":
-            content = self.content[:count].expand(features.shape[0], -1, -1)
+            content = self.content[: best.shape[1]].expand(batch, -1, -1)
         elif self.query_content == "encoded":
-            content = features.detach().gather(1, best.expand(-1, -1, features.shape[-1]))
+            content = features.detach().gather(1, best.expand(-1, -1, dim))
         elif self.query_content == "box":
             content = self.content(embedding)
         else:
             position, content = self.content(embedding).chunk(2, -1)
-        position = None if position is None else position[:, None]
-        return Predictions(scores[:, None], box_logits.sigmoid()[:, None]), Queries(
-            content[:, None], position, best_logits[:, None]
-        )
+        queries = Queries(content[:, None], None if position is None else position[:, None], start[:, None])
+        return Predictions(scores[:, None], box_logits.sigmoid()[:, None]), queries
 
     def _scored(self, memory: Tensor, usable: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features [B, S, C], class logits [B, S, K] and box logits [B, S, 4] of all positions."""
@@ -99,13 +96,9 @@ class Proposals(nn.Module):
     @staticmethod
     def _anchors(memory: Memory) -> tuple[Tensor, Tensor]:
         """Boxes [B, S, 4] around all positions; [B, S] bool: inside the image. The others become (1, 1, 1, 1)."""
-        positions = memory.positions.expand(memory.features.shape[0], -1, -1)
-        sizes = [
-            positions.new_full((height * width,), BASE_SIZE * 2.0**level)
-            for level, (height, width) in enumerate(memory.spatial_shapes)
-        ]
-        side = torch.cat(sizes).expand(positions.shape[:2])[..., None]
-        anchors = torch.cat([positions, side, side], -1)
+        positions, shapes = memory.positions.expand(memory.features.shape[0], -1, -1), memory.spatial_shapes
+        sides = [positions.new_full((h * w, 1), BASE_SIZE * 2.0**level) for level, (h, w) in enumerate(shapes)]
+        anchors = torch.cat([positions, torch.cat(sides).expand_as(positions)], -1)
         usable = ((anchors > BORDER) & (anchors < 1 - BORDER)).all(-1)
         if memory.padding is not None:
             usable = usable & ~memory.padding

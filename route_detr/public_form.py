@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from types import MethodType
 
 from torch import Tensor
 from torch.nn import functional
@@ -39,15 +38,15 @@ def make_public(detector: Detector, backend: str | None = None) -> None:
 
     backend: assumed of the sampling op (`route_kernels.backends.assumed`), for fake tensors.
     """
-    make_eager(detector, partial(_sampled, backend))
+
+    def sampled(*arguments: Tensor) -> Tensor:
+        with nullcontext() if backend is None else assumed(backend):
+            return ms_deform_attn(*arguments)
+
+    make_eager(detector, sampled)
     for module in detector.modules():
         if isinstance(module, FeedForward):
-            module.forward = MethodType(_feed_forward, module)
-
-
-def _sampled(backend: str | None, *arguments: Tensor) -> Tensor:
-    with nullcontext() if backend is None else assumed(backend):
-        return ms_deform_attn(*arguments)
+            module.forward = partial(_feed_forward, module)
 
 
 def _feed_forward(self: FeedForward, x: Tensor) -> Tensor:
@@ -66,8 +65,8 @@ class PublicCriterion(Criterion):
             (matches,) = self.matcher([row], padded, [[name]])
             losses.append(weight * sum(self._matched(row, matches, padded).values()))
         if output.denoising is not None:
-            known = output.denoising.targets
-            for _, row, weight in _rows(output.denoising.layers, output.aux_weight):
+            layers, known = output.denoising
+            for _, row, weight in _rows(layers, output.aux_weight):
                 losses.append(weight / known.groups * sum(self._denoised(row, known, padded).values()))
         return {"loss": sum(losses).sum() / max(sum(padded.counts), 1)}
 

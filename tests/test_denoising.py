@@ -17,7 +17,7 @@ def noisy_queries(counts=COUNTS, pairs=6, **changes):
     """A detector, its memory, its queries with denoising, all in float64; two groups for three targets."""
     detector = small_detector(**{**DINO, "denoising_pairs": pairs, **changes}).train()
     images, padding_mask, targets = small_batch(counts=counts, padded=False)
-    memory = detector._encoded(detector.backbone(images), padding_mask)
+    memory = detector.encoded(detector.backbone(images), padding_mask)
     _, queries = detector.proposals(memory)
     torch.manual_seed(0)
     return detector, memory, queries, detector.denoising(queries, padded_targets(targets, like=images))

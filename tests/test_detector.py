@@ -52,7 +52,7 @@ def test_decoder_is_equivariant_to_the_order_of_queries():
     detector = small_detector(routed_layers="all")
     detector.set_routing(0.3, 0.6)
     images, padding_mask, _ = small_batch()
-    memory = detector._encoded(detector.backbone(images), padding_mask)
+    memory = detector.encoded(detector.backbone(images), padding_mask)
     _, queries = detector.proposals(memory)
     order, values = torch.randperm(7), detector.routing.read()
     permuted = queries._replace(
@@ -116,7 +116,7 @@ def test_no_targets_and_more_targets_than_queries(counts):
 def test_encoded_content_is_the_feature_of_the_best_proposals():
     detector = small_detector(query_content="encoded").eval()
     images, padding_mask, _ = small_batch()
-    memory = detector._encoded(detector.backbone(images), padding_mask)
+    memory = detector.encoded(detector.backbone(images), padding_mask)
     proposals, queries = detector.proposals(memory)
     features = detector.proposals.project(memory.features)
     usable_scores = proposals.logits[:, 0, :, 0].masked_fill(memory.padding, -torch.inf)

@@ -59,8 +59,8 @@ def test_a_fixed_route_type_is_that_product_alone(route_type, other):
     detector = small_detector(routed_layers=(1,))
     images, padding_mask, _ = batch = small_batch()
     factors = detector.routing_factors(images, padding_mask)[1].factors
-    memory = detector.eval()._encoded(detector.backbone(images), padding_mask)
-    queries = detector.decoder.observed_queries(detector.proposals(memory)[1], memory)[1]
+    memory = detector.eval().encoded(detector.backbone(images), padding_mask)
+    queries, _ = list(detector.decoder.steps(detector.proposals(memory)[1], memory))[1]
     fixed = detector.decoder.routing(1, queries, 1.0, route_type)
     q, k = (factors.sup_q, factors.sup_k) if route_type == "suppressor" else (factors.del_q, factors.del_k)
     assert_close(rk.routing_bias(fixed), (q @ k.mT).clamp(-5, 5))
