@@ -129,7 +129,7 @@ def test_the_first_entry_that_fits_is_taken(monkeypatch):
 
 @needs_interpreter
 def test_a_kernel_that_is_launched_on_nothing_is_not_launched():
-    launch.launch(None, (0, 3), torch.empty(0))
+    launch.Prepared(None, (0, 3))((torch.empty(0),))
 
 
 def test_products_of_float32_round_to_tf32_only_where_pytorch_s_do():

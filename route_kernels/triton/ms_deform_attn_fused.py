@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..reference.precision import accumulate_dtype
-from .launch import Prepared, config, kept
+from .launch import Prepared, config, contiguous_like, kept
 from .ms_deform_attn_arguments import Points, power_of_two
 from .ms_deform_attn_launch import sample, sample_backward
 from .softmax_adjoint import softmax_adjoint
@@ -30,7 +30,7 @@ def backward(
 ) -> list[torch.Tensor]:
     """The gradients of value, offsets, logits and, with `reference_grad`, reference points."""
     points = Points(offsets, logits, reference_points, value_mask, spatial_shapes, starts, counts)
-    grad_value, grad_offsets, grad_logits = (x.new_empty(x.shape) for x in (value, offsets, logits))
+    grad_value, grad_offsets, grad_logits = map(contiguous_like, (value, offsets, logits))
     accumulate = accumulate_dtype(value.dtype)
     grad_weights = grad_logits if logits.dtype == accumulate else torch.empty_like(grad_logits, dtype=accumulate)
     of_heads = None

@@ -28,7 +28,7 @@ STRIDES = (3, 3, 3, *(2,) * 6, 4, 1)  # of query, key, value, factors, mask and 
 
 def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
     """O [B, H, N, D] and lse [B, H, N] float32, +inf where a query attends nothing."""
-    output = query.new_empty(query.shape)
+    output = launch.contiguous_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if query.shape[1] == 0:
         return output, lse
@@ -42,10 +42,10 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
 
     The pass over queries comes first: it writes T = dO . O, which the pass over keys reads.
     """
-    grads = [x.new_empty(x.shape) for x in (query, key, value, *factors) if x is not None]
+    grads = [launch.contiguous_like(x) for x in (query, key, value, *factors) if x is not None]
     if 0 in query.shape[:2]:  # no head: no program writes the factors' gradients
         return [grad.zero_() for grad in grads]
-    output_dot = lse.new_empty(lse.shape)
+    output_dot = launch.contiguous_like(lse)
     output, lse, floats = output.contiguous(), lse.contiguous(), (scale, _bound(limit))
     inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
     of_queries, of_keys = launch.kept(_backward, (grad_output, *inputs))
