@@ -120,10 +120,11 @@ class Detector(nn.Module):
         ValueError for negative or non-finite numbers, non-zero ones without routing, and a wrong number of strengths.
         """
         layers = len(self.config.routed_layer_indices)
-        strengths = tuple(strength) if isinstance(strength, Sequence) else (strength,) * layers
+        given = tuple(strength) if isinstance(strength, Sequence) else (strength,)
+        strengths = given if isinstance(strength, Sequence) else given * layers
         if len(strengths) != layers:
             raise ValueError(f"strength: expected one number or {layers}, one a routed layer, got {len(strengths)}")
-        for name, value in (*(("strength", each) for each in strengths or [strength]), ("aux_weight", aux_weight)):
+        for name, value in (*(("strength", each) for each in given), ("aux_weight", aux_weight)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
             if value and not self.config.route:
