@@ -289,15 +289,16 @@ def test_every_element_of_poisoned_outputs_is_written(deterministic):
 @each_op
 def test_the_gradient_of_value_is_summed_in_a_fixed_order_where_asked_for(op, monkeypatch):
     from route_kernels.triton import ms_deform_attn_launch as launches
+    from route_kernels.triton.launch import Prepared
 
-    sums_of_atomics, launch = [], launches.launch
+    sums_of_atomics, call = [], Prepared.__call__
 
-    def noted(kernel, grid, *arguments, **settings):
-        if kernel is launches.ms_deform_attn_backward:
-            sums_of_atomics.append(arguments[1])
-        launch(kernel, grid, *arguments, **settings)
+    def noted(prepared, tensors, *floats):
+        if prepared.kernel is launches.ms_deform_attn_backward:
+            sums_of_atomics.append(tensors[1])
+        call(prepared, tensors, *floats)
 
-    monkeypatch.setattr(launches, "launch", noted)
+    monkeypatch.setattr(Prepared, "__call__", noted)
     arguments, grad_output = ARGUMENTS[op](**FEW | {"queries": 12}), torch.randn(1, 12, 16)
     by_atomics = outcome(on_triton(op), arguments, grad_output)
     torch.use_deterministic_algorithms(True)
