@@ -121,14 +121,15 @@ class Prepared:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *integers: int, **settings: Any) -> None:
         self.kernel, self.grid, self.integers, self.settings = kernel, grid, integers, settings
+        self._empty = 0 in grid
         self.entries = frozenset() if _recording is None else frozenset(_recording.entries)
         if _recording is not None:
             _recording.entries.clear()
-        self._runner: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # by device and alignments
+        self._runners: dict[tuple[Any, ...], tuple[Callable, tuple[Any, ...]]] = {}  # by device and alignments
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], *floats: float) -> None:
         """Launches on the device of the first tensor and its current stream; a grid with a 0 in it nothing."""
-        if 0 in self.grid:
+        if self._empty:
             return
         arguments = (*tensors, *floats, *self.integers)
         if _recording is not None:
@@ -146,15 +147,15 @@ class Prepared:
             self.kernel.run(*arguments, grid=self.grid, warmup=False, **self.settings)
             return
         seen = (device, *[None if tensor is None else tensor.data_ptr() % 16 for tensor in tensors])
-        found = self._runner.get(seen)
+        found = self._runners.get(seen)
         if found is not None:
-            compiled, constants = found
-            compiled[(*self.grid, 1, 1)](*arguments, *constants)
+            run, constants = found
+            run(*arguments, *constants)
             return
         compiled = self.kernel.run(*arguments, grid=self.grid, warmup=False, **self.settings)
         if compiled is not None:  # else a hook of Triton's took the launch
             names = [parameter.name for parameter in self.kernel.params[len(arguments) :]]
-            self._runner[seen] = compiled, tuple(self.settings[name] for name in names)
+            self._runners[seen] = compiled[(*self.grid, 1, 1)], tuple(self.settings[name] for name in names)
 
 
 def kept(make: Callable[..., Plan], tensors: Sequence[torch.Tensor | None], *others: Any) -> Plan:
@@ -165,7 +166,7 @@ def kept(make: Callable[..., Plan], tensors: Sequence[torch.Tensor | None], *oth
     if _recording is not None or _forced or _lookups is not None:
         return make(tensors, *others)
     known = [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
-    seen = (make, input_precision(), tensors[0].device, others, *known)
+    seen = (make, tensors[0].device, others, *known)
     plan = _plans.get(seen)
     if plan is None:
         if len(_plans) >= MOST_PLANS:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .launch import kept
 from .ms_deform_attn_arguments import Points
-from .ms_deform_attn_launch import sample, sample_backward
+from .ms_deform_attn_launch import prepared_backward, sample, sample_backward
 
 if TYPE_CHECKING:
     from .variants import Variant
@@ -25,7 +26,12 @@ def forward(value, spatial_shapes, starts, locations, weights, counts):
 def backward(grad_output, value, spatial_shapes, starts, locations, weights, counts, *grads) -> None:
     """Writes the gradients of value, locations and weights."""
     points = Points(locations, weights, None, None, spatial_shapes, starts, counts)
-    sample_backward(grad_output, value, points, *grads)
+    _backward(grad_output, value, points, *grads)
+
+
+def _backward(grad_output, value, points: Points, *grads: torch.Tensor, deterministic: bool | None = None) -> None:
+    prepared = kept(prepared_backward, (grad_output, value, *points.tensors()), *points.shape())
+    sample_backward(prepared, grad_output, value, points, *grads, deterministic=deterministic)
 
 
 def variants(architecture: str) -> Iterator[Variant]:
@@ -53,7 +59,7 @@ def _variants(architecture: str, dtype: torch.dtype, channels: int) -> Iterator[
     for way, deterministic in (("", False), (" deterministic", True)):
         yield from recorded(
             "ms_deform_attn", "backward", label + way, architecture,
-            lambda deterministic=deterministic: sample_backward(
+            lambda deterministic=deterministic: _backward(
                 value.flatten(2), value, points, value, locations, weights, deterministic=deterministic
             ),
         )  # fmt: skip

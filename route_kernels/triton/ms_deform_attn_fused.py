@@ -13,7 +13,7 @@ import torch
 from ..reference.precision import accumulate_dtype
 from .launch import Prepared, config, contiguous_like, kept
 from .ms_deform_attn_arguments import Points, power_of_two
-from .ms_deform_attn_launch import sample, sample_backward
+from .ms_deform_attn_launch import prepared_backward, sample, sample_backward
 from .softmax_adjoint import softmax_adjoint
 
 if TYPE_CHECKING:
@@ -35,31 +35,28 @@ def backward(
     grad_weights = grad_logits if logits.dtype == accumulate else torch.empty_like(grad_logits, dtype=accumulate)
     of_heads = None
     if reference_grad:
-        coordinates = reference_points.shape[3]
-        of_heads = value.new_empty(*logits.shape[:3], len(counts), coordinates, dtype=accumulate)
-    sample_backward(grad_output, value, points, grad_value, grad_offsets, grad_weights, of_heads)
-    softmax_backward(grad_logits, grad_weights, logits)
+        batch, queries, heads, _ = logits.shape
+        summed, levels = (heads * len(counts), 1) if reference_points.shape[2] == 1 else (heads, len(counts))
+        shape = (batch, queries, summed, levels, reference_points.shape[3])
+        of_heads = torch.empty(shape, dtype=accumulate, device=value.device)
+    samples, softmax = kept(_backward, (grad_output, value, *points.tensors()), *points.shape())
+    sample_backward(samples, grad_output, value, points, grad_value, grad_offsets, grad_weights, of_heads)
+    softmax((grad_logits, grad_weights, logits))
     grads = [grad_value, grad_offsets, grad_logits]
     if of_heads is not None:
-        shared = reference_points.shape[2] == 1
-        of_queries = of_heads.sum(dim=(2, 3)).unsqueeze(2) if shared else of_heads.sum(dim=2)
-        grads.append(of_queries.to(reference_points.dtype))
+        grads.append(of_heads.sum(dim=2).to(reference_points.dtype))
     return grads
 
 
-def softmax_backward(grad_logits: torch.Tensor, grad_weights: torch.Tensor, logits: torch.Tensor) -> None:
-    """Writes the gradient of logits [B, N, H, K] by that of their softmax, which may be the same tensor."""
-    if logits.numel() == 0:
-        return
-    tensors = (grad_logits, grad_weights, logits)
-    kept(_softmax_backward, tensors)(tensors)
+def _backward(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> tuple[Prepared, Prepared]:
+    return prepared_backward(tensors, *shape), _softmax_backward(tensors[3], accumulate_dtype(tensors[1].dtype))
 
 
-def _softmax_backward(tensors: Sequence[torch.Tensor]) -> Prepared:
-    _, grad_weights, logits = tensors
+def _softmax_backward(logits: torch.Tensor, accumulate: torch.dtype) -> Prepared:
+    """From the gradient of the softmax of logits [B, N, H, K] to theirs, which may be the same tensor."""
     batch, queries, heads, samples = logits.shape
     rows, block_k = batch * queries * heads, min(power_of_two(samples), 128)
-    settings = dict(config("softmax_adjoint", logits.device, grad_weights.dtype))
+    settings = dict(config("softmax_adjoint", logits.device, accumulate))
     block_n = max(settings.pop("BLOCK_NK") // block_k, 1)
     return Prepared(
         softmax_adjoint, (-(-rows // block_n),), rows, queries, heads, samples, *logits.stride()[:3],

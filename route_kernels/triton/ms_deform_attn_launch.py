@@ -41,13 +41,14 @@ def _sample(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> 
 
 
 def sample_backward(
+    prepared: Prepared,  # by `prepared_backward`
     grad_output: torch.Tensor,  # [B, N, H * D]
     value: torch.Tensor,  # [B, S, H, D]
     points: Points,
     grad_value: torch.Tensor,  # like value, contiguous
     grad_point: torch.Tensor,  # [B, N, H, K, 2]
     grad_weight: torch.Tensor,  # [B, N, H, K], of the weights after a softmax
-    grad_reference: torch.Tensor | None = None,  # [B, N, H, L, 2 or 4]
+    grad_reference: torch.Tensor | None = None,  # elements of [B, N, H, L, 2 or 4]
     deterministic: bool | None = None,
 ) -> None:
     """Writes every gradient; that of value by atomics, or with `deterministic` (None asks PyTorch) in a fixed order."""
@@ -67,15 +68,15 @@ def sample_backward(
     else:
         sums = grad_value.zero_() if value.dtype == accumulate else torch.zeros_like(grad_value, dtype=accumulate)
     grads = (sums, cell, corner_weight, grad_point, grad_weight, grad_reference)
-    inputs = (value, *points.tensors())
-    kept(_sample_backward, (grad_output, *inputs, *grads), *points.shape())((grad_output, *grads, *inputs))
+    prepared((grad_output, *grads, value, *points.tensors()))
     if deterministic:
         _gather(grad_value, grad_output, points, cell, corner_weight)
     elif sums is not grad_value:
         grad_value.copy_(sums)
 
 
-def _sample_backward(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
+def prepared_backward(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
+    """For `kept`: of grad_output, value and the tensors of points of this shape."""
     grad_output, value, points = tensors[0], tensors[1], Points(*tensors[2:6], *shape)
     batch, positions, heads, channels = value.shape
     queries, samples = points.weight.shape[1], points.weight.shape[3]

@@ -129,13 +129,13 @@ def forward(x: torch.Tensor) -> torch.Tensor:
     batch, queries, _ = x.shape
     output = torch.empty((batch, queries), dtype=x.dtype, device=x.device)
     inverse_norms = torch.empty((batch, queries), dtype=torch.float32, device=x.device)
-    norms, similarity = kept(_launches, (x,))
+    norms, similarity = kept(_launches, (x,), input_precision())
     norms((x, inverse_norms))
     similarity((x, inverse_norms, output))
     return output
 
 
-def _launches(tensors: Sequence[torch.Tensor]) -> tuple[Prepared, Prepared]:
+def _launches(tensors: Sequence[torch.Tensor], precision: str) -> tuple[Prepared, Prepared]:
     (x,) = tensors
     batch, queries, channels = x.shape
     sizes = (*x.stride()[:2], queries, channels)
@@ -144,7 +144,7 @@ def _launches(tensors: Sequence[torch.Tensor]) -> tuple[Prepared, Prepared]:
     settings = _settings("query_similarity_relu", x)
     chunk = settings["BLOCK_C"]
     similarity = Prepared(
-        query_similarity_relu, (batch * blocks(queries, settings["BLOCK_N"]),), *sizes, PRECISION=input_precision(),
+        query_similarity_relu, (batch * blocks(queries, settings["BLOCK_N"]),), *sizes, PRECISION=precision,
         ONE_CHUNK=channels <= chunk, EVEN_C=channels > 0 and channels % chunk == 0, **settings,
     )  # fmt: skip
     return norms, similarity

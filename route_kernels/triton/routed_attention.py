@@ -33,7 +33,7 @@ def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
     if query.shape[1] == 0:
         return output, lse
     inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
-    launch.kept(_forward, inputs)((*inputs, output, lse), scale, _bound(limit))
+    launch.kept(_forward, inputs, launch.input_precision())((*inputs, output, lse), scale, _bound(limit))
     return output, lse
 
 
@@ -48,7 +48,7 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     output_dot = launch.contiguous_like(lse)
     output, lse, floats = output.contiguous(), lse.contiguous(), (scale, _bound(limit))
     inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
-    of_queries, of_keys = launch.kept(_backward, (grad_output, *inputs))
+    of_queries, of_keys = launch.kept(_backward, (grad_output, *inputs), launch.input_precision())
 
     parts = of_queries.parts(grads[3::2])
     of_queries.launch((grad_output, output, lse, *inputs, grads[0], *parts, output_dot), *floats)
@@ -59,9 +59,9 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     return grads
 
 
-def _forward(inputs) -> launch.Prepared:
+def _forward(inputs, precision: str) -> launch.Prepared:
     query, key = inputs[:2]
-    settings = _settings("routed_attention_forward", inputs)
+    settings = _settings("routed_attention_forward", inputs, precision)
     grid, sizes = _grid(query, query.shape[2], settings, "BLOCK_N"), (query.shape[1], query.shape[2], key.shape[2])
     return launch.Prepared(attention_forward, grid, *sizes, *_strides(inputs), **settings)
 
@@ -84,13 +84,13 @@ class _Pass(NamedTuple):
             self.total((*parts, *grads))
 
 
-def _backward(inputs) -> tuple[_Pass, _Pass]:
+def _backward(inputs, precision: str) -> tuple[_Pass, _Pass]:
     grad_output, query, key = inputs[:3]
     sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     integers = (*sizes, *grad_output.stride()[:3], *_strides(inputs[1:]))
 
     def over(kernel, kernel_name: str, rows: int, block: str, factors) -> _Pass:
-        settings = _settings(kernel_name, inputs[1:])
+        settings = _settings(kernel_name, inputs[1:], precision)
         of_rows = launch.Prepared(kernel, _grid(query, rows, settings, block), *integers, **settings)
         groups = launch.blocks(query.shape[1], settings["HEADS_PER_PROGRAM"])
         if groups == 1 or factors[0] is None:
@@ -126,7 +126,7 @@ def _strides(inputs) -> list[int]:
     return strides
 
 
-def _settings(kernel_name: str, inputs) -> dict[str, Any]:
+def _settings(kernel_name: str, inputs, precision: str) -> dict[str, Any]:
     """The table's, with the heads spread evenly over the programs: 5 heads in groups of at most 4 are 3 and 2; and what
     the kernel is compiled for."""
     query, key, _, *factors, attn_mask, key_ranges = inputs
@@ -145,7 +145,7 @@ def _settings(kernel_name: str, inputs) -> dict[str, Any]:
         query.dtype, channels, tuple(factor.shape[-1] for factor in factors[::2]) if routed else None,
         factors[0].dtype if routed else query.dtype, mask_kind,
         attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, key_ranges is not None,
-        launch.input_precision(), launch.target(query.device),
+        precision, launch.target(query.device),
     )  # fmt: skip
     return {**constants, **settings, "HEADS_PER_PROGRAM": launch.blocks(heads, groups)}
 
