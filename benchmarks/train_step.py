@@ -164,8 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns 1 when contenders that should agree do not."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--run", type=Path, help="folder of a run: its precision comes first, results are written there"
-    )
+        "--run", type=Path,
+        help="folder of a run: its precision comes first, presets are measured only as they train, results go there",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, help="folder for train_step.json (default: the run's, or benchmarks/results/DEVICE)"
     )
@@ -176,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     heading = None if args.run is None else precision(args.run)
     results = {**circumstances(), "settings": []}
-    for setting in [each for name in args.preset or ["tiny"] for each in settings_of(name)]:
+    count = None if args.run is None else 1
+    for setting in [each for name in args.preset or ["tiny"] for each in settings_of(name)[:count]]:
         print(f"measuring a training step: {setting.title}", file=sys.stderr, flush=True)
         results["settings"].append(measured(setting, args.seconds))
     print()

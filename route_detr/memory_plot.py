@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -19,8 +19,8 @@ QUERIES = (300, 600, 900, 1200, 1500)
 SHORT_SIDES = (480, 640, 800, 960)
 
 
-def draw(request: Request, rows: Mapping[str, Plan], path: str | Path) -> None:
-    """Writes a PNG; rows (by name) that are not planned yet are: all levels and the public formulation."""
+def draw(request: Request, rows: Mapping[str, Plan], path: str | Path, plan: Callable[[Request], Plan] = plan) -> None:
+    """Writes a PNG; rows (by name) that are not there yet are planned: all levels and the public formulation."""
     wanted = {"public": dataclasses.replace(request, public=True)}
     ours = dataclasses.replace(request, public=False)
     wanted |= {level: ours.at(level) for level in LEVELS if level != "none"}
@@ -28,8 +28,16 @@ def draw(request: Request, rows: Mapping[str, Plan], path: str | Path) -> None:
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     levels, queries, sizes = figure.subplots(1, 3)
     _stack(levels, bars)
-    _lines(queries, ours, QUERIES, _with_queries, "queries")
-    _lines(sizes, ours, SHORT_SIDES, _with_short_side, "short side of the image")
+    for axes, values, changed, name in (
+        (queries, QUERIES, _with_queries, "queries"),
+        (sizes, SHORT_SIDES, _with_short_side, "short side of the image"),
+    ):
+        for level in LINES:
+            peaks = [plan(changed(ours, value).at(level)).peak / GIB for value in values]
+            axes.plot(values, peaks, marker="o", ms=3.5, label=level)
+        axes.set_ylim(0)
+        axes.legend(fontsize=8)
+        _style(axes, f"over {name}", name)
     height, width = request.image
     dtype = str(request.dtype).removeprefix("torch.")
     figure.suptitle(f"Planned peak of a training {request.scope}, batch {request.batch}, {height} x {width}, {dtype}")
@@ -48,17 +56,6 @@ def _stack(axes: Axes, plans: Mapping[str, Plan]) -> None:
         axes.annotate(f"{top:.1f}", (name, top), ha="center", va="bottom", fontsize=9)
     axes.legend(fontsize=7)
     _style(axes, "by memory level", "")
-
-
-def _lines(
-    axes: Axes, request: Request, values: Sequence[int], changed: Callable[[Request, int], Request], name: str
-) -> None:
-    for level in LINES:
-        peaks = [plan(changed(request, value).at(level)).peak / GIB for value in values]
-        axes.plot(values, peaks, marker="o", ms=3.5, label=level)
-    axes.set_ylim(0)
-    axes.legend(fontsize=8)
-    _style(axes, f"over {name}", name)
 
 
 def _with_queries(request: Request, queries: int) -> Request:

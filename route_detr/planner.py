@@ -66,8 +66,6 @@ class Request:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
-        if self.config.detector.masks:
-            raise ValueError("detector.masks: expected false, as the planner has no masks to sample yet, got true")
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype}")
 
@@ -149,8 +147,10 @@ class _Step:
             features = detector.backbone(self.images[:1])
             levels = detector.feature_levels(features[-detector.config.backbone.used_stages :])
             levels = [torch.empty(request.batch, *level.shape[1:]) for level in levels]
-            detector.backbone, detector.feature_levels = _Given([]), _Given(levels)
-            ledger.count("inputs", *levels)
+            finest = features[:1] if detector.pixel_embedding is not None else []
+            finest = [torch.empty(request.batch, *each.shape[1:]) for each in finest]
+            detector.backbone, detector.feature_levels = _Given(finest), _Given(levels)
+            ledger.count("inputs", *levels, *finest)
         else:
             ledger.count("inputs", self.images, self.padding_mask)
             self.optimizer = _adamw_with_state(detector)
@@ -221,17 +221,19 @@ def _target(request: Request) -> Target:
     """On a device that is not the host, whose labels nobody reads."""
     boxes = torch.empty(request.boxes, 4, device="meta")
     labels = torch.empty(request.boxes, dtype=torch.int64, device="meta")
-    return Target(0, boxes, labels, request.image, request.image)
+    masks = None
+    if request.config.detector.masks:
+        masks = torch.empty(request.boxes, *request.image, dtype=torch.bool, device="meta")
+    return Target(0, boxes, labels, request.image, request.image, masks=masks)
 
 
 def _adamw_with_state(detector: Detector) -> torch.optim.AdamW:
-    """As on a GPU (foreach), after a first step."""
+    """As on a GPU (foreach), with the state that a first step leaves."""
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, foreach=True)
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
     return optimizer
 
 
@@ -265,7 +267,7 @@ def _label(detector: Detector, ledger: Ledger) -> dict[str, tuple[str, ...]]:
             ledger.label_calls(module, "encoder")
         elif module is detector.decoder:
             ledger.label_calls(module, "decoder main")
-        elif module is detector.proposals or isinstance(module, PredictionHead):
+        elif module in (detector.proposals, detector.pixel_embedding) or isinstance(module, PredictionHead):
             ledger.label_calls(module, "heads")
         elif module in detector.decoder.routers.values():
             ledger.label_calls(module, "decoder aux")
@@ -324,7 +326,12 @@ def measured_peak(request: Request) -> int:
     sides = torch.rand(request.batch, request.boxes, 2) * 0.3 + 0.05
     boxes = torch.cat([sides / 2 + torch.rand_like(sides) * (1 - sides), sides], -1).to(device)
     labels = torch.randint(config.detector.num_classes, (request.batch, request.boxes)).to(device)
-    targets = [Target(0, *pair, request.image, request.image) for pair in zip(boxes, labels, strict=True)]
+    masks = [None] * request.batch
+    if config.detector.masks:
+        masks = torch.rand(request.batch, request.boxes, *request.image, device=device) < 0.5
+    targets = [
+        Target(0, *each, request.image, request.image, mask) for *each, mask in zip(boxes, labels, masks, strict=True)
+    ]
     autocast = torch.autocast("cuda", request.dtype, enabled=request.dtype != torch.float32)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()

@@ -141,6 +141,31 @@ def test_workspaces_are_what_the_launches_allocate(dtype):
     assert found == workspace_bytes(torch.ops.route_kernels.query_similarity.default, (x, "relu", None), "triton")
 
 
+def test_the_parts_of_groups_of_heads_are_counted():
+    from route_kernels.triton import routed_attention
+
+    batch, heads, queries = 2, 8, 1100
+    query, grad = (torch.empty(batch, heads, queries, 32, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    factors = tuple(torch.empty(batch, queries, r, dtype=torch.bfloat16, device="meta") for r in (16, 16, 16, 16, 3, 3))
+    lse = torch.empty(batch, heads, queries, device="meta")
+    found = recorded_bytes(
+        lambda: routed_attention.backward(grad, grad, lse, query, query, query, factors, None, None, None, 1.0),
+        (query, grad, lse, *factors),
+    )
+    op = torch.ops.route_kernels.routed_attention_backward.default
+    at_most = workspace_bytes(op, (grad, grad, lse, query, query, query, *factors, None, None, None, 1.0), "triton")
+    assert lse.nbytes < found <= at_most < 2 * heads * found
+
+
+def test_masks_have_their_share():
+    masks = Request(preset("tiny-masks").updated(SMALLER), batch=2, image=(96, 128))
+    plain = dataclasses.replace(masks, config=masks.config.updated({"detector.masks": False}))
+    for scope in planner.SCOPES:
+        with_masks, without = (plan(dataclasses.replace(each, scope=scope)) for each in (masks, plain))
+        assert with_masks.peak > without.peak
+        assert with_masks.parts["losses"] > without.parts["losses"]
+
+
 def test_an_assumed_backend_is_asked_of_nobody():
     with FakeTensorMode(), backends.assumed("cuda"):
         x = torch.empty(1, 2, 3, 4)
@@ -200,13 +225,11 @@ def test_the_command_prints_a_table_and_what_fits(capsys):
     assert "encoder" in printed and "lean" in printed
 
 
-def test_the_picture_is_drawn(tmp_path, monkeypatch):
+def test_the_picture_is_drawn(tmp_path):
     from route_detr import memory_plot
 
-    monkeypatch.setattr(
-        memory_plot, "plan", lambda request: planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
-    )
-    memory_plot.draw(TINY, {}, tmp_path / "memory.png")
+    planned = planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
+    memory_plot.draw(TINY, {}, tmp_path / "memory.png", lambda request: planned)
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 

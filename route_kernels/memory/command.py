@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0; 1 for an error, or a measured peak more than 5 % off the planned one."""
     try:
-        from route_detr import memory_plot, planner
+        from tqdm import tqdm
+
+        from route_detr import memory_plot, planner  # noqa: F401
     except ImportError as error:
         return _failure(f"needs the detector: pip install 'route-kernels[detr]' ({error})")
     try:
@@ -60,7 +62,21 @@ def run(options: argparse.Namespace) -> int:
         requests = _rows(options, request, planner.LEVELS)
     except ValueError as error:
         return _failure(str(error))
-    rows = {name: planner.plan(row) for name, row in requests.items()}
+    with tqdm(desc="steps planned", unit="step", leave=False, disable=None) as progress:
+
+        def plan(row: Request) -> Plan:
+            progress.update()
+            return planner.plan(row)
+
+        return _run(options, request, requests, plan)
+
+
+def _run(
+    options: argparse.Namespace, request: Request, requests: dict[str, Request], plan: Callable[[Request], Plan]
+) -> int:
+    from route_detr import memory_plot, planner
+
+    rows = {name: plan(row) for name, row in requests.items()}
     result: dict[str, Any] = {
         "request": _described(request),
         "rows": {n: dataclasses.asdict(p) for n, p in rows.items()},
@@ -71,7 +87,10 @@ def run(options: argparse.Namespace) -> int:
         lines += ["", *(f"{n}: {flops / 1e12:.2f} TFLOP of products" for n, flops in result["products"].items())]
     if options.fit:
         fitting = card(options.fit)
-        batches = {name: planner.largest_batch(row, fitting.usable) for name, row in requests.items()}
+        batches = {
+            name: planner.largest_batch(row, fitting.usable, lambda each: plan(each).peak)
+            for name, row in requests.items()
+        }
         result["fit"] = {"card": fitting.name, "usable": fitting.usable, "largest_batch": batches}
         lines += ["", *_fit_lines(fitting, batches)]
     agrees = True
@@ -84,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         agrees = all(abs(size / rows[name].peak - 1) <= AGREEMENT for name, size in measured.items())
         lines += ["", *(f"{n}: measured {_gib(m)}, planned {_gib(rows[n].peak)}" for n, m in measured.items())]
     if options.plot:
-        memory_plot.draw(request, rows, options.plot)
+        memory_plot.draw(request, rows, options.plot, plan)
         lines += ["", f"drawn to {options.plot}"]
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
     return 0 if agrees else 1

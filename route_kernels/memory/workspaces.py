@@ -49,8 +49,11 @@ def _ms_deform_attn_fused_backward(
     return _sums(value) + weights + of_heads
 
 
-def _routed_attention_backward(grad_output, output, lse, *_) -> int:
-    return _bytes(lse.numel(), lse.dtype)  # dO . O
+def _routed_attention_backward(grad_output, output, lse, query, key, value, *others) -> int:
+    """dO . O, and what groups of heads add to three factors' gradients: at most a group for every head."""
+    factors = [factor for factor in others[:6] if factor is not None]
+    of_queries, of_keys = (sum(factor.numel() for factor in factors[side::2]) for side in (0, 1))
+    return _bytes(lse.numel() + query.shape[1] * max(of_queries, of_keys), torch.float32)
 
 
 def _query_similarity(x, *_) -> int:

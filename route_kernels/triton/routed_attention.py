@@ -53,6 +53,7 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     parts = of_queries.parts(grads[3::2])
     of_queries.launch((grad_output, output, lse, *inputs, grads[0], *parts, output_dot), *floats)
     of_queries.sum(parts, grads[3::2])
+    del parts  # before there are others
     parts = of_keys.parts(grads[4::2])
     of_keys.launch((grad_output, output_dot, lse, *inputs, grads[1], grads[2], *parts), *floats)
     of_keys.sum(parts, grads[4::2])
