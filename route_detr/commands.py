@@ -160,6 +160,9 @@ def _draw(run: Run, val_set: CocoDetection, device: torch.device) -> list[str]:
     trained = load_trained(run.best, device)
     images = [val_set.raw_image(index) for index in range(min(PICTURES, len(val_set)))]
     truths = [{"boxes": val_set.boxes(index), "labels": val_set.labels(index)} for index in range(len(images))]
+    if trained.config.detector.masks:
+        for index, truth in enumerate(truths):
+            truth["masks"] = torch.from_numpy(val_set.masks(index)).permute(2, 0, 1).bool()
     found = [trained.detect(image, SHOWN_SCORE) for image in images]
     plot_detections(images, truths, found, trained.category_names, run.folder / "detections.png")
     if not trained.config.detector.route:

@@ -98,6 +98,12 @@ def average_precision(
     return metrics
 
 
+def in_words(metrics: dict[str, float | None]) -> str:
+    """AP and AP50 of boxes, and of masks where there are some."""
+    named = [("AP", "AP"), ("AP50", "AP50"), ("mask AP", "mask_AP"), ("mask AP50", "mask_AP50")]
+    return "  ".join(f"{name} {metrics[key]:.3f}" for name, key in named if key in metrics)
+
+
 def table(metrics: dict[str, float | None]) -> str:
     """The metrics as aligned lines of text, of boxes and then of masks; '-' where no object has that size."""
     rows = [METRICS]

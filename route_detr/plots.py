@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -102,6 +103,13 @@ def _draw_box(axes: Axes, box: Sequence[float], text: str, color: str, dashed: b
         axes.text(x0, y0, text, fontsize=6.5, color="white", va=va, ha="left", bbox=label, clip_on=True)
 
 
+def _draw_mask(axes: Axes, mask: Tensor, color: str) -> None:
+    """mask: [H, W] bool of the image shown."""
+    tint = np.zeros((*mask.shape, 4))
+    tint[mask.numpy()] = to_rgba(color, 0.4)
+    axes.imshow(tint, extent=(0, mask.shape[1], mask.shape[0], 0), interpolation="nearest")
+
+
 def plot_detections(
     images: Sequence[Image.Image],
     truths: Sequence[Mapping[str, Tensor]],
@@ -111,8 +119,9 @@ def plot_detections(
 ) -> None:
     """Images with the truth above and the detections below.
 
-    Truths and detections are boxes [K, 4] float xyxy in pixels, labels [K] and, for detections, scores [K]. A detection
-    is right when it overlaps a still free truth of its class by IoU 0.5.
+    Truths and detections are boxes [K, 4] float xyxy in pixels, labels [K] and, for detections, scores [K]; masks
+    [K, H, W] bool where there are some. A detection is right when its box overlaps that of a still free truth of its
+    class by IoU 0.5.
     """
     figure = Figure(figsize=(3.4 * len(images), 7.4), layout="constrained")
     grid = figure.subplots(2, len(images), squeeze=False)
@@ -124,6 +133,8 @@ def plot_detections(
             (lower, found, right, scores, f"detected: {sum(right)} of {len(right)} right"),
         ):
             _show_image(axes, image, title)
+            for mask, is_good in zip(boxes.get("masks", ()), good, strict=False):
+                _draw_mask(axes, mask, BLUE if is_good else RED)
             for box, label, is_good, note in zip(boxes["boxes"].tolist(), boxes["labels"], good, notes, strict=True):
                 _draw_box(axes, box, names[int(label)] + note, BLUE if is_good else RED, dashed=not is_good)
     figure.suptitle("Truth (top) and detections: blue = matched at IoU 0.5, red dashed = missed or wrong", fontsize=11)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -22,6 +23,7 @@ from route_detr.detector import Detector, detections
 from route_detr.evaluation import coco_results
 
 PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
+MASK_OPACITY = 100  # of 255
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Trained:
 
     @torch.no_grad()
     def detect(self, image: Image.Image, score_threshold: float = 0.0) -> dict[str, Tensor]:
-        """scores [K], labels [K] and boxes [K, 4] (xyxy, pixels of ``image``), the best first, on the CPU."""
+        """scores [K], labels [K], boxes [K, 4] (xyxy, pixels of ``image``), the best first, on the CPU; and masks
+        [K, H, W] bool of a detector that has them."""
         self.detector.eval()
         output = self.detector(self.input_of(image), None)
         found = detections(output, [(image.height, image.width)], self.config.train.top_k)[0]
@@ -105,7 +108,7 @@ def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 
 def predict_files(trained: Trained, files: Sequence[Path], out: Path, score_threshold: float) -> Iterator[Path]:
-    """Write a picture with boxes for each file, then ``predictions.json``; yields each picture's path.
+    """Write a picture with boxes (and masks) for each file, then ``predictions.json``; yields each picture's path.
 
     The JSON is a list of COCO results (``image_id`` counts the files from 1), each with its ``file_name`` and
     ``category_name``.
@@ -130,12 +133,15 @@ def predict_files(trained: Trained, files: Sequence[Path], out: Path, score_thre
 
 
 def draw_detections(image: Image.Image, found: dict[str, Tensor], names: Sequence[str]) -> Image.Image:
-    """The image with boxes and labels, enlarged when it is too small for legible labels; the best drawn last."""
+    """The image with masks, boxes and labels, enlarged when it is too small for legible labels; the best drawn last."""
     enlarged = max(1, -(-512 // max(image.size)))
     picture = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     line = max(2, max(picture.size) // 400)
     font = ImageFont.load_default(size=max(12, max(picture.size) // 55))
+    for label, mask in reversed(list(zip(found["labels"].tolist(), found.get("masks", ()), strict=False))):
+        opacity = Image.fromarray(mask.numpy().astype(np.uint8) * MASK_OPACITY)
+        picture.paste(PALETTE[label % len(PALETTE)], mask=opacity.resize(picture.size))
     rows = zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist(), strict=True)
     for score, label, box in reversed(list(rows)):
         colour = PALETTE[label % len(PALETTE)]

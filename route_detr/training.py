@@ -24,6 +24,7 @@ from route_detr.data import coco_layout, open_splits
 from route_detr.detector import Detector, parameter_groups
 from route_detr.engine import Step, evaluate, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed
+from route_detr.evaluation import in_words
 from route_detr.plots import plot_curves
 from route_detr.progress import LossSums, Progress
 from route_detr.run import Run
@@ -269,7 +270,7 @@ class Training:
         if evaluated and perf_counter() - self.drawn > CURVES_EVERY_SECONDS and self.accelerator.is_main_process:
             plot_curves(self.run.records(), self.run.folder / "curves.png")
             self.drawn = perf_counter()
-        scores = f"  AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}" if evaluated else ""
+        scores = f"  {in_words(metrics)}" if evaluated else ""
         if self.accelerator.is_main_process:
             bar.write(f"epoch {progress.epoch}/{config.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
 
@@ -291,7 +292,7 @@ class Training:
         """Average precision of the latest and the best evaluation, in words."""
         latest, best = self.progress.metrics, self.progress.best
         return (
-            f"main branch (plain self-attention): AP {latest['AP']:.3f}  AP50 {latest['AP50']:.3f} "
+            f"main branch (plain self-attention): {in_words(latest)} "
             f"after {latest['epoch']} epochs, {self.progress.step} steps, {self.progress.elapsed:.0f} s; "
-            f"best AP {best['AP']:.3f}  AP50 {best['AP50']:.3f} (epoch {best['epoch']})"
+            f"best {in_words(best)} (epoch {best['epoch']})"
         )

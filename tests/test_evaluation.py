@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from route_detr.errors import NoGroundTruth
-from route_detr.evaluation import MASK_METRICS, METRICS, average_precision, coco_results, table
+from route_detr.evaluation import MASK_METRICS, METRICS, average_precision, coco_results, in_words, table
 
 CATEGORY_IDS = [7, 90]
 
@@ -168,3 +168,9 @@ def test_table_has_a_row_for_masks():
 def test_an_object_without_a_mask_to_compare_with_is_an_error():
     with pytest.raises(NoGroundTruth, match="annotation 1 has no segmentation"):
         average_precision(ground_truth(TRUTH), [], [1, 2, 3], masks=True)
+
+
+def test_precision_in_words():
+    boxes = {"AP": 0.1234, "AP50": 0.5, "APs": None}
+    assert in_words(boxes) == "AP 0.123  AP50 0.500"
+    assert in_words({**boxes, "mask_AP": 0.25, "mask_AP50": 0.75}).endswith("  mask AP 0.250  mask AP50 0.750")

@@ -12,6 +12,7 @@ from route_detr.plots import (
     plot_routing,
     plot_schedule,
 )
+from route_detr.prediction import draw_detections
 
 BOXES = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [30.0, 0.0, 40.0, 10.0], [5.0, 0.0, 15.0, 10.0]])
 
@@ -43,6 +44,19 @@ def test_pictures_of_next_to_nothing(tmp_path):
     for name in ("curves", "detections", "routing"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
+
+
+def test_masks_tint_the_image(tmp_path):
+    mask = torch.zeros(1, 512, 512, dtype=torch.bool)
+    mask[:, 100:200, 100:300] = True
+    found = {"boxes": BOXES[:1], "labels": torch.tensor([0]), "scores": torch.tensor([0.9]), "masks": mask}
+    image = Image.new("RGB", (512, 512), "white")
+    picture = draw_detections(image, found, ["a"])
+    tinted, plain = picture.getpixel((200, 150)), picture.getpixel((400, 400))
+    assert plain == (255, 255, 255) and max(tinted[:2]) < 255
+    for name, founds in (("with", found), ("without", {**found, "masks": torch.zeros_like(mask)})):
+        plot_detections([image], [founds], [founds], ["a"], tmp_path / f"{name}.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
 @pytest.mark.parametrize(
