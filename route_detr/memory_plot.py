@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .planner import LEVELS, PARTS, Plan, Request, plan
+from .planner import LEVELS, PARTS, Plan, Request
 from .plots import save_figure
 
 GIB = 2**30
@@ -19,10 +19,11 @@ QUERIES = (300, 600, 900, 1200, 1500)
 SHORT_SIDES = (480, 640, 800, 960)
 
 
-def draw(request: Request, rows: Mapping[str, Plan], path: str | Path, plan: Callable[[Request], Plan] = plan) -> None:
-    """Writes a PNG; rows (by name) that are not there yet are planned: all levels and the public formulation."""
-    wanted = {"public": dataclasses.replace(request, public=True)}
+def draw(request: Request, rows: Mapping[str, Plan], path: str | Path, plan: Callable[[Request], Plan]) -> None:
+    """Writes a PNG; rows (by name) that are not there yet are planned: all levels, and the public formulation of a
+    detector without masks."""
     ours = dataclasses.replace(request, public=False)
+    wanted = {} if ours.config.detector.masks else {"public": dataclasses.replace(request, public=True)}
     wanted |= {level: ours.at(level) for level in LEVELS if level != "none"}
     bars = {name: rows[name] if name in rows else plan(row) for name, row in wanted.items()}
     figure = Figure(figsize=(13, 4.6), layout="constrained")

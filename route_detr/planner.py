@@ -66,6 +66,8 @@ class Request:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.public and self.config.detector.masks:
+            raise ValueError("detector.masks: expected false for the public formulation, which has none, got true")
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype}")
 
@@ -145,10 +147,11 @@ class _Step:
         self.optimizer = None
         if request.scope == "transformer":
             features = detector.backbone(self.images[:1])
-            levels = detector.feature_levels(features[-detector.config.backbone.used_stages :])
-            levels = [torch.empty(request.batch, *level.shape[1:]) for level in levels]
-            finest = features[:1] if detector.pixel_embedding is not None else []
-            finest = [torch.empty(request.batch, *each.shape[1:]) for each in finest]
+            finest, used = features[: detector.config.masks], features[-detector.config.backbone.used_stages :]
+            finest, levels = (
+                [torch.empty(request.batch, *each.shape[1:]) for each in maps]
+                for maps in (finest, detector.feature_levels(used))
+            )
             detector.backbone, detector.feature_levels = _Given(finest), _Given(levels)
             ledger.count("inputs", *levels, *finest)
         else:
@@ -156,6 +159,7 @@ class _Step:
             self.optimizer = _adamw_with_state(detector)
             for state in self.optimizer.state.values():
                 ledger.count("optimiser", *(value for value in state.values() if isinstance(value, Tensor)))
+        ledger.count("inputs", *(target.masks for target in self.targets))
         parameters = list(detector.parameters())
         ledger.count("parameters", *parameters, *detector.buffers())
         ledger.count_gradients(parameters, "gradients")
@@ -218,12 +222,12 @@ class _UnsolvedMatcher(Matcher):
 
 
 def _target(request: Request) -> Target:
-    """On a device that is not the host, whose labels nobody reads."""
+    """Boxes and labels on a device that is not the host, whose labels nobody reads; masks where the step runs."""
     boxes = torch.empty(request.boxes, 4, device="meta")
     labels = torch.empty(request.boxes, dtype=torch.int64, device="meta")
     masks = None
     if request.config.detector.masks:
-        masks = torch.empty(request.boxes, *request.image, dtype=torch.bool, device="meta")
+        masks = torch.empty(request.boxes, *request.image, dtype=torch.bool)
     return Target(0, boxes, labels, request.image, request.image, masks=masks)
 
 

@@ -164,6 +164,8 @@ def test_masks_have_their_share():
         with_masks, without = (plan(dataclasses.replace(each, scope=scope)) for each in (masks, plain))
         assert with_masks.peak > without.peak
         assert with_masks.parts["losses"] > without.parts["losses"]
+        true = masks.batch * masks.boxes * 96 * 128
+        assert with_masks.parts["inputs"] >= without.parts["inputs"] + true
 
 
 def test_an_assumed_backend_is_asked_of_nobody():
@@ -200,6 +202,7 @@ def test_the_largest_batch_is_found(fixed, each):
         (["--memory", "small"], "memory"),
         (["--batch", "0"], "batch"),
         (["detector.num_querys=3"], "num_queries"),
+        (["--preset", "tiny-masks", "--public"], "masks"),
         (["--preset", "tiny", "--batch", "1", "--image", "64x64", "--measure"], "GPU"),
     ],
 )
@@ -231,6 +234,20 @@ def test_the_picture_is_drawn(tmp_path):
     planned = planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
     memory_plot.draw(TINY, {}, tmp_path / "memory.png", lambda request: planned)
     assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+def test_the_picture_of_a_detector_with_masks_has_no_public_bar(tmp_path):
+    from route_detr import memory_plot
+
+    asked = []
+
+    def planned(request):
+        asked.append(request.public)
+        return planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
+
+    masks = dataclasses.replace(TINY, config=preset("tiny-masks"))
+    memory_plot.draw(masks, {}, tmp_path / "memory.png", planned)
+    assert asked and not any(asked)
 
 
 BF16 = Request(preset("dino-r50"), batch=16, scope="transformer")  # 900 + 200 denoising queries

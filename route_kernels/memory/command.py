@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         from tqdm import tqdm
 
-        from route_detr import memory_plot, planner  # noqa: F401
+        from route_detr import memory_plot, planner
     except ImportError as error:
         return _failure(f"needs the detector: pip install 'route-kernels[detr]' ({error})")
     try:
@@ -62,19 +62,11 @@ def run(options: argparse.Namespace) -> int:
         requests = _rows(options, request, planner.LEVELS)
     except ValueError as error:
         return _failure(str(error))
-    with tqdm(desc="steps planned", unit="step", leave=False, disable=None) as progress:
+    progress = tqdm(desc="steps planned", unit="step", leave=False, disable=None)
 
-        def plan(row: Request) -> Plan:
-            progress.update()
-            return planner.plan(row)
-
-        return _run(options, request, requests, plan)
-
-
-def _run(
-    options: argparse.Namespace, request: Request, requests: dict[str, Request], plan: Callable[[Request], Plan]
-) -> int:
-    from route_detr import memory_plot, planner
+    def plan(row: Request) -> Plan:
+        progress.update()
+        return planner.plan(row)
 
     rows = {name: plan(row) for name, row in requests.items()}
     result: dict[str, Any] = {
@@ -105,6 +97,7 @@ def _run(
     if options.plot:
         memory_plot.draw(request, rows, options.plot, plan)
         lines += ["", f"drawn to {options.plot}"]
+    progress.close()
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
     return 0 if agrees else 1
 
