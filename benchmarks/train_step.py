@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from route_detr.config import PRESETS, preset
+from route_detr.evaluation import in_words
 from route_detr.planner import LEVELS, Request, plan
 from route_detr.run import Run
 
@@ -155,8 +156,8 @@ def precision(run: Path) -> str:
         raise ValueError(f"{run}: no evaluation in metrics.jsonl")
     last, best = evaluated[-1], max(evaluated, key=lambda record: record["AP"])
     return (
-        f"{run}, main branch (plain attention, as in inference), validation set: AP {last['AP']:.3f}, "
-        f"AP50 {last['AP50']:.3f} after {last['step']} steps (best AP {best['AP']:.3f}, AP50 {best['AP50']:.3f})"
+        f"{run}, main branch (plain attention, as in inference), validation set: "
+        f"{in_words(last, ', ')} after {last['step']} steps (best {in_words(best, ', ')})"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,10 +98,10 @@ def average_precision(
     return metrics
 
 
-def in_words(metrics: dict[str, float | None]) -> str:
+def in_words(metrics: Mapping[str, float | None], separator: str = "  ") -> str:
     """AP and AP50 of boxes, and of masks where there are some."""
     named = [("AP", "AP"), ("AP50", "AP50"), ("mask AP", "mask_AP"), ("mask AP50", "mask_AP50")]
-    return "  ".join(f"{name} {metrics[key]:.3f}" for name, key in named if key in metrics)
+    return separator.join(f"{name} {metrics[key]:.3f}" for name, key in named if key in metrics)
 
 
 def table(metrics: dict[str, float | None]) -> str:

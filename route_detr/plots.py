@@ -17,6 +17,7 @@ from torch import Tensor
 
 from route_detr.checkpoint import write_atomically
 from route_detr.config import Config
+from route_detr.evaluation import in_words
 from route_detr.schedule import sampled_schedule
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
@@ -53,7 +54,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     for name, color in (("AP50", ORANGE), ("AP", BLUE), ("AP75", GREEN)):
         draw(precision, scored, name, name, color=color, marker="o", ms=3.5)
     best = max(scored, key=lambda record: record["AP"], default=None)
-    top = "" if best is None else f": best AP {best['AP']:.3f}, AP50 {best['AP50']:.3f} (epoch {best['epoch'] + 1})"
+    top = "" if best is None else f": best {in_words(best, ', ')} (epoch {best['epoch'] + 1})"
     _style(precision, f"Validation, main branch{top}", "step")
     draw(rate, steps, "learning_rate", "", color=PURPLE, lw=2, marker=".", ms=4)
     _style(rate, "Learning rate", "step")
