@@ -10,9 +10,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from . import head_groups
 from .machine_code import (
@@ -131,30 +135,30 @@ def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool
     """Of every variant of these ops on these chips whose name has `matching` in it, or a `few` of them."""
     from route_kernels.triton import variants
 
-    for chip in chips:
-        for op in ops:
-            found = [variant for variant in variants.of_op(op, chip) if matching in variant.name]
-            yield from map(row, covering(found) if few else found)
+    found = [variant for chip in chips for op in ops for variant in variants.of_op(op, chip)]
+    found = [variant for variant in found if matching in variant.name]
+    if few:
+        found = list(covering(found))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(row, found)
+        yield from tqdm(compiled, "kernels compiled", len(found), unit="kernel", leave=False, disable=None)
 
 
-def covering(variants: Iterable[Variant]) -> Iterator[Variant]:
-    """Those that bring a new dtype of a kernel or a new entry of the table, every one on some chip.
+def covering(variants: Sequence[Variant]) -> Iterator[Variant]:
+    """Those that bring a kernel that is new to its chip, or a new dtype of a kernel or entry of the table to any chip.
 
-    What is much the same on all chips is divided among them: of float16 and bfloat16 each chip takes one, and of the
-    entries for every architecture the even or the odd ones, and the last, which few chips may be left to reach.
+    The chips take turns, each from another place of its variants, so that what is much the same on all of them is
+    divided among them.
     """
-    from route_kernels.triton.table import TABLE
-
-    seen: set[Any] = set()
+    by_chip: dict[str, list[Variant]] = {}
     for variant in variants:
-        kernel, dtype = variant.kernel.fn.__name__, _dtype(variant)
-        turn = sorted(PROCESSORS).index(variant.architecture) % 2
-        if dtype == ("fp16", "bf16")[turn]:
-            continue
-        reached: set[Any] = {(kernel, dtype)}
-        for name, place in variant.entries:
-            if TABLE[name][place].architectures or place % 2 == turn or place == len(TABLE[name]) - 1:
-                reached.add((kernel, name, place))
+        by_chip.setdefault(variant.architecture, []).append(variant)
+    starts = (place * len(of_chip) // len(by_chip) for place, of_chip in enumerate(by_chip.values()))
+    turned = (of_chip[start:] + of_chip[:start] for start, of_chip in zip(starts, by_chip.values(), strict=True))
+    seen: set[Any] = set()
+    for variant in filter(None, chain.from_iterable(zip_longest(*turned))):
+        kernel = variant.kernel.fn.__name__
+        reached = {(kernel, variant.architecture), (kernel, _dtype(variant)), *variant.entries}
         if not reached <= seen:
             seen |= reached
             yield variant
@@ -213,9 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
     parser.add_argument("--op", action="append", choices=sorted(FILES), help="may be repeated [all]")
     parser.add_argument("--chip", action="append", choices=sorted(PROCESSORS), help="may be repeated [%(default)s]")
+    parser.add_argument("--backend", choices=("triton", "cuda"), help="only its kernels [both]")
     parser.add_argument("--match", default="", metavar="TEXT", help="only variants with TEXT in their name")
     parser.add_argument(
-        "--few", action="store_true", help="only as many as reach every kernel, dtype and entry of the table"
+        "--few",
+        action="store_true",
+        help="only as many as reach every kernel on each chip, and every dtype and entry of the table on one of them",
     )
     parser.add_argument(
         "--heads", action="store_true",
@@ -229,8 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             _write(args.json, list(map(asdict, groups)))
         return 0
-    found = list(rows(args.op or FILES, args.chip or CHIPS, args.match, args.few))
-    if cuda_machine_code.OP in (args.op or FILES):
+    found = []
+    if args.backend != "cuda":
+        found += rows(args.op or FILES, args.chip or CHIPS, args.match, args.few)
+    if args.backend != "triton" and cuda_machine_code.OP in (args.op or FILES):
         found += cuda_machine_code.rows(args.chip or CHIPS, args.match, args.few)
     print("\n".join(table(found)))
     faults = sum(bool(row.faults()) for row in found)

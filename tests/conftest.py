@@ -12,6 +12,27 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 import route_kernels as rk
 
 
+def pytest_configure():
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        patch_the_language_once_a_launch()
+
+
+def patch_the_language_once_a_launch():
+    """Triton's interpreter does it again whenever a kernel calls a function: a third to a half of a test's time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if modules and all(module.static_print is print for module in modules):  # as the patch leaves it
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     threads = torch.get_num_threads()

@@ -26,14 +26,19 @@ each_backend = pytest.mark.parametrize("backend", [None, "reference", "triton"])
 
 def few_queries(backend):
     """Triton's interpreter is slow."""
-    return {"queries": 9} if backend == "triton" else {}
+    return {"batch": 1, "queries": 9} if backend == "triton" else {}
+
+
+def why_not(op, backend):
+    """The reason to skip an op on a backend, or None."""
+    if op in PRODUCTS:
+        return "the same on every backend" if backend == "triton" else None
+    runs, reason = rk.can_run(op, backend or "reference", torch.empty(0))
+    return None if runs else reason
 
 
 def skip_unless_it_runs(op, backend):
-    if op in PRODUCTS:
-        return pytest.skip("the same on every backend") if backend == "triton" else None
-    runs, reason = rk.can_run(op, backend or "reference", torch.empty(0))
-    if not runs:
+    if reason := why_not(op, backend):
         pytest.skip(reason)
 
 
@@ -63,11 +68,11 @@ class RecordCalls(TorchDispatchMode):
 
 
 @functools.cache
-def recorded_calls(backend=None):
+def recorded_calls(backend):
     with RecordCalls() as record, rk.backend(backend):
         for op, label in PUBLIC_SAMPLES:
-            if op in PRODUCTS or rk.can_run(op, backend or "cpu")[0]:
-                public_outcome(op, sample(op, label, queries=7))
+            if not why_not(op, backend):
+                public_outcome(op, sample(op, label, **few_queries(backend)))
     return record.calls
 
 
@@ -76,7 +81,7 @@ def recorded_calls(backend=None):
 
 @needs_native
 def test_every_registered_op_is_reached_by_samples():
-    assert set(registry.OPS) == set(recorded_calls()), "an op without samples: add them to route_kernels.testing"
+    assert set(registry.OPS) == set(recorded_calls("cpu")), "an op without samples: add them to route_kernels.testing"
 
 
 def test_every_public_op_is_registered():
@@ -129,12 +134,12 @@ def route_kernels_in(counter):
     return [[target for target in graph if target.startswith("route_kernels.")] for graph in targets]
 
 
-def check_compiled_once(op, label, counter, sizes=(33, 40, 57)):
+def check_compiled_once(op, label, counter, **sizes):
     torch._dynamo.reset()
     compiled = torch.compile(lambda **arguments: call(op, arguments), backend=counter, fullgraph=True, dynamic=True)
     compilations = []
-    for queries in sizes:
-        arguments = sample(op, label, queries=queries)
+    for queries in (9, 10, 21):
+        arguments = sample(op, label, **sizes | {"queries": queries})
         grad_output = torch.randn(call(op, arguments).shape)
         expected = outcome(lambda **arguments: call(op, arguments), arguments, grad_output)
         results = outcome(compiled, arguments, grad_output)
@@ -157,7 +162,7 @@ def test_the_triton_backend_compiles_once(op, label):
     skip_unless_it_runs(op, "triton")
     counter = CompileCounterWithBackend("aot_eager")
     with rk.backend("triton"):
-        check_compiled_once(op, label, counter, sizes=(9, 10, 21))
+        check_compiled_once(op, label, counter, **few_queries("triton"))
     assert route_kernels_in(counter) == [[f"route_kernels.{op}"]]
 
 
@@ -278,7 +283,7 @@ def test_second_derivative_is_a_clear_error(op, label, backend):
     if op == "query_similarity":
         pytest.skip("mean is plain PyTorch: it has a second derivative (test_query_similarity)")
     skip_unless_it_runs(op, backend)
-    arguments = sample(op, label, queries=9)
+    arguments = sample(op, label, **few_queries(backend))
     wanted = [tensor for _, tensor in named_tensors(arguments) if tensor.requires_grad]
     with rk.backend(backend):
         grads = torch.autograd.grad(call(op, arguments).square().sum(), wanted, create_graph=True)

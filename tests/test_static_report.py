@@ -152,12 +152,7 @@ def test_faults_stand_under_their_row():
     ]
 
 
-def test_a_few_variants_reach_every_dtype_and_entry(monkeypatch):
-    pytest.importorskip("triton")
-    from route_kernels.triton.table import TABLE, Entry
-
-    monkeypatch.setitem(TABLE, "kernel", (Entry({}, ("interpreter",)), Entry({}, ("sm80",)), Entry({}), Entry({})))
-
+def test_a_few_variants_reach_every_chip_dtype_and_entry():
     def variant(dtype, place, chip):
         kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"))
         return SimpleNamespace(
@@ -165,14 +160,12 @@ def test_a_few_variants_reach_every_dtype_and_entry(monkeypatch):
             entries=frozenset({("kernel", place)}),
         )  # fmt: skip
 
-    taken = set()
-    for chip in ("sm80", "sm86"):
-        found = [variant(dtype, place, chip) for dtype in ("fp16", "bf16", "fp32") for place in (1, 1, 2, 3)]
-        few = [(static_report._dtype(one), *dict(one.entries).values()) for one in static_report.covering(found)]
-        assert len(few) == len(set(few)) < 5
-        taken |= set(few)
-    assert {dtype for dtype, _ in taken} == {"fp16", "bf16", "fp32"}
-    assert {place for _, place in taken} == {1, 2, 3}
+    chips, dtypes, places = ("sm80", "sm90"), ("fp16", "bf16", "fp32"), (1, 2, 3, 4)
+    found = [variant(dtype, place, chip) for chip in chips for dtype in dtypes for place in places]
+    few = list(static_report.covering(found))
+    assert len(few) < 7 and {one.architecture for one in few} == set(chips)
+    assert {static_report._dtype(one) for one in few} == set(dtypes)
+    assert {place for one in few for _, place in one.entries} == set(places)
 
 
 def without_interpreter(module, *options):
