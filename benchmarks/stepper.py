@@ -1,6 +1,6 @@
 """One detector in a process of its own, see `benchmarks.worker`: every step gives its seconds, loss and gradient norm.
 
-For `benchmarks.train_step`.
+For `benchmarks.train_step` and `benchmarks.memory_levels`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Stepper:
     """A preset's detector, its last two layers routed or none, on one batch of noise with boxes; all seeded."""
 
     def __init__(
-        self, *, route: bool, fused: bool, preset: str, batch: int, height: int, width: int, queries: int
-    ) -> None:
+        self, *, route: bool, fused: bool, preset: str, batch: int, height: int, width: int, queries: int,
+        memory: str = "lean",
+    ) -> None:  # fmt: skip
         if not fused:
             use_eager_ops()
         config = named_config(preset).updated(
@@ -56,6 +57,7 @@ class Stepper:
                 "detector.routed_layers": "last:2",
                 "detector.num_queries": queries,
                 "detector.branches": "packed" if fused else "two_pass",
+                "detector.memory": memory,
             }
         )
         torch.manual_seed(0)

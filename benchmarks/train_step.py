@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from route_detr.run import Run
 
 from .device import RESULTS, circumstances
 from .report import aligned, origin
-from .timing import ratio, spread
+from .timing import ratio, spread, time_in_turns
 from .worker import Worker
 
 AGREEMENT = 1e-3  # relative, of loss and gradient norm in float32
@@ -40,7 +40,6 @@ CONTENDERS = {
     PUBLIC: {"route": True, "fused": False},
     OURS: {"route": True, "fused": True},
 }
-FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,8 @@ def measured(setting: Setting, seconds: float) -> dict[str, Any]:
         wrong = disagreement(first)
         if wrong is not None:
             return result | {"failure": wrong}
-        samples: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        for worker in workers.values():
-            worker.ask("step")
-        started = perf_counter()
-        while len(samples[OURS]) < FEWEST_ROUNDS or perf_counter() - started < seconds:
-            for name, worker in workers.items():
-                samples[name].append(worker.ask("step")["seconds"])
+        steps = {name: partial(worker.ask, "step") for name, worker in workers.items()}
+        samples = time_in_turns(steps, seconds, lambda step, _: step()["seconds"])
         for name, worker in workers.items():
             times = samples[name]
             result["contenders"][name] = {

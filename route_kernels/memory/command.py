@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any field, as detector.num_queries=300")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images [%(default)s]")
     parser.add_argument(
-        "--image", type=_size, default=(800, 1333), metavar="HxW", help="of the padded batch [800x1333]"
+        "--image", type=image_size, default=(800, 1333), metavar="HxW", help="of the padded batch [800x1333]"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of autocast; fp32: none [%(default)s]")
     parser.add_argument(
@@ -114,7 +114,7 @@ def table(rows: dict[str, Plan]) -> list[str]:
     ]
 
 
-def _size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 800x1333, got {text!r}")

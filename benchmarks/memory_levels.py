@@ -1,0 +1,121 @@
+"""What each level of `detector.memory` costs: time and peak memory of a training step, all levels in one run.
+
+    python -m benchmarks.memory_levels [--preset dino-r50 --batch 1 --image 320x448]
+
+The levels compute the same (the first steps must agree before any is timed); each lives in a process of its own, and
+they take steps in turns. Routing acts on the last two decoder layers, at the end of its schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from route_detr.config import PRESETS, preset
+from route_detr.planner import LEVELS
+from route_kernels.memory.command import image_size
+
+from .device import RESULTS, circumstances
+from .report import aligned, origin
+from .timing import ratio, spread, time_in_turns
+from .train_step import AGREEMENT
+from .worker import Worker
+
+BASE = "fused"
+TARGETS = {"lean": 1.05, "tight": 1.2}  # at most, time over that of `fused`
+TIMED = tuple(level for level in LEVELS if level != "none")  # eager operators: benchmarks.train_step has them
+
+
+def disagreement(first: Mapping[str, Mapping[str, float]]) -> str | None:
+    """What of a level's first step differs from that of `fused`, or None."""
+    for level, answer in first.items():
+        for quantity in ("loss", "gradient_norm"):
+            expected = first[BASE][quantity]
+            if not abs(answer[quantity] - expected) <= AGREEMENT * abs(expected):
+                return f"{level}: {quantity} {answer[quantity]}, {BASE} {expected}"
+    return None
+
+
+def measured(name: str, batch: int, image: tuple[int, int], seconds: float) -> dict[str, Any]:
+    """Milliseconds and peak memory of each level; nothing of either where the first steps differ."""
+    height, width = image
+    choices = {"preset": name, "batch": batch, "height": height, "width": width, "route": True, "fused": True}
+    choices["queries"] = preset(name).detector.num_queries
+    result = {**choices, "failure": None, "levels": {}}
+    with ExitStack() as stack:
+        workers = {
+            level: stack.enter_context(Worker("benchmarks.stepper", {**choices, "memory": level})) for level in TIMED
+        }
+        first = {level: worker.answer() for level, worker in workers.items()}
+        wrong = disagreement(first)
+        if wrong is not None:
+            return result | {"failure": wrong}
+        steps = {level: partial(worker.ask, "step") for level, worker in workers.items()}
+        samples = time_in_turns(steps, seconds, lambda step, _: step()["seconds"])
+        for level, worker in workers.items():
+            over = ratio(samples[level], samples[BASE])
+            target = TARGETS.get(level)
+            result["levels"][level] = {
+                "milliseconds": {part: round(value * 1e3, 2) for part, value in spread(samples[level]).items()},
+                "rounds": len(samples[level]),
+                "time_over_fused": {part: round(value, 4) for part, value in over.items()},
+                "target": target,
+                "target_met": None if target is None else over["median"] <= target,
+                "before_bytes": first[level]["before_bytes"],
+                **worker.ask("peak"),
+            }
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """For a terminal."""
+    setting = f"{result['preset']}, batch {result['batch']}, {result['height']} x {result['width']} pixels"
+    if result["failure"]:
+        return f"training step, {setting}: FAILED, not timed: {result['failure']}"
+    rows = []
+    for level, each in result["levels"].items():
+        times, over = each["milliseconds"], each["time_over_fused"]
+        met = {True: "met", False: "MISSED", None: ""}[each["target_met"]]
+        rows.append(
+            [
+                level,
+                f"{times['median']:.0f} ms",
+                f"({times['min']:.0f} to {times['max']:.0f})",
+                f"{over['median']:.3f} ({over['min']:.3f} to {over['max']:.3f})",
+                "" if each["target"] is None else f"at most {each['target']}: {met}",
+                f"{(each['peak_bytes'] - each['before_bytes']) / 1e6:.0f} MB",
+            ]
+        )
+    head = [f"detector.memory, {setting}", "time", "", f"over {BASE}", "target", "peak memory of the step"]
+    return aligned(head, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; returns 1 when levels that should agree do not."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_levels", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="dino-r50", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")
+    parser.add_argument(
+        "--image", type=image_size, default=(320, 448), metavar="HxW", help="in pixels (default: 320x448)"
+    )
+    parser.add_argument("--seconds", type=float, default=90.0, help="of measuring (default: %(default)g)")
+    parser.add_argument("--out", type=Path, help="folder for memory_levels.json (default: benchmarks/results/DEVICE)")
+    args = parser.parse_args(argv)
+    print("measuring a training step at each level of detector.memory", file=sys.stderr, flush=True)
+    result = measured(args.preset, args.batch, args.image, args.seconds)
+    results = {**circumstances(), **result}
+    print(f"\n{table(result)}\n\n{origin(results)}")
+    folder = args.out or RESULTS / results["device"]["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory_levels.json").write_text(json.dumps(results, indent=1) + "\n")
+    return int(result["failure"] is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
