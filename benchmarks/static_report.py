@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,23 +144,17 @@ def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool
 
 
 def covering(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """Those that bring a kernel that is new to its chip, or a new dtype of a kernel or entry of the table to any chip.
-
-    The chips take turns, each from another place of its variants, so that what is much the same on all of them is
-    divided among them.
-    """
-    by_chip: dict[str, list[Variant]] = {}
-    for variant in variants:
-        by_chip.setdefault(variant.architecture, []).append(variant)
-    starts = (place * len(of_chip) // len(by_chip) for place, of_chip in enumerate(by_chip.values()))
-    turned = (of_chip[start:] + of_chip[:start] for start, of_chip in zip(starts, by_chip.values(), strict=True))
-    seen: set[Any] = set()
-    for variant in filter(None, chain.from_iterable(zip_longest(*turned))):
-        kernel = variant.kernel.fn.__name__
-        reached = {(kernel, variant.architecture), (kernel, _dtype(variant)), *variant.entries}
-        if not reached <= seen:
-            seen |= reached
-            yield variant
+    """As few as reach every kernel on every chip, and every dtype of a kernel and entry of the table on some chip."""
+    kernels = [variant.kernel.fn.__name__ for variant in variants]
+    reached = [
+        {(kernel, variant.architecture), (kernel, _dtype(variant)), *variant.entries}
+        for kernel, variant in zip(kernels, variants, strict=True)
+    ]
+    left = set().union(*reached)
+    while left:
+        best = max(range(len(variants)), key=lambda place: len(reached[place] & left))
+        left -= reached[best]
+        yield variants[best]
 
 
 def _dtype(variant: Variant) -> str:

@@ -55,8 +55,10 @@ def foreign_operators(graph):
     return {str(target) for target in targets if getattr(target, "namespace", "aten") not in ("aten", "_operator")}
 
 
-@each_module
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "build, strict",
+    [(Routed, False), (Routed, True), (Sampled, False), pytest.param(Sampled, True, marks=pytest.mark.slow)],
+)
 def test_torch_export_for_any_number_of_queries(build, strict):
     module = build().eval()
     program = torch.export.export(module, example(9)[build], dynamic_shapes=DYNAMIC[build], strict=strict)

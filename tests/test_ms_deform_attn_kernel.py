@@ -1,9 +1,6 @@
 """What only the native kernels of deformable attention promise: every element written, little memory, repeatability."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -170,32 +167,3 @@ def test_the_gradient_of_references_is_computed_where_asked_for_only():
     assert seen == [3]
     assert set(asked) - set(unasked) == {"grad reference_points"}
     assert all(torch.equal(tensor, asked[name]) for name, tensor in unasked.items())
-
-
-# ---- SIMD levels -----------------------------------------------------------------------------------------------------
-
-CHECK = """
-import torch
-from route_kernels.testing import check_accuracy, ms_deform_attn_arguments, ms_deform_attn_fused_arguments
-
-torch.set_num_threads(1)
-for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-    for channels in (1, 2, 4, 16, 23, 32, 48, 100):
-        for queries in (2, 30):
-            sizes = dict(channels=channels, queries=queries, points=6, dtype=dtype, seed=3)
-            check_accuracy("ms_deform_attn", ms_deform_attn_arguments(**sizes))
-            check_accuracy("ms_deform_attn_fused", ms_deform_attn_fused_arguments(coordinates=4, masked=True, **sizes))
-"""
-
-
-@pytest.mark.skipif(native.simd_level() == "neon", reason="arm64 has one level")
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_widths_of_rows_at_every_simd_level(level):
-    levels = ("baseline", "avx2", "avx512")
-    if levels.index(level) > levels.index(native.simd_level()):
-        pytest.skip(f"this machine (or ROUTE_KERNELS_SIMD) has no {level}")
-    environment = {**os.environ, "ROUTE_KERNELS_SIMD": level, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr

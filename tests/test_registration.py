@@ -257,7 +257,7 @@ def test_deterministic_mode_allows_it_and_changes_nothing(op, label, threads):
         assert torch.equal(results[name], tensor), name
 
 
-@each_sample
+@pytest.mark.parametrize("op, label", FIRST_SAMPLES)
 def test_deterministic_mode_of_the_triton_backend(op, label):
     skip_unless_it_runs(op, "triton")
     arguments = sample(op, label, **few_queries("triton"))

@@ -18,7 +18,10 @@ pytestmark = [
 CHECK_EVERY_OP = """
 import torch
 from route_kernels import native
-from route_kernels.testing import EAGER, check_accuracy, routed_attention_arguments, sample_arguments
+from route_kernels.testing import (
+    EAGER, check_accuracy, ms_deform_attn_arguments, ms_deform_attn_fused_arguments, routed_attention_arguments,
+    sample_arguments,
+)
 
 torch.set_num_threads(1)
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -26,6 +29,11 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for label, arguments in sample_arguments(op, dtype).items():
             check_accuracy(op, arguments)
     check_accuracy("routed_attention", routed_attention_arguments(queries=67, keys=261, channels=13, dtype=dtype))
+    for channels in (1, 2, 4, 16, 23, 32, 48, 100):  # rows of every width
+        for queries in (2, 30):
+            sizes = dict(channels=channels, queries=queries, points=6, dtype=dtype, seed=3)
+            check_accuracy("ms_deform_attn", ms_deform_attn_arguments(**sizes))
+            check_accuracy("ms_deform_attn_fused", ms_deform_attn_fused_arguments(coordinates=4, masked=True, **sizes))
 print(native.simd_level())
 """
 
