@@ -38,8 +38,7 @@ struct BackwardScratch {
   T* grad_gate_q;  // [G, BLOCK_N]
   T* minus_lse;    // [H, BLOCK_N]
   T* minus_dot;    // [H, BLOCK_N] -T_hi = -dO_hi . O_hi
-  T* probability;  // [BLOCK_M, BLOCK_N] P
-  T* grad_logits;  // [BLOCK_M, BLOCK_N] dS
+  T* pairs;        // [BLOCK_M, BLOCK_N] P, then dS in its place
   T* grad_bias;    // [BLOCK_M, BLOCK_N] sum_h dS
   T* key;          // [BLOCK_M, D]
   T* value;        // [BLOCK_M, D]
@@ -50,8 +49,7 @@ struct BackwardScratch {
         grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks.take<T>(a.sup_rank * BLOCK_N)),
         grad_del_q(blocks.take<T>(a.del_rank * BLOCK_N)), grad_gate_q(blocks.take<T>(a.gate_rank * BLOCK_N)),
         minus_lse(blocks.take<T>(a.heads * BLOCK_N)), minus_dot(blocks.take<T>(a.heads * BLOCK_N)),
-        probability(blocks.take<T>(TILE_SIZE)), grad_logits(blocks.take<T>(TILE_SIZE)),
-        grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        pairs(blocks.take<T>(TILE_SIZE)), grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
         value(blocks.take<T>(BLOCK_M * query.padded_columns)),
         sum(blocks.take<T>(
             BLOCK_M * larger(larger(query.padded_columns, bias.sup.queries.padded_columns),
@@ -139,28 +137,25 @@ struct Backward {
     const KeyRows<T> value =
         key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, false);
     const T* bias = s.bias.of_head(a, at, h);
-    const auto softmax_adjoint = bias == nullptr ? softmax_adjoint_of_tile<false, false, false>
-        : !a.routed                              ? softmax_adjoint_of_tile<true, true, false>
-        : s.bias.masked                          ? softmax_adjoint_of_tile<true, true, true>
-                                                 : softmax_adjoint_of_tile<true, false, true>;
-    softmax_adjoint(s, at, h, key, value, bias);
+    const auto recompute = bias == nullptr ? probabilities_of_tile<false, false>
+        : s.bias.masked                    ? probabilities_of_tile<true, true>
+                                           : probabilities_of_tile<true, false>;
     const int64_t key_row = (h * a.keys + at.key) * padded;
+    recompute(s, at, h, key, bias);
     multiply_add<T>(
-        at.count, padded, at.rows, s.probability, BLOCK_N, 1, s.grad_output.of_head(h), padded, keys.value + key_row,
-        padded);
+        at.count, padded, at.rows, s.pairs, BLOCK_N, 1, s.grad_output.of_head(h), padded, keys.value + key_row, padded);
+    (a.routed ? softmax_adjoint_of_tile<true> : softmax_adjoint_of_tile<false>)(s, at, h, value);
     multiply_add<T>(
-        at.count, padded, at.rows, s.grad_logits, BLOCK_N, 1, s.query.of_head(h), padded, keys.key + key_row, padded);
+        at.count, padded, at.rows, s.pairs, BLOCK_N, 1, s.query.of_head(h), padded, keys.key + key_row, padded);
     multiply_add<T>(
-        at.rows, padded, at.count, s.grad_logits, 1, BLOCK_N, key.data, key.stride, s.grad_query.of_head(h), padded);
+        at.rows, padded, at.count, s.pairs, 1, BLOCK_N, key.data, key.stride, s.grad_query.of_head(h), padded);
   }
 
-  // P = 2^(S + bias - lse),  dS = P (dP - T),  dbias += dS
-  template <bool BIASED, bool MASKED, bool ROUTED>
-  static void softmax_adjoint_of_tile(
-      const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const KeyRows<T>& value,
-      const T* bias) {
+  // P = 2^(S + bias - lse)
+  template <bool BIASED, bool MASKED>
+  static void probabilities_of_tile(
+      const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const T* bias) {
     const T* minus_lse = s.minus_lse + h * BLOCK_N;
-    const T* minus_dot = s.minus_dot + h * BLOCK_N;
     gemm<T>(
         at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
         [&](int64_t j, int64_t i) RK_INLINE {
@@ -169,15 +164,22 @@ struct Backward {
         [&](int64_t j, int64_t i, Vec<T> log_probability) RK_INLINE {
           const int64_t e = j * BLOCK_N + i;
           if constexpr (MASKED) log_probability = where_visible<T>(log_probability, load(bias + e));
-          store(s.probability + e, exp2_nonpositive(log_probability));
+          store(s.pairs + e, exp2_nonpositive(log_probability));
         });
+  }
+
+  // dS = P (dP - T) in P's place,  dbias += dS
+  template <bool ROUTED>
+  static void softmax_adjoint_of_tile(
+      const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& value) {
+    const T* minus_dot = s.minus_dot + h * BLOCK_N;
     gemm<T>(
         at.count, at.columns, s.query.columns, value.data, value.stride, 1, s.grad_output.flipped_of_head(h), BLOCK_N,
         [&](int64_t, int64_t i) RK_INLINE { return load(minus_dot + i); },
         [&](int64_t j, int64_t i, Vec<T> grad_probability_minus_dot) RK_INLINE {
           const int64_t e = j * BLOCK_N + i;
-          const Vec<T> grad_logit = load(s.probability + e) * grad_probability_minus_dot;
-          store(s.grad_logits + e, grad_logit);
+          const Vec<T> grad_logit = load(s.pairs + e) * grad_probability_minus_dot;
+          store(s.pairs + e, grad_logit);
           if constexpr (ROUTED) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logit);
         });
   }

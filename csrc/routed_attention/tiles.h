@@ -1,5 +1,5 @@
 #pragma once
-// A worker's tiles. A tile holds pairs of 128 keys (rows) and 64 queries (columns): a vector holds 16 queries of one key,
+// A worker's tiles. A tile holds pairs of 64 keys (rows) and 128 queries (columns): a vector holds 16 queries of one key,
 // so that maxima and sums over keys need no reduction within a vector, and keys are read as they lie, a row a key.
 
 #include "../common/gemm.h"
@@ -11,8 +11,8 @@ namespace rk {
 namespace RK_SIMD {
 namespace {
 
-constexpr int64_t BLOCK_N = 64;   // queries of a tile
-constexpr int64_t BLOCK_M = 128;  // keys of a tile
+constexpr int64_t BLOCK_N = 128;  // queries of a tile
+constexpr int64_t BLOCK_M = 64;   // keys of a tile
 constexpr int64_t TILE_SIZE = BLOCK_M * BLOCK_N;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
