@@ -123,9 +123,8 @@ struct Backward {
     read_block(s, block);
     for_tiles_of<T>(a, block, [&](const Place& at) {
       s.bias.compute(a, at, true);
-      if (a.routed) memset(s.grad_bias, 0, size_t(at.count * BLOCK_N) * sizeof(T));
       for (int64_t h = 0; h < a.heads; ++h) differentiate_tile(s, keys, at, h);
-      if (a.routed) differentiate_routes(s, keys, at);
+      if (a.routed && a.heads > 0) differentiate_routes(s, keys, at);
     });
     write_block(s, block);
   }
@@ -144,7 +143,10 @@ struct Backward {
     recompute(s, at, h, key, bias);
     multiply_add<T>(
         at.count, padded, at.rows, s.pairs, BLOCK_N, 1, s.grad_output.of_head(h), padded, keys.value + key_row, padded);
-    (a.routed ? softmax_adjoint_of_tile<true> : softmax_adjoint_of_tile<false>)(s, at, h, value);
+    const auto softmax_adjoint = !a.routed ? softmax_adjoint_of_tile<false, false>
+        : h == 0                           ? softmax_adjoint_of_tile<true, false>
+                                           : softmax_adjoint_of_tile<true, true>;
+    softmax_adjoint(s, at, h, value);
     multiply_add<T>(
         at.count, padded, at.rows, s.pairs, BLOCK_N, 1, s.query.of_head(h), padded, keys.key + key_row, padded);
     multiply_add<T>(
@@ -168,8 +170,8 @@ struct Backward {
         });
   }
 
-  // dS = P (dP - T) in P's place,  dbias += dS
-  template <bool ROUTED>
+  // dS = P (dP - T) in P's place,  dbias = dS, or += where there are ones of other heads
+  template <bool ROUTED, bool ADDED>
   static void softmax_adjoint_of_tile(
       const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& value) {
     const T* minus_dot = s.minus_dot + h * BLOCK_N;
@@ -180,7 +182,7 @@ struct Backward {
           const int64_t e = j * BLOCK_N + i;
           const Vec<T> grad_logit = load(s.pairs + e) * grad_probability_minus_dot;
           store(s.pairs + e, grad_logit);
-          if constexpr (ROUTED) store(s.grad_bias + e, load(s.grad_bias + e) + grad_logit);
+          if constexpr (ROUTED) store(s.grad_bias + e, ADDED ? load(s.grad_bias + e) + grad_logit : grad_logit);
         });
   }
 
