@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import route_kernels as rk
-from benchmarks import memory, report, run, train_step
+from benchmarks import memory, memory_levels, report, run, train_step
 from benchmarks.registry import OURS, PEER, Case, Contender, Sampling, Target, Unavailable, cases
 from benchmarks.timing import ratio, spread, time_in_turns
 from route_kernels.testing import EAGER, check_accuracy, routed_attention_arguments
@@ -137,6 +137,41 @@ def test_train_steps_must_agree_before_they_are_timed():
     assert train_step.disagreement(first_steps()) is None
     assert "loss" in train_step.disagreement(first_steps(loss=2.01))
     assert "gradient_norm" in train_step.disagreement(first_steps(gradient_norm=float("nan")))
+
+
+def test_levels_must_agree_before_they_are_timed():
+    first = {level: {"loss": 2.0, "gradient_norm": 3.0} for level in memory_levels.TIMED}
+    assert memory_levels.disagreement(first) is None
+    assert memory_levels.disagreement(first | {"lean": {"loss": 2.01, "gradient_norm": 3.0}}).startswith("lean: loss")
+    assert "tight" in memory_levels.disagreement(first | {"tight": {"loss": 2.0, "gradient_norm": float("nan")}})
+
+
+def test_levels_are_timed_over_fused_and_the_targets_are_for_half_the_size(monkeypatch):
+    class Steps:
+        def __init__(self, module, choices):
+            self.level = choices["memory"]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def answer(self):
+            return {"loss": 2.0, "gradient_norm": 3.0, "before_bytes": 10}
+
+        def ask(self, question):
+            seconds = {"fused": 1.0, "lean": 1.04, "tight": 1.3, "min": 1.3}[self.level]
+            return {"seconds": seconds} if question == "step" else {"peak_bytes": 20}
+
+    monkeypatch.setattr(memory_levels, "Worker", Steps)
+    result = memory_levels.measured("tiny", 1, memory_levels.IMAGES[0], seconds=0)
+    assert {level: each["target_met"] for level, each in result["levels"].items()} == {
+        "fused": None, "lean": True, "tight": False, "min": None,
+    }  # fmt: skip
+    table = memory_levels.table(result)
+    assert "at most 1.05: met" in table and "at most 1.2: MISSED" in table
+    assert "at most" not in memory_levels.table(memory_levels.measured("tiny", 1, (64, 64), seconds=0))
 
 
 def test_precision_is_that_of_the_last_evaluation(tmp_path):
