@@ -5,22 +5,22 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from setuptools.errors import PlatformError
 
 from benchmarks import cuda_machine_code, static_report
-from benchmarks.cuda_machine_code import ROOT, build, cubin, kernels
+from benchmarks.cuda_machine_code import ROOT, build, kernels
 from benchmarks.machine_code import SPILL
 from route_kernels import native
 
 needs_nvcc = pytest.mark.skipif(build().nvcc() is None, reason="no nvcc (on PATH, in CUDA_HOME or in /usr/local/cuda)")
 CHIPS = ("sm80", "sm90", "sm100")
-QUICK = [("bfloat16", chip) for chip in CHIPS]
-SLOW = [(storage, chip) for storage in build().STORAGE_TYPES for chip in CHIPS if storage != "bfloat16"]
+QUICK = [("bfloat16", "sm90")]
+SLOW = [pair for pair in product(build().STORAGE_TYPES, CHIPS) if pair not in QUICK]
 each_compiled = pytest.mark.parametrize(
     "storage, chip", [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
 )
@@ -32,10 +32,8 @@ VECTOR = {"float64": 2, "float32": 4, "float16": 8, "bfloat16": 8}  # values of 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The kernels of a storage type on a chip; the quick ones are compiled side by side."""
+    """The kernels of a storage type on a chip."""
     pytest.importorskip("triton", reason="the tools that read machine code are in Triton's package")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda pair: cubin(*pair), QUICK))
     return cache(lambda storage, chip: list(kernels(storage, chip)))
 
 

@@ -50,11 +50,9 @@ def test_a_torch_export_file_holds_pytorchs_operators_alone_and_takes_any_batch(
         torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "base",
-    ["tiny", pytest.param("tiny-dab", marks=pytest.mark.slow), pytest.param("tiny-dino", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("base", ["tiny", "tiny-dab", "tiny-dino"])
 def test_an_onnx_file_samples_by_grid_and_agrees_in_onnxruntime(base, tmp_path):
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")

@@ -107,7 +107,7 @@ def test_jit_trace(build):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("build", [Routed, pytest.param(Sampled, marks=pytest.mark.slow)])  # a detector's is quick's
+@pytest.mark.parametrize("build", [Routed, pytest.param(Sampled, marks=pytest.mark.slow)])
 def test_onnx(build, tmp_path):
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript and onnx: pip install onnx onnxscript")
     onnx = pytest.importorskip("onnx")

@@ -157,15 +157,15 @@ def test_the_parts_of_groups_of_heads_are_counted():
     assert lse.nbytes < found <= at_most < 2 * heads * found
 
 
-def test_masks_have_their_share():
+@pytest.mark.parametrize("scope", [pytest.param("step", marks=pytest.mark.slow), "transformer"])
+def test_masks_have_their_share(scope):
     masks = Request(preset("tiny-masks").updated(SMALLER), batch=2, image=(96, 128))
     plain = dataclasses.replace(masks, config=masks.config.updated({"detector.masks": False}))
-    for scope in planner.SCOPES:
-        with_masks, without = (plan(dataclasses.replace(each, scope=scope)) for each in (masks, plain))
-        assert with_masks.peak > without.peak
-        assert with_masks.parts["losses"] > without.parts["losses"]
-        true = masks.batch * masks.boxes * 96 * 128
-        assert with_masks.parts["inputs"] >= without.parts["inputs"] + true
+    with_masks, without = (plan(dataclasses.replace(each, scope=scope)) for each in (masks, plain))
+    assert with_masks.peak > without.peak
+    assert with_masks.parts["losses"] > without.parts["losses"]
+    true = masks.batch * masks.boxes * 96 * 128
+    assert with_masks.parts["inputs"] >= without.parts["inputs"] + true
 
 
 def test_an_assumed_backend_is_asked_of_nobody():

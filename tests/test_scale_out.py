@@ -146,6 +146,7 @@ def test_only_the_first_rank_writes(alone, together):
         assert json.loads((together / mode / "config.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_clearly_and_one_process_can_go_on(tmp_path, alone, data, paths, config):
     folder = tmp_path / "run"
     command = ["train", "--data", data, "--out", folder, "--device", "cpu", "--threads", "1", *options(CHANGES)]
