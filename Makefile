@@ -34,7 +34,7 @@ bench: $(SET_UP)
 	    echo "== they could not be installed: their rows will say so"; }
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.train_step
-	$(BIN)/python -m benchmarks.memory_levels
+	$(if $(filter --quick,$(BENCH_FLAGS)),,$(BIN)/python -m benchmarks.memory_levels)
 	$(BIN)/python -m benchmarks.drop_ins $(filter --quick,$(BENCH_FLAGS))
 
 # With the PyTorch, Triton and Python that are there: a machine lent for ten minutes has no time for a set-up.

@@ -22,6 +22,8 @@ def patch_the_language_once_a_launch():
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # a Triton that does it in another way
+        return
     patch = interpreter._patch_lang
 
     def patch_once(function):
