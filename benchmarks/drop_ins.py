@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from . import report
 from .codebases import BEFORE, CODEBASES, Codebase
 from .device import RESULTS, circumstances
 from .registry import Unavailable
-from .timing import ratio, spread, time_in_turns
-from .worker import Worker
+from .timing import ratio
+from .worker import steps_in_turns
 
 ALLOWED = TOLERANCES[torch.float64]
 SAME_LOSS = 1e-3  # relative, in float32, of what has agreed in float64 before
@@ -109,27 +109,15 @@ def measured(key: str, side: int, seconds: float) -> dict[str, Any]:
         if agreed["failure"] is not None:
             return row | {"failure": f"{after}: {agreed['failure']}"}
 
-    with ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(Worker("benchmarks.drop_in_step", {"key": key, "after": after, "side": side}))
-            for name, after in [(BEFORE, None), *zip(codebase.afters, codebase.afters, strict=True)]
-        }
-        first = {name: worker.answer() for name, worker in workers.items()}
-        wrong = disagreement(first, row["agreement"])
-        if wrong is not None:
-            return row | {"failure": wrong}
-        steps = {name: partial(worker.ask, "step") for name, worker in workers.items()}
-        samples = time_in_turns(steps, seconds, lambda step, _: step()["seconds"])
-        for name, worker in workers.items():
-            row["contenders"][name] = {
-                "milliseconds": {part: round(value * 1e3, 2) for part, value in spread(samples[name]).items()},
-                "rounds": len(samples[name]),
-                "its_time_over_before": {
-                    part: round(value, 4) for part, value in ratio(samples[name], samples[BEFORE]).items()
-                },
-                "before_bytes": first[name]["before_bytes"],
-                **worker.ask("peak"),
-            }
+    sides = [(BEFORE, None), *zip(codebase.afters, codebase.afters, strict=True)]
+    choices = {name: {"key": key, "after": after, "side": side} for name, after in sides}
+    disagree = partial(disagreement, agreed=row["agreement"])
+    row["failure"], samples, found = steps_in_turns("benchmarks.drop_in_step", choices, disagree, seconds)
+    for name, each in found.items():
+        over = ratio(samples[name], samples[BEFORE])
+        row["contenders"][name] = {
+            **each, "its_time_over_before": {part: round(value, 4) for part, value in over.items()},
+        }  # fmt: skip
     return row
 
 

@@ -13,8 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ from route_kernels.memory.command import image_size
 
 from .device import RESULTS, circumstances
 from .report import aligned, origin
-from .timing import ratio, spread, time_in_turns
+from .timing import ratio
 from .train_step import AGREEMENT
-from .worker import Worker
+from .worker import steps_in_turns
 
 BASE = "fused"
 IMAGES = ((400, 667), (320, 448))
@@ -50,29 +48,18 @@ def measured(name: str, batch: int, image: tuple[int, int], seconds: float) -> d
     choices = {"preset": name, "batch": batch, "height": height, "width": width, "route": True, "fused": True}
     choices["queries"] = preset(name).detector.num_queries
     result = {**choices, "failure": None, "levels": {}}
-    with ExitStack() as stack:
-        workers = {
-            level: stack.enter_context(Worker("benchmarks.stepper", {**choices, "memory": level})) for level in TIMED
+    by_level = {level: {**choices, "memory": level} for level in TIMED}
+    wrong, samples, found = steps_in_turns("benchmarks.stepper", by_level, disagreement, seconds)
+    for level, each in found.items():
+        over = ratio(samples[level], samples[BASE])
+        target = TARGETS.get(level) if image == IMAGES[0] else None
+        result["levels"][level] = {
+            **each,
+            "time_over_fused": {part: round(value, 4) for part, value in over.items()},
+            "target": target,
+            "target_met": None if target is None else over["median"] <= target,
         }
-        first = {level: worker.answer() for level, worker in workers.items()}
-        wrong = disagreement(first)
-        if wrong is not None:
-            return result | {"failure": wrong}
-        steps = {level: partial(worker.ask, "step") for level, worker in workers.items()}
-        samples = time_in_turns(steps, seconds, lambda step, _: step()["seconds"])
-        for level, worker in workers.items():
-            over = ratio(samples[level], samples[BASE])
-            target = TARGETS.get(level) if image == IMAGES[0] else None
-            result["levels"][level] = {
-                "milliseconds": {part: round(value * 1e3, 2) for part, value in spread(samples[level]).items()},
-                "rounds": len(samples[level]),
-                "time_over_fused": {part: round(value, 4) for part, value in over.items()},
-                "target": target,
-                "target_met": None if target is None else over["median"] <= target,
-                "before_bytes": first[level]["before_bytes"],
-                **worker.ask("peak"),
-            }
-    return result
+    return result | {"failure": wrong}
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -13,9 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ from route_detr.run import Run
 
 from .device import RESULTS, circumstances
 from .report import aligned, origin
-from .timing import ratio, spread, time_in_turns
-from .worker import Worker
+from .timing import ratio
+from .worker import steps_in_turns
 
 AGREEMENT = 1e-3  # relative, of loss and gradient norm in float32
 PLAIN, PUBLIC = "plain detector, fused ops", "routed, public form: eager ops, two passes"
@@ -91,26 +89,15 @@ def measured(setting: Setting, seconds: float) -> dict[str, Any]:
     result = {"setting": setting.title, **asdict(setting), "failure": None, "contenders": {}}
     result["planned_bytes"] = planned_bytes(setting)
     choices = {name: value for name, value in asdict(setting).items() if name != "target"}
-    with ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(Worker("benchmarks.stepper", {**choice, **choices}))
-            for name, choice in CONTENDERS.items()
-        }
-        first = {name: worker.answer() for name, worker in workers.items()}
-        wrong = disagreement(first)
-        if wrong is not None:
-            return result | {"failure": wrong}
-        steps = {name: partial(worker.ask, "step") for name, worker in workers.items()}
-        samples = time_in_turns(steps, seconds, lambda step, _: step()["seconds"])
-        for name, worker in workers.items():
-            times = samples[name]
-            result["contenders"][name] = {
-                "milliseconds": {key: round(value * 1e3, 2) for key, value in spread(times).items()},
-                "rounds": len(times),
-                "our_time_over_its": {key: round(value, 4) for key, value in ratio(samples[OURS], times).items()},
-                "before_bytes": first[name]["before_bytes"],
-                **worker.ask("peak"),
-            }
+    by_name = {name: {**choice, **choices} for name, choice in CONTENDERS.items()}
+    wrong, samples, found = steps_in_turns("benchmarks.stepper", by_name, disagreement, seconds)
+    if wrong is not None:
+        return result | {"failure": wrong}
+    for name, each in found.items():
+        over = ratio(samples[OURS], samples[name])
+        result["contenders"][name] = {
+            **each, "our_time_over_its": {part: round(value, 4) for part, value in over.items()},
+        }  # fmt: skip
     result["routing_costs"] = result["contenders"][PLAIN]["our_time_over_its"]["median"]
     return result | {"target_met": result["routing_costs"] <= setting.target}
 

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import IO, Any
 
 import torch
 
 from .device import ROOT
 from .memory import peak_bytes, resident_bytes
+from .timing import spread, time_in_turns
 
 
 class Worker:
@@ -45,6 +48,38 @@ class Worker:
         self.process.stdin.write(question + "\n")
         self.process.stdin.flush()
         return self.answer()
+
+
+def steps_in_turns(
+    module: str,
+    choices: Mapping[str, Mapping[str, Any]],
+    disagreement: Callable[[dict[str, dict[str, Any]]], str | None],
+    seconds: float,
+) -> tuple[str | None, dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """A worker for each contender's choices, whose steps are taken in turns once the first ones agree.
+
+    Returns:
+        What `disagreement` says of the first steps (then the rest is empty); the seconds of each step; and their
+        spread in milliseconds, the rounds and the memory before the first step and at the peak.
+    """
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(module, each)) for name, each in choices.items()}
+        first = {name: worker.answer() for name, worker in workers.items()}
+        wrong = disagreement(first)
+        if wrong is not None:
+            return wrong, {}, {}
+        steps = {name: partial(worker.ask, "step") for name, worker in workers.items()}
+        samples = time_in_turns(steps, seconds, lambda step, _: step()["seconds"])
+        found = {
+            name: {
+                "milliseconds": {part: round(value * 1e3, 2) for part, value in spread(samples[name]).items()},
+                "rounds": len(samples[name]),
+                "before_bytes": first[name]["before_bytes"],
+                **worker.ask("peak"),
+            }
+            for name, worker in workers.items()
+        }
+    return None, samples, found
 
 
 def serve(step: Callable[[], dict[str, Any]], answers: IO[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import route_kernels as rk
-from benchmarks import memory, memory_levels, report, run, train_step
+from benchmarks import memory, memory_levels, report, run, train_step, worker
 from benchmarks.registry import OURS, PEER, Case, Contender, Sampling, Target, Unavailable, cases
 from benchmarks.timing import ratio, spread, time_in_turns
 from route_kernels.testing import EAGER, check_accuracy, routed_attention_arguments
@@ -164,7 +164,7 @@ def test_levels_are_timed_over_fused_and_the_targets_are_for_half_the_size(monke
             seconds = {"fused": 1.0, "lean": 1.04, "tight": 1.3, "min": 1.3}[self.level]
             return {"seconds": seconds} if question == "step" else {"peak_bytes": 20}
 
-    monkeypatch.setattr(memory_levels, "Worker", Steps)
+    monkeypatch.setattr(worker, "Worker", Steps)
     result = memory_levels.measured("tiny", 1, memory_levels.IMAGES[0], seconds=0)
     assert {level: each["target_met"] for level, each in result["levels"].items()} == {
         "fused": None, "lean": True, "tight": False, "min": None,

@@ -79,7 +79,7 @@ def measured(monkeypatch):
 
     def row(codebase):
         monkeypatch.setitem(CODEBASES, "tiny", codebase)
-        monkeypatch.setattr(drop_ins, "Worker", InThisProcess)
+        monkeypatch.setattr(worker, "Worker", InThisProcess)
         return drop_ins.measured("tiny", codebase.side, seconds=0)
 
     return row
