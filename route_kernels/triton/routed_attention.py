@@ -5,6 +5,7 @@ Called by `route_kernels.ops.routed_attention` with masks as views of [B, H, N, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from . import launch
 from .routed_attention_backward import attention_backward_keys, attention_backward_queries, sum_groups
 from .routed_attention_forward import attention_forward
 from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
-from .table import AMD, HALF
+from .table import AMD, HALF, MMA2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SUM_BLOCK = 1024
 MOST_GATE_COLUMNS = 4  # of a gate in multiply-adds
+RANKS = ((16, 3), (32, 8), (64, 32))  # R and G that variants have
 STRIDES = (3, 3, 3, *(2,) * 6, 4, 1)  # of query, key, value, factors, mask and ranges that are no constants
 
 
@@ -176,8 +178,24 @@ def _bound(limit: float | None) -> float:
     return math.inf if limit is None else limit
 
 
+SPILLING = {
+    (kernel, architecture, dtype, channels, rank, masked)
+    for kernel, architectures, dtype, channels, rank, masks in (
+        (attention_backward_keys, MMA2, torch.bfloat16, 128, 32, (False, True)),
+        (attention_backward_keys, ("sm86", "sm120"), torch.bfloat16, 128, 16, (True,)),
+        (attention_backward_queries, ("sm120",), torch.bfloat16, 128, 32, (True,)),
+        (attention_backward_keys, AMD, torch.bfloat16, 64, 32, (True,)),
+        (attention_backward_keys, AMD, torch.bfloat16, 128, 32, (True,)),
+        (attention_backward_keys, AMD, torch.float32, 128, 64, (True,)),
+    )
+    for architecture in architectures
+    for masked in masks
+}
+"""Kernel, chip, dtype, D, R and mask of what no block size keeps in registers: no variants. See docs/triton.md."""
+
+
 def variants(architecture: str) -> Iterator[Variant]:
-    """Forward and backward for every dtype, D and mask: of a detector's shape, on tensors of the meta device."""
+    """Forward and backward for every dtype, D, rank and mask: of a detector's shape, on tensors of the meta device."""
     from .variants import DTYPES, recorded
 
     for dtype in DTYPES["routed_attention"]:
@@ -189,6 +207,15 @@ def variants(architecture: str) -> Iterator[Variant]:
         yield from _recorded(recorded, architecture, f"{name} D=32 masked", dtype, 32, masked=True)
         if dtype in HALF:
             yield from _recorded(recorded, architecture, f"{name} D=32 float32 factors", dtype, 32, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):  # float16 is as bfloat16
+        name = str(dtype).removeprefix("torch.")
+        for channels, (rank, gate_rank), masked in itertools.product((16, 32, 64, 128), RANKS, (False, True)):
+            label = f"{name} D={channels} R={rank} G={gate_rank}{' masked' if masked else ''}"
+            for variant in _recorded(
+                recorded, architecture, label, dtype, channels, None, rank, gate_rank, masked=masked
+            ):
+                if (variant.kernel, architecture, dtype, channels, rank, masked) not in SPILLING:
+                    yield variant
 
 
 def _recorded(recorded, architecture, label, dtype, channels, factor_dtype=None, rank=16, gate_rank=3, routed=True,
