@@ -70,7 +70,8 @@ class Proposals(nn.Module):
         """Queries are the best num_queries proposals, or all S where there are fewer."""
         anchors, usable = self._anchors(memory)
         inputs = (memory.features, usable, anchors)
-        features, scores, box_logits = recomputed(self._scored, *inputs) if self.recompute else self._scored(*inputs)
+        scored = recomputed(self._scored, *inputs, kept=()) if self.recompute else self._scored(*inputs)
+        features, scores, box_logits = scored
         batch, size, dim = features.shape
         ranking = scores.detach().amax(-1).masked_fill(~usable, -torch.inf)
         best = ranking.topk(min(self.num_queries, size), dim=1).indices[..., None]

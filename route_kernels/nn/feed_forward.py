@@ -9,6 +9,7 @@ from ..ops.feed_forward import feed_forward
 from .sizes import expect_positive
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+TOKENS_OF_CHUNK = 1024  # fewer make products too small to be fast, and save little
 
 
 class FeedForward(nn.Sequential):
@@ -18,8 +19,8 @@ class FeedForward(nn.Sequential):
         dim: channels C.
         hidden_dim: channels of the hidden layer.
         activation: "relu", "gelu" or "silu".
-        chunks: the hidden layer is computed again in backward, this many parts of the tokens at a time, and not kept;
-            None keeps it.
+        chunks: the hidden layer is computed again in backward and not kept, in this many parts of the tokens, or in
+            fewer, of about `TOKENS_OF_CHUNK`; None keeps it.
 
     Raises:
         ValueError: a size is not positive, or the activation is unknown.
@@ -43,4 +44,6 @@ class FeedForward(nn.Sequential):
         if self.chunks is None:
             return super().forward(x)
         first, _, last = self
-        return feed_forward(x, first.weight, first.bias, last.weight, last.bias, self.activation, self.chunks)
+        tokens = x.numel() // x.shape[-1]
+        chunks = min(self.chunks, max((tokens + TOKENS_OF_CHUNK // 2) // TOKENS_OF_CHUNK, 1))
+        return feed_forward(x, first.weight, first.bias, last.weight, last.bias, self.activation, chunks)

@@ -134,14 +134,15 @@ def _backward_kernel(grad_output, x, position, weight, bias, dtype):
     dtype = grad_output.dtype
     sums = accumulate_dtype(dtype)
     parts = parts_of(workspace, _backward_parts(x, position, weight, dtype))
-    total_weight = (grad_weight if grad_weight.dtype == sums else parts.pop(0)).zero_()
+    total_weight = grad_weight if grad_weight.dtype == sums else parts.pop(0)
     product = None if dtype == sums else parts.pop(0)
     total, short, weight = _cast(parts, dtype, weight)
     if x.numel() == 0:
         workspace.zero_()
-    for grad_part, x_part, of_part, result in _images(grad_output, x, position.expand_as(x), grad_sum):
+    every = _images(grad_output, x, position.expand_as(x), grad_sum)
+    for chunk, (grad_part, x_part, of_part, result) in enumerate(every):
         grad_rows, result_rows = rows_of(grad_part), rows_of(result)
-        add_product(total_weight, grad_rows, _sum_into(total, short, x_part, of_part), product)
+        add_product(total_weight, grad_rows, _sum_into(total, short, x_part, of_part), product, chunk == 0)
         if result.dtype == dtype:
             torch.mm(grad_rows, weight, out=result_rows)
         else:

@@ -150,7 +150,7 @@ def _backward_kernel(grad_output, x, w1, b1, w2, b2, activation, chunks, dtype):
     sums = accumulate_dtype(dtype)
     hidden, activated, *parts = parts_of(workspace, _backward_parts(x, w1, b1, w2, chunks, dtype))
     total_w1, total_w2 = (
-        (grad if grad.dtype == sums else parts.pop(0)).zero_() for grad in (grad_w1, grads[2 + (b1 is not None)])
+        grad if grad.dtype == sums else parts.pop(0) for grad in (grad_w1, grads[2 + (b1 is not None)])
     )
     product_w1, product_w2 = (None, None) if dtype == sums else (parts.pop(0), parts.pop(0))
     buffer, w1, b1, w2 = _cast(parts, dtype, x, w1, b1, w2)
@@ -159,15 +159,16 @@ def _backward_kernel(grad_output, x, w1, b1, w2, b2, activation, chunks, dtype):
         workspace.zero_()
     size = max(hidden.shape[0], 1)
     every = (rows_of(grad_output), rows_of(x), grad_x.view(-1, x.shape[-1]))
-    for grad_rows, x_rows, grad_x_rows in zip(*(rows.split(size) for rows in every), strict=True):
+    for chunk, (grad_rows, x_rows, grad_x_rows) in enumerate(zip(*(rows.split(size) for rows in every), strict=True)):
         before, after = hidden[: x_rows.shape[0]], activated[: x_rows.shape[0]]
         x_rows = in_dtype(x_rows, buffer)
         linear_into(before, x_rows, w1, b1)
-        _FORWARD[activation](before, out=after)
-        add_product(total_w2, grad_rows, after, product_w2)
+        kept = before if activation == "relu" else after  # its derivative needs no more than its output
+        _FORWARD[activation](before, out=kept)
+        add_product(total_w2, grad_rows, kept, product_w2, chunk == 0)
         torch.mm(grad_rows, w2, out=after)
         _activation_backward(activation, after, before)
-        add_product(total_w1, after, x_rows, product_w1)
+        add_product(total_w1, after, x_rows, product_w1, chunk == 0)
         total_b1 += sum_of_rows(after)
         if buffer is None:
             torch.mm(after, w1, out=grad_x_rows)

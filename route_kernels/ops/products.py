@@ -57,12 +57,15 @@ def linear_into(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bia
         torch.addmm(bias, x, weight.t(), out=output)
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor | None) -> None:
-    """total [O, C] += left^T [O, T] right [T, C]; `product` holds one of a shorter dtype before it is added."""
+def add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor | None, first: bool
+) -> None:
+    """total [O, C] += left^T [O, T] right [T, C], or = if `first`; `product` holds one of a shorter dtype."""
     if product is None:
-        total.addmm_(left.t(), right)
+        total.addmm_(left.t(), right, beta=0 if first else 1)
     else:
-        total.add_(torch.mm(left.t(), right, out=product))
+        torch.mm(left.t(), right, out=product)
+        total.copy_(product) if first else total.add_(product)
 
 
 def sum_of_rows(x: torch.Tensor) -> torch.Tensor:
