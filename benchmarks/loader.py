@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from route_detr.data import CocoDetection, TransformConfig
+from route_detr.data import CocoDetection, TransformConfig, batch_loader, epoch_batches
 from route_detr.data.layout import write_instances
-from route_detr.engine import batch_loader, epoch_batches
 
 from .device import RESULTS, circumstances
 from .report import aligned, origin

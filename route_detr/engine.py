@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,11 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from route_detr.config import Config, TrainConfig
 from route_detr.criterion import Criterion
-from route_detr.data import CocoDetection, collate, shuffled
+from route_detr.data import CocoDetection, batch_loader, epoch_batches, micro_batches
 from route_detr.detector import detections
 from route_detr.errors import NonFiniteLoss
 from route_detr.evaluation import average_precision, coco_results
@@ -55,51 +53,6 @@ class Step(NamedTuple):
         return named
 
 
-def epoch_batches(landscape: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The global batches of an epoch, all of ``batch_size``: the last is filled up with the epoch's first images.
-
-    A pure function of the images' orientations, seed and epoch, so that a resumed run can start inside it and any
-    number of ranks divides it.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = shuffled(landscape, batch_size, generator)
-    steps = math.ceil(len(order) / batch_size)
-    filled = order * math.ceil(batch_size / len(order)) + order
-    return [filled[start : start + batch_size] for start in range(0, steps * batch_size, batch_size)]
-
-
-def micro_batches(batches: Sequence[list[int]], accelerator: Accelerator) -> list[list[int]]:
-    """This rank's part of each global batch, in as many pieces as gradients are accumulated over.
-
-    Raises:
-        ValueError: the batch size is no multiple of ranks x accumulation steps.
-    """
-    pieces, size = accelerator.gradient_accumulation_steps, len(batches[0])
-    shares = accelerator.num_processes * pieces
-    if size % shares:
-        raise ValueError(f"train.batch_size: expected a multiple of {shares} (processes x accumulation), got {size}")
-    first = accelerator.process_index * pieces
-    return [batch[share::shares] for batch in batches for share in range(first, first + pieces)]
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def batch_loader(dataset: CocoDetection, batches: list[list[int]], workers: int) -> DataLoader:
-    """Batches of these indices. Draws nothing from the global random number generator."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),
-    )
-
-
 def train_one_epoch(
     model: nn.Module,
     criterion: Criterion,
@@ -121,7 +74,8 @@ def train_one_epoch(
     train = config.train
     dataset.set_epoch(progress.epoch)
     batches = epoch_batches(dataset.landscape, train.batch_size, train.seed, progress.epoch)
-    loader = iter(batch_loader(dataset, micro_batches(batches[progress.step_in_epoch :], accelerator), train.workers))
+    share = (accelerator.process_index, accelerator.num_processes, pieces)
+    loader = iter(batch_loader(dataset, micro_batches(batches[progress.step_in_epoch :], *share), train.workers))
     model.train()
     step = None
     while micros := list(islice(loader, pieces)):

@@ -2,7 +2,6 @@ import json
 import math
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from small_training import SMALL, write_data
 from route_detr import run as run_module
 from route_detr import training as training_module
 from route_detr.config import preset
-from route_detr.data import coco_layout
-from route_detr.engine import Step, epoch_batches, micro_batches, train_one_epoch
+from route_detr.data import coco_layout, epoch_batches, micro_batches
+from route_detr.engine import Step, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError
 from route_detr.progress import LossSums, Progress
 from route_detr.run import Run
@@ -257,21 +256,15 @@ def test_the_order_of_an_epoch_is_a_permutation_that_seed_and_epoch_decide():
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
 def test_ranks_and_accumulation_steps_divide_the_same_global_batches(ranks, pieces):
     batches = epoch_batches([True] * 11, 4, seed=0, epoch=0)
-    shares = [
-        micro_batches(
-            batches, SimpleNamespace(num_processes=ranks, process_index=rank, gradient_accumulation_steps=pieces)
-        )
-        for rank in range(ranks)
-    ]
+    shares = [micro_batches(batches, rank, ranks, pieces) for rank in range(ranks)]
     for number, batch in enumerate(batches):
         parts = [share[number * pieces : (number + 1) * pieces] for share in shares]
         assert sorted(index for part in parts for piece in part for index in piece) == sorted(batch)
 
 
 def test_a_batch_that_ranks_cannot_divide_is_an_error():
-    several = SimpleNamespace(num_processes=3, process_index=0, gradient_accumulation_steps=1)
     with pytest.raises(ValueError, match=r"train.batch_size: expected a multiple of 3 .*, got 4"):
-        micro_batches([[0, 1, 2, 3]], several)
+        micro_batches([[0, 1, 2, 3]], rank=0, ranks=3, pieces=1)
 
 
 def test_learning_rate_warms_up_and_drops():

@@ -1,11 +1,12 @@
 """Detection data: COCO-format sets, their transforms, the bundled crowded digits, and Cityscapes as a COCO folder."""
 
-from route_detr.data.batch import Batch, Target, collate, shuffled
+from route_detr.data.batch import Batch, Target, collate
 from route_detr.data.cityscapes import write_cityscapes
 from route_detr.data.coco import CocoDetection
 from route_detr.data.digits import write_digits
 from route_detr.data.images import read_rgb
 from route_detr.data.layout import coco_layout, open_splits
+from route_detr.data.loader import batch_loader, epoch_batches, micro_batches, shuffled
 from route_detr.data.report import DatasetError, DatasetWarning
 from route_detr.data.transforms import TransformConfig, View, eval_view, image_pixels, normalised, train_view
 
@@ -17,10 +18,13 @@ __all__ = [
     "Target",
     "TransformConfig",
     "View",
+    "batch_loader",
     "coco_layout",
     "collate",
+    "epoch_batches",
     "eval_view",
     "image_pixels",
+    "micro_batches",
     "normalised",
     "open_splits",
     "read_rgb",

@@ -1,4 +1,4 @@
-"""What the model is fed: `Target`, `Batch`, `collate`, and an order in which batches need little padding."""
+"""What the model is fed: `Target`, `Batch`, and `collate`, which makes a batch of images."""
 
 from __future__ import annotations
 
@@ -81,20 +81,3 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
         padded[row, :, : image.shape[1], : image.shape[2]] = image
         padding_mask[row, : image.shape[1], : image.shape[2]] = False
     return Batch(padded, padding_mask, targets)
-
-
-def shuffled(landscape: Sequence[bool], batch_size: int, generator: torch.Generator) -> list[int]:
-    """A random order of images in which batches, cut one after another, have only wide or only high ones.
-
-    Less of such a batch is padding. What does not fill a batch of either comes last; images of one orientation are in
-    the order of a plain permutation.
-    """
-    order: list[int] = []
-    waiting: dict[bool, list[int]] = {True: [], False: []}
-    for index in torch.randperm(len(landscape), generator=generator).tolist():
-        group = waiting[bool(landscape[index])]
-        group.append(index)
-        if len(group) == batch_size:
-            order += group
-            group.clear()
-    return order + waiting[True] + waiting[False]

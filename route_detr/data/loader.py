@@ -1,0 +1,74 @@
+"""Which images make a batch, on which rank, and the workers that read them."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import DataLoader
+
+from route_detr.data.batch import collate
+from route_detr.data.coco import CocoDetection
+
+
+def shuffled(landscape: Sequence[bool], batch_size: int, generator: torch.Generator) -> list[int]:
+    """A random order of images in which batches, cut one after another, have only wide or only high ones.
+
+    Less of such a batch is padding. What does not fill a batch of either comes last; images of one orientation are in
+    the order of a plain permutation.
+    """
+    order: list[int] = []
+    waiting: dict[bool, list[int]] = {True: [], False: []}
+    for index in torch.randperm(len(landscape), generator=generator).tolist():
+        group = waiting[bool(landscape[index])]
+        group.append(index)
+        if len(group) == batch_size:
+            order += group
+            group.clear()
+    return order + waiting[True] + waiting[False]
+
+
+def epoch_batches(landscape: Sequence[bool], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The global batches of an epoch, all of ``batch_size``: the last is filled up with the epoch's first images.
+
+    A pure function of the images' orientations, seed and epoch, so that a resumed run can start inside it and any
+    number of ranks divides it.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = shuffled(landscape, batch_size, generator)
+    steps = math.ceil(len(order) / batch_size)
+    filled = order * math.ceil(batch_size / len(order)) + order
+    return [filled[start : start + batch_size] for start in range(0, steps * batch_size, batch_size)]
+
+
+def micro_batches(batches: Sequence[list[int]], rank: int, ranks: int, pieces: int) -> list[list[int]]:
+    """This rank's part of each global batch, in as many pieces as gradients are accumulated over.
+
+    Raises:
+        ValueError: the batch size is no multiple of ranks x accumulation steps.
+    """
+    size, shares = len(batches[0]), ranks * pieces
+    if size % shares:
+        raise ValueError(f"train.batch_size: expected a multiple of {shares} (processes x accumulation), got {size}")
+    mine = range(rank * pieces, (rank + 1) * pieces)
+    return [batch[share::shares] for batch in batches for share in mine]
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def batch_loader(dataset: CocoDetection, batches: list[list[int]], workers: int) -> DataLoader:
+    """Batches of these indices. Draws nothing from the global random number generator."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+    )
