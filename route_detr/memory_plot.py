@@ -19,13 +19,12 @@ QUERIES = (300, 600, 900, 1200, 1500)
 SHORT_SIDES = (480, 640, 800, 960)
 
 
-def draw(request: Request, rows: Mapping[str, Plan], path: str | Path, plan: Callable[[Request], Plan]) -> None:
-    """Writes a PNG; rows (by name) that are not there yet are planned: all levels, and the public formulation of a
-    detector without masks."""
+def draw(request: Request, path: str | Path, plan: Callable[[Request], Plan]) -> None:
+    """Writes a PNG: all levels, and the public formulation of a detector without masks."""
     ours = dataclasses.replace(request, public=False)
     wanted = {} if ours.config.detector.masks else {"public": dataclasses.replace(request, public=True)}
     wanted |= {level: ours.at(level) for level in LEVELS if level != "none"}
-    bars = {name: rows[name] if name in rows else plan(row) for name, row in wanted.items()}
+    bars = {name: plan(row) for name, row in wanted.items()}
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     levels, queries, sizes = figure.subplots(1, 3)
     _stack(levels, bars)

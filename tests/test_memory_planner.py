@@ -232,7 +232,7 @@ def test_the_picture_is_drawn(tmp_path):
     from route_detr import memory_plot
 
     planned = planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
-    memory_plot.draw(TINY, {}, tmp_path / "memory.png", lambda request: planned)
+    memory_plot.draw(TINY, tmp_path / "memory.png", lambda request: planned)
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
@@ -246,7 +246,7 @@ def test_the_picture_of_a_detector_with_masks_has_no_public_bar(tmp_path):
         return planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
 
     masks = dataclasses.replace(TINY, config=preset("tiny-masks"))
-    memory_plot.draw(masks, {}, tmp_path / "memory.png", planned)
+    memory_plot.draw(masks, tmp_path / "memory.png", planned)
     assert asked and not any(asked)
 
 

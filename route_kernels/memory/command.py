@@ -64,9 +64,14 @@ def run(options: argparse.Namespace) -> int:
         return _failure(str(error))
     progress = tqdm(desc="steps planned", unit="step", leave=False, disable=None)
 
+    planned: dict[str, Plan] = {}
+
     def plan(row: Request) -> Plan:
-        progress.update()
-        return planner.plan(row)
+        """Once for each request: tables, fits and lines of a plot share some."""
+        if repr(row) not in planned:
+            planned[repr(row)] = planner.plan(row)
+            progress.update()
+        return planned[repr(row)]
 
     rows = {name: plan(row) for name, row in requests.items()}
     result: dict[str, Any] = {
@@ -95,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
         agrees = all(abs(size / rows[name].peak - 1) <= AGREEMENT for name, size in measured.items())
         lines += ["", *(f"{n}: measured {_gib(m)}, planned {_gib(rows[n].peak)}" for n, m in measured.items())]
     if options.plot:
-        memory_plot.draw(request, rows, options.plot, plan)
+        memory_plot.draw(request, options.plot, plan)
         lines += ["", f"drawn to {options.plot}"]
     progress.close()
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
