@@ -177,6 +177,12 @@ def test_nothing_beside_the_workspace_is_allocated(activation):
     assert abs(real + inputs - fake) < 16384  # sums over tokens, of a row each
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [(0, 1), (3, 1), (1500, 1), (2600, 3), (100_000, 8)])
+def test_the_module_takes_no_parts_too_small_to_be_fast(monkeypatch, tokens, expected):
+    monkeypatch.setattr("route_kernels.nn.feed_forward.feed_forward", lambda *arguments: arguments[-1])
+    assert FeedForward(8, 16, chunks=8)(torch.empty(tokens, 8)) == expected
+
+
 def test_the_module_is_a_sequential_of_linear_layers():
     plain = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
     ours = FeedForward(8, 16, activation="gelu")
