@@ -16,7 +16,7 @@ from route_detr import planner
 from route_detr.config import preset
 from route_detr.planner import PARTS, Request, largest_batch, plan
 from route_kernels import backends, cli
-from route_kernels.memory import CARDS, Ledger, card, mixed_precision, workspace_bytes
+from route_kernels.memory import CARDS, Ledger, card, command, mixed_precision, workspace_bytes
 
 GIB = 2**30
 SMALLER = {"detector.encoder_layers": 1, "detector.decoder_layers": 2, "detector.num_levels": 3}
@@ -252,6 +252,15 @@ def test_the_picture_of_a_detector_with_masks_has_no_public_bar(tmp_path):
 
 BF16 = Request(preset("dino-r50"), batch=16, scope="transformer")  # 900 + 200 denoising queries
 FP32 = Request(preset("deformable-detr-pp-r50"), batch=2, dtype=torch.float32, scope="transformer")  # 300 queries
+
+
+def test_a_small_step_is_told_in_mebibytes():
+    parts = {**dict.fromkeys(PARTS, 0), "heads": 3 * 2**19}
+    small, large = planner.Plan(3 * 2**19, parts), planner.Plan(GIB, {**parts, "heads": GIB})
+    assert command.table({"lean": small}) == ["MiB   peak  heads", "lean  1.50   1.50"]
+    assert command.table({"lean": small, "none": large})[0].split() == ["GiB", "peak", "heads"]
+
+
 TARGETS = {  # GiB, of the rows A, D, E and E6 of the anatomy
     "fused": (26.9, 5.16),
     "lean": (12.2, 2.04),

@@ -15,7 +15,7 @@ from .cards import CARDS, Card, card
 if TYPE_CHECKING:
     from route_detr.planner import Plan, Request
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 AGREEMENT = 0.05  # of a measured peak with the planned one
 DESCRIPTION = (
@@ -108,10 +108,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def table(rows: dict[str, Plan]) -> list[str]:
-    """Rows by name as lines of text: the peak and its parts in GiB."""
+    """Rows by name as lines of text: the peak and its parts in GiB, or in MiB where no peak is a GiB."""
     parts = [part for part in next(iter(rows.values())).parts if any(plan.parts[part] for plan in rows.values())]
-    head = ["GiB", "peak", *parts]
-    cells = [[name, *(f"{size / GIB:.2f}" for size in (p.peak, *map(p.parts.get, parts)))] for name, p in rows.items()]
+    name_of_unit, unit = ("GiB", GIB) if any(plan.peak >= GIB for plan in rows.values()) else ("MiB", MIB)
+    head = [name_of_unit, "peak", *parts]
+    cells = [[name, *(f"{size / unit:.2f}" for size in (p.peak, *map(p.parts.get, parts)))] for name, p in rows.items()]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
