@@ -250,10 +250,6 @@ def test_the_picture_of_a_detector_with_masks_has_no_public_bar(tmp_path):
     assert asked and not any(asked)
 
 
-BF16 = Request(preset("dino-r50"), batch=16, scope="transformer")  # 900 + 200 denoising queries
-FP32 = Request(preset("deformable-detr-pp-r50"), batch=2, dtype=torch.float32, scope="transformer")  # 300 queries
-
-
 def test_a_small_step_is_told_in_mebibytes():
     parts = {**dict.fromkeys(PARTS, 0), "heads": 3 * 2**19}
     small, large = planner.Plan(3 * 2**19, parts), planner.Plan(GIB, {**parts, "heads": GIB})
@@ -261,6 +257,8 @@ def test_a_small_step_is_told_in_mebibytes():
     assert command.table({"lean": small, "none": large})[0].split() == ["GiB", "peak", "heads"]
 
 
+BF16 = Request(preset("dino-r50"), batch=16, scope="transformer")  # 900 + 200 denoising queries
+FP32 = Request(preset("deformable-detr-pp-r50"), batch=2, dtype=torch.float32, scope="transformer")  # 300 queries
 TARGETS = {  # GiB, of the rows A, D, E and E6 of the anatomy
     "fused": (26.9, 5.16),
     "lean": (12.2, 2.04),
