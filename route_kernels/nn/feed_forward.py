@@ -44,6 +44,6 @@ class FeedForward(nn.Sequential):
         if self.chunks is None:
             return super().forward(x)
         first, _, last = self
-        tokens = x.numel() // x.shape[-1]
+        tokens = x.numel() // first.in_features
         chunks = min(self.chunks, max((tokens + TOKENS_OF_CHUNK // 2) // TOKENS_OF_CHUNK, 1))
         return feed_forward(x, first.weight, first.bias, last.weight, last.bias, self.activation, chunks)
