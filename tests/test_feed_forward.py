@@ -183,6 +183,22 @@ def test_the_module_takes_no_parts_too_small_to_be_fast(monkeypatch, tokens, exp
     assert FeedForward(8, 16, chunks=8)(torch.empty(tokens, 8)) == expected
 
 
+def test_the_compiled_module_is_one_graph_for_all_numbers_of_tokens():
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    ours = FeedForward(8, 16)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=counted)
+    for tokens in (3, 2600, 20_000):
+        x = torch.randn(2, tokens, 8)
+        torch.testing.assert_close(compiled(x), ours(x))
+    assert len(graphs) == 1
+
+
 def test_the_module_is_a_sequential_of_linear_layers():
     plain = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
     ours = FeedForward(8, 16, activation="gelu")

@@ -19,8 +19,8 @@ class FeedForward(nn.Sequential):
         dim: channels C.
         hidden_dim: channels of the hidden layer.
         activation: "relu", "gelu" or "silu".
-        chunks: the hidden layer is computed again in backward and not kept, in this many parts of the tokens, or in
-            fewer, of about `TOKENS_OF_CHUNK`; None keeps it.
+        chunks: the hidden layer is computed again in backward and not kept, in this many parts of the tokens, or,
+            not compiled, in fewer of about `TOKENS_OF_CHUNK`; None keeps it.
 
     Raises:
         ValueError: a size is not positive, or the activation is unknown.
@@ -44,6 +44,8 @@ class FeedForward(nn.Sequential):
         if self.chunks is None:
             return super().forward(x)
         first, _, last = self
-        tokens = x.numel() // first.in_features
-        chunks = min(self.chunks, max((tokens + TOKENS_OF_CHUNK // 2) // TOKENS_OF_CHUNK, 1))
+        chunks = self.chunks
+        if not torch.compiler.is_compiling():  # a number that follows the size would be a graph for each
+            tokens = x.shape[:-1].numel()
+            chunks = min(chunks, max((tokens + TOKENS_OF_CHUNK // 2) // TOKENS_OF_CHUNK, 1))
         return feed_forward(x, first.weight, first.bias, last.weight, last.bias, self.activation, chunks)
