@@ -152,6 +152,12 @@ def test_faults_stand_under_their_row():
     ]
 
 
+def test_a_known_spill_may_not_grow():
+    spilling = replace(ROW, spilled_bytes=8, spill_instructions=2)
+    assert not replace(spilling, known_spill=8).faults()
+    assert replace(spilling, known_spill=4).faults() == ["8 bytes of registers spilled, 2 instructions"]
+
+
 def test_a_few_variants_reach_every_chip_dtype_and_entry():
     def variant(dtype, place, chip):
         kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from . import launch
 from .routed_attention_backward import attention_backward_keys, attention_backward_queries, sum_groups
 from .routed_attention_forward import attention_forward
 from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
-from .table import AMD, HALF, MMA2
+from .table import AMD, HALF
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -178,20 +179,21 @@ def _bound(limit: float | None) -> float:
     return math.inf if limit is None else limit
 
 
-SPILLING = {
-    (kernel, architecture, dtype, channels, rank, masked)
-    for kernel, architectures, dtype, channels, rank, masks in (
-        (attention_backward_keys, MMA2, torch.bfloat16, 128, 32, (False, True)),
-        (attention_backward_keys, ("sm86", "sm120"), torch.bfloat16, 128, 16, (True,)),
-        (attention_backward_queries, ("sm120",), torch.bfloat16, 128, 32, (True,)),
-        (attention_backward_keys, AMD, torch.bfloat16, 64, 32, (True,)),
-        (attention_backward_keys, AMD, torch.bfloat16, 128, 32, (True,)),
-        (attention_backward_keys, AMD, torch.float32, 128, 64, (True,)),
-    )
-    for architecture in architectures
-    for masked in masks
+SPILLED = {
+    (attention_backward_keys, "sm80", torch.bfloat16, 128, 32, False): 40,
+    (attention_backward_keys, "sm86", torch.bfloat16, 128, 32, False): 56,
+    (attention_backward_keys, "sm120", torch.bfloat16, 128, 32, False): 96,
+    (attention_backward_keys, "sm80", torch.bfloat16, 128, 32, True): 56,
+    (attention_backward_keys, "sm86", torch.bfloat16, 128, 32, True): 48,
+    (attention_backward_keys, "sm120", torch.bfloat16, 128, 32, True): 128,
+    (attention_backward_keys, "sm86", torch.bfloat16, 128, 16, True): 8,
+    (attention_backward_keys, "sm120", torch.bfloat16, 128, 16, True): 16,
+    (attention_backward_queries, "sm120", torch.bfloat16, 128, 32, True): 8,
+    (attention_backward_keys, "gfx942", torch.bfloat16, 64, 32, True): 8,
+    (attention_backward_keys, "gfx942", torch.bfloat16, 128, 32, True): 4,
+    (attention_backward_keys, "gfx942", torch.float32, 128, 64, True): 4,
 }
-"""Kernel, chip, dtype, D, R and mask of what no block size keeps in registers: no variants. See docs/triton.md."""
+"""By kernel, chip, dtype, D, R and whether masked: bytes a lane, where no block size was found that spills none."""
 
 
 def variants(architecture: str) -> Iterator[Variant]:
@@ -214,8 +216,8 @@ def variants(architecture: str) -> Iterator[Variant]:
             for variant in _recorded(
                 recorded, architecture, label, dtype, channels, None, rank, gate_rank, masked=masked
             ):
-                if (variant.kernel, architecture, dtype, channels, rank, masked) not in SPILLING:
-                    yield variant
+                key = (variant.kernel, architecture, dtype, channels, rank, masked)
+                yield replace(variant, spilled_bytes=SPILLED.get(key, 0))
 
 
 def _recorded(recorded, architecture, label, dtype, channels, factor_dtype=None, rank=16, gate_rank=3, routed=True,

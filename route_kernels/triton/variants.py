@@ -46,6 +46,7 @@ class Variant:
     attributes: dict[tuple[int, ...], Any]  # divisibility by 16, likewise
     options: dict[str, Any]  # num_warps, num_stages, ...
     entries: frozenset[tuple[str, int]]  # (kernel name, place) of the table's entries that the settings are
+    spilled_bytes: int = 0  # of a lane, at most: known, and no block size was found without
 
     def compile(self) -> CompiledKernel:
         """The machine code, from Triton's cache where it has it."""
