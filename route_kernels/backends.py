@@ -7,6 +7,7 @@ runs or raises: it never falls back.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,8 +27,18 @@ PRODUCTS = ("feed_forward", "add_linear")
 
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-_requested: str | None = None
-_assumed: str | None = None
+_of_process: str | None = None
+
+
+class _Thread(threading.local):
+    """The blocks that a thread is in. Not ContextVars: torch.compile cannot read, and so not guard, those."""
+
+    inside = False  # whether in a `with backend(...)`
+    requested: str | None = None
+    assumed: str | None = None
+
+
+_thread = _Thread()
 
 
 class BackendUnavailableError(RuntimeError):
@@ -41,52 +52,51 @@ def _validated(name: str | None) -> str | None:
 
 
 def set_backend(name: str | None) -> None:
-    """Request `name` for every following call in this process; None returns to the fastest that can run.
+    """Request `name` for the whole process, wherever no `backend` block says otherwise; None is the fastest that runs.
 
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    global _requested
-    _requested = _validated(name)
+    global _of_process
+    _of_process = _validated(name)
 
 
 def requested_backend() -> str | None:
-    """The backend asked for by `set_backend` or `backend`, or None."""
-    return _requested
+    """The backend asked for by this thread's innermost `backend` block, or else by `set_backend`, or None."""
+    return _thread.requested if _thread.inside else _of_process
 
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Request `name` inside the `with` block: `with backend("reference"): ...`.
+    """Request `name` inside the `with` block, in this thread: `with backend("reference"): ...`.
 
-    The backward of an op runs on the backend that ran its forward.
+    The backward of an op runs on the backend that ran its forward, in whichever thread.
 
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    previous = _requested
-    set_backend(name)
+    previous = _thread.inside, _thread.requested
+    _thread.inside, _thread.requested = True, _validated(name)
     try:
         yield
     finally:
-        set_backend(previous)
+        _thread.inside, _thread.requested = previous
 
 
 @contextmanager
-def assumed(name: str) -> Iterator[None]:
-    """Inside the `with` block every call counts as one that backend `name` runs, whether it can or not.
+def assumed(name: str | None) -> Iterator[None]:
+    """Inside the `with` block every call of this thread counts as one that backend `name` runs, even if it cannot.
 
     For fake tensors, which run nothing: a plan for a GPU needs no GPU.
 
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    global _assumed
-    previous, _assumed = _assumed, _validated(name)
+    previous, _thread.assumed = _thread.assumed, _validated(name)
     try:
         yield
     finally:
-        _assumed = previous
+        _thread.assumed = previous
 
 
 def can_run(op: str, name: str, *tensors: torch.Tensor) -> tuple[bool, str]:
@@ -140,11 +150,12 @@ def choose(op: str, *tensors: torch.Tensor | None) -> str:
     Raises:
         BackendUnavailableError: the requested backend cannot run this call; the message says why.
     """
-    if _assumed is not None:
-        return _assumed
-    if _requested is None and exporting():
+    if _thread.assumed is not None:
+        return _thread.assumed
+    requested = requested_backend()
+    if requested is None and exporting():
         return "reference"
-    return resolve(op, _requested, *tensors)
+    return resolve(op, requested, *tensors)
 
 
 def exporting() -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from . import backends
+
 SAMPLED = ("ms_deform_attn", "ms_deform_attn_fused", "routed_attention")
 """Ops of this package whose outputs are kept by default: gathers and attention, not linear layers."""
 
@@ -30,7 +32,16 @@ def recomputed(function: Callable[..., Any], *inputs: Any, kept: Sequence[str] =
     if not torch.is_grad_enabled():
         return function(*inputs)
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, frozenset(kept)))}
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random, **(contexts if kept else {}))
+    run = partial(_on_backend, backends.requested_backend(), function)
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=random, **(contexts if kept else {}))
+
+
+def _on_backend(requested: str | None, function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)` with the request of its first run: autograd computes again in a thread of its own."""
+    if backends.requested_backend() == requested:  # always so where a graph is compiled, which takes no block here
+        return function(*inputs)
+    with backends.backend(requested):
+        return function(*inputs)
 
 
 def _policy(kept: frozenset[str], context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -4,13 +4,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import route_kernels as rk
-from route_kernels import native
+from route_kernels import backends, native
 from route_kernels.backends import BACKENDS, OPS
 from route_kernels.testing import call, named_tensors, sample_arguments
 
@@ -71,6 +73,57 @@ def test_set_backend_lasts_until_the_next_request():
     finally:
         rk.set_backend(None)
     assert rk.requested_backend() is None
+
+
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(function).result()
+
+
+def test_blocks_of_two_threads_do_not_meet():
+    inside, left = threading.Barrier(2, timeout=10), threading.Event()
+    seen = {}
+
+    def first():
+        with rk.backend("reference"):
+            inside.wait()
+            seen["first"] = rk.requested_backend()
+        left.set()
+
+    def second():
+        with rk.backend("cpu"):
+            inside.wait()
+            left.wait(10)
+            seen["second"] = rk.requested_backend()
+
+    with ThreadPoolExecutor(2) as threads:
+        for future in [threads.submit(first), threads.submit(second)]:
+            future.result()
+    assert seen == {"first": "reference", "second": "cpu"} and rk.requested_backend() is None
+
+
+def test_threads_without_a_block_see_the_request_for_the_process():
+    try:
+        with rk.backend("cpu"), backends.assumed("cuda"):
+            rk.set_backend("reference")
+            assert in_a_thread(rk.requested_backend) == "reference"
+            assert in_a_thread(lambda: backends.choose("query_similarity", torch.empty(1, 2, 3))) == "reference"
+            assert rk.requested_backend() == "cpu"
+            with rk.backend(None):
+                assert rk.requested_backend() is None
+        assert rk.requested_backend() == "reference"
+    finally:
+        rk.set_backend(None)
+
+
+@needs_native
+def test_what_is_computed_again_runs_on_the_backend_of_its_first_run():
+    arguments = sample_arguments("routed_attention")["routed"]
+    with rk.backend("reference"):
+        output = rk.recomputed(lambda query: rk.routed_attention(**{**arguments, "query": query}), arguments["query"])
+        expected = torch.autograd.grad(rk.routed_attention(**arguments).sum(), arguments["query"])
+    found = in_a_thread(lambda: torch.autograd.grad(output.sum(), arguments["query"]))
+    assert torch.equal(found[0], expected[0])
 
 
 def test_an_exception_ends_the_request():
@@ -149,7 +202,7 @@ def test_backward_stays_on_the_backend_of_forward():
 WITHOUT_KERNELS = """
 import torch
 import route_kernels as rk
-from route_kernels import native
+from route_kernels import backends, native
 from route_kernels.backends import OPS
 from route_kernels.testing import check_accuracy, call, sample_arguments
 

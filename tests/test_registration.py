@@ -1,6 +1,7 @@
 """The whole matrix for every op, generated from the list of registered ops and the samples of the public ones."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -180,10 +181,19 @@ def test_a_compiled_call_follows_a_later_request_for_a_backend():
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(lambda arguments: call("routed_attention", arguments), backend=counter, fullgraph=True)
     arguments = sample("routed_attention", "routed")
-    for backend in (None, "reference"):
+
+    def check(backend):
         with rk.backend(backend):
             torch.testing.assert_close(compiled(arguments), call("routed_attention", arguments))
-    assert route_kernels_in(counter) == [["route_kernels.routed_attention"], []]
+
+    for backend in (None, "reference", None):
+        check(backend)
+        assert route_kernels_in(counter) == [["route_kernels.routed_attention"], []][: counter.frame_count]
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(check, "cpu").result()  # its own request, and a graph of its own
+    assert route_kernels_in(counter)[2:] == [["route_kernels.routed_attention"]]
+    check(None)
+    assert counter.frame_count == 3
 
 
 def test_a_backend_may_be_requested_inside_a_compiled_function():
