@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pycocotools import mask as rle
 from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic_core import from_json
 from typing_extensions import NotRequired, TypedDict
 
 from route_detr.data.report import DatasetError, Report
@@ -40,82 +42,121 @@ class _Annotation(_Entry):
 class _Content(TypedDict):
     images: list[_Image]
     annotations: list[_Annotation]
-    categories: Annotated[list[_Entry], Field(min_length=1)]
+    categories: list[_Entry]
 
 
 CONTENT = TypeAdapter(_Content)
+SECTIONS = tuple(_Content.__annotations__)
 
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """The content of an annotation file that has passed the checks.
+    """The content of an annotation file, without what is at fault.
 
     images       its ``images``
     annotations  its ``annotations`` without those that had no area inside their image; ``bbox`` sticks out by less than
                  `ROUNDING` pixels; ``area`` and ``iscrowd`` are always there
     categories   its ``categories``, by id, each with a ``name``
     report       what was corrected or dropped
+    faults       what makes the file unfit for training
     """
 
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     categories: list[dict[str, Any]]
     report: Report
+    faults: Report
 
 
-def read_annotations(file: Path) -> CocoAnnotations:
-    """Reads and checks a COCO detection file.
+def read_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
+    """`inspect_annotations` of a file to train or evaluate with. Raises DatasetError that counts all its faults."""
+    content = inspect_annotations(file, masks)
+    if content.faults:
+        raise DatasetError(f"{file}: {content.faults}")
+    return content
 
-    Raises DatasetError, naming file, entry and what was expected, when the file is missing or not JSON, a section or
-    key is missing or of the wrong type, an id occurs twice, an annotation names an unknown image or category, or boxes
-    are given in fractions. Counted in ``report``: boxes cut at the image's border, and boxes dropped because no area is
-    left.
+
+def inspect_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
+    """Reads and judges a COCO detection file in one pass, whatever is in it.
+
+    ``faults`` has everything of these kinds: the file is not JSON, a section or key is missing or of the wrong type, an
+    id occurs twice, an annotation names an unknown image or category, boxes are given in fractions, and with `masks` an
+    object has no segmentation that can be drawn. ``report`` has boxes cut at the image's border, and boxes dropped
+    because no area is left. Raises DatasetError where there is no file.
     """
     if not file.is_file():
         raise DatasetError(f"{file}: expected a COCO annotation file, found {'a folder' if file.is_dir() else 'none'}")
-    try:
-        content = CONTENT.validate_json(file.read_bytes())
-    except ValidationError as error:
-        faults = Report()
-        for fault in error.errors(include_url=False, include_context=False):
-            place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]).lstrip(".")
-            faults.add(fault["msg"], f"{place} is {fault['input']!r}"[:80])
-        raise DatasetError(f"{file}: {faults}") from None
-    images = {image["id"]: image for image in content["images"]}
-    categories = {category["id"]: {"name": str(category["id"]), **category} for category in content["categories"]}
-    faults = _faults(content, {"image_id": images, "category_id": categories})
-    if faults:
-        raise DatasetError(f"{file}: {faults}")
-    annotations, report = content["annotations"], Report()
-    kept = [each for each in annotations if _fits(each, images[each["image_id"]], report)]
-    if kept and all(max(annotation["bbox"]) <= 1 for annotation in kept):
-        raise DatasetError(
-            f"{file}: expected boxes in pixels; every box lies inside the first pixel of its image, as if given in "
-            f"fractions: annotation {kept[0]['id']} has {kept[0]['bbox']}"
-        )
-    if 2 * sum(map(len, report.values())) > len(annotations):
-        hint = "are they x0, y0, x1, y1 rather than COCO's x, y, width, height?"
-        report.add("more than half of the boxes do not fit their image", hint)
-    for annotation in kept:
-        if annotation["id"] == 0:  # pycocotools' evaluation takes a match with id 0 for no match
-            annotation["id"] = 1 + max(other["id"] for other in kept)
-    return CocoAnnotations(content["images"], kept, [categories[number] for number in sorted(categories)], report)
-
-
-def _faults(content: dict[str, list], known: dict[str, dict]) -> Report:
-    faults = Report()
+    faults, report = Report(), Report()
+    content, broken = _content(file.read_bytes(), faults)
     for section, entries in content.items():
         seen: set[int] = set()
         for entry in entries:
             if entry["id"] in seen:
                 faults.add(f"{section}: ids that occur twice", str(entry["id"]))
             seen.add(entry["id"])
+    if not content["categories"] and "categories" not in broken:
+        faults.add("categories should have at least 1 item", "categories is []")
+    images = {image["id"]: image for image in content["images"]}
+    categories = {category["id"]: {"name": str(category["id"]), **category} for category in content["categories"]}
+    usable = []
     for annotation in content["annotations"]:
-        for key, entries in known.items():
-            if annotation[key] not in entries:
+        unknown = [
+            (key, section)
+            for key, section, entries in (("image_id", "images", images), ("category_id", "categories", categories))
+            if annotation[key] not in entries
+        ]
+        for key, section in unknown:
+            if section not in broken:  # else the entry named may be one that is at fault itself
                 named = f"annotation {annotation['id']} names {annotation[key]}"
                 faults.add(f"annotations whose '{key}' names no {key[:-3]} of the file", named)
-    return faults
+        if not unknown:
+            usable.append(annotation)
+    kept = [each for each in usable if _fits(each, images[each["image_id"]], report)]
+    if kept and all(max(annotation["bbox"]) <= 1 for annotation in kept):
+        kind = "expected boxes in pixels; every box lies inside the first pixel of its image, as if given in fractions"
+        for annotation in kept:
+            faults.add(kind, f"annotation {annotation['id']} has {annotation['bbox']}")
+    if 2 * sum(map(len, report.values())) > len(usable):
+        hint = "are they x0, y0, x1, y1 rather than COCO's x, y, width, height?"
+        report.add("more than half of the boxes do not fit their image", hint)
+    for annotation in kept if masks else ():
+        image = images[annotation["image_id"]]
+        try:
+            if not annotation["iscrowd"]:
+                compressed_mask(annotation, (image["width"], image["height"]))
+        except ValueError as error:
+            faults.add("objects without a usable segmentation", str(error))
+    for annotation in kept:
+        if annotation["id"] == 0:  # pycocotools' evaluation takes a match with id 0 for no match
+            annotation["id"] = 1 + max(other["id"] for other in kept)
+    return CocoAnnotations(
+        content["images"], kept, [categories[number] for number in sorted(categories)], report, faults
+    )
+
+
+def _content(text: bytes, faults: Report) -> tuple[dict[str, list[dict]], set[str]]:
+    """The entries that have the right form, by section, and the sections in which something has not."""
+    try:
+        return CONTENT.validate_json(text), set()
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+    right: dict[str, list] = {section: [] for section in SECTIONS}
+    if found[0]["type"] == "json_invalid":
+        faults.add(found[0]["msg"], f"the file begins with {text[:20]!r}")
+        return right, {*SECTIONS}
+    wrong: dict[str, set[int]] = {}
+    whole = set(SECTIONS)
+    for fault in found:
+        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]).lstrip(".")
+        faults.add(fault["msg"], f"{place or 'the file'} is {reprlib.repr(fault['input'])}")
+        if len(fault["loc"]) < 2:
+            whole -= {*(fault["loc"] or SECTIONS)}
+        else:
+            wrong.setdefault(fault["loc"][0], set()).add(fault["loc"][1])
+    for section in whole:
+        entries = from_json(text)[section]
+        right[section] = [entry for number, entry in enumerate(entries) if number not in wrong.get(section, ())]
+    return CONTENT.validate_python(right), {*SECTIONS} - whole | {*wrong}
 
 
 def _fits(annotation: dict, image: dict, report: Report) -> bool:
@@ -123,17 +164,22 @@ def _fits(annotation: dict, image: dict, report: Report) -> bool:
     x, y, w, h = annotation["bbox"]
     width, height = image["width"], image["height"]
     x0, y0, x1, y1 = box_inside(annotation["bbox"], (width, height))
-    named = f"annotation {annotation['id']} of image {image['id']}: {annotation['bbox']} in {width} x {height}"
+    kind = None
     if w <= 0 or h <= 0:
-        report.add("boxes dropped because their width or height is not positive", named)
-        return False
-    if x1 <= x0 or y1 <= y0:
-        report.add("boxes dropped because they lie outside their image", named)
+        kind = "boxes dropped because their width or height is not positive"
+    elif x1 <= x0 or y1 <= y0:
+        kind = "boxes dropped because they lie outside their image"
+    elif max(-x, -y, x + w - width, y + h - height) >= ROUNDING:
+        kind = "boxes cut at the border of their image"
+    if kind:
+        report.add(
+            kind, f"annotation {annotation['id']} of image {image['id']}: {annotation['bbox']} in {width} x {height}"
+        )
+    if kind and "dropped" in kind:
         return False
     area = annotation.get("area")
     annotation["area"] = inside = (x1 - x0) * (y1 - y0) if area is None else area
-    if max(-x, -y, x + w - width, y + h - height) >= ROUNDING:
-        report.add("boxes cut at the border of their image", named)
+    if kind:
         annotation |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": min(inside, (x1 - x0) * (y1 - y0))}
     annotation.setdefault("iscrowd", 0)
     return True
