@@ -5,19 +5,28 @@ A checkpoint is one dictionary of tensors and plain containers, so ``torch.load(
 
 from __future__ import annotations
 
+import errno
+import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from route_detr.errors import CheckpointError
+from route_detr.errors import CheckpointError, WriteError
 
 FORMAT = "route_detr.checkpoint"
 VERSION = 2
 REQUIRED = ("config", "categories", "model")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = re.compile(r".+\.(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -26,22 +35,66 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     A process killed at any moment leaves the old file or the new one under ``path``, never a part of either.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # TEMPORARY
+    with writing(path):
+        try:
+            with open(temporary, "xb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself reaches the disk
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell of an error of the system inside the block in one sentence that names ``path``, also where torch.save hides
+    it in an error of its own.
+
+    Raises:
+        WriteError: the disk is full, the folder is read-only, ...
+        FileNotFoundError: the folder of ``path`` is not there.
+    """
     try:
-        with open(temporary, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or isinstance(cause, WriteError):
+            raise
+        if isinstance(cause, FileNotFoundError) and not path.parent.exists():
+            raise FileNotFoundError(f"{path}: cannot be written, there is no folder {path.parent}") from error
+        reason = cause.strerror or str(cause)
+        if cause.errno in FULL:
+            disk = next(folder for folder in path.absolute().parents if folder.is_mount())
+            reason += f", {shutil.disk_usage(disk).free / 2**20:.1f} MiB are free on the disk of {disk}"
+        stands = f"; what {path.name} held before stands" if path.is_file() else ""
+        raise WriteError(f"{path}: cannot be written: {reason}{stands}") from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete the temporary files that processes killed in `write_atomically` have left in a folder."""
+    for file in folder.glob("*.tmp"):
+        found = TEMPORARY.fullmatch(file.name)
+        if found and (int(found[1]) == os.getpid() or not _is_alive(int(found[1]))):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
     try:
-        os.fsync(folder)  # the rename itself reaches the disk
-    finally:
-        os.close(folder)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -55,22 +108,32 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda stream: torch.save(complete, stream))
 
 
+def not_finite(model: Mapping[str, Any]) -> str:
+    """How many tensors of a state dict hold NaN or infinity, and the first of them; empty when none does."""
+    floating = {name: value for name, value in model.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    spoilt = [
+        name
+        for name, value in floating.items()
+        if value.numel() and not all(math.isfinite(extreme) for extreme in value.aminmax())
+    ]
+    return f"{len(spoilt)} of {len(model)} tensors hold NaN or infinity, the first is {spoilt[0]}" if spoilt else ""
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it is not a checkpoint of this program.
+        CheckpointError: there is no such file, it is damaged, foreign, of another version, or its model is not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
+        _compare_checksums(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere inside the unpickler or the zip reader
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint; it is damaged or holds more than tensors ({reason[:160]})"
-        ) from error
+        why = f"it is damaged or holds more than tensors ({why_unreadable(error)})"
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint; {why}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint written by route-detr")
     if state.get("version") != VERSION:
@@ -78,7 +141,25 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     missing = [key for key in REQUIRED if key not in state]
     if missing:
         raise CheckpointError(f"{path}: incomplete checkpoint, without {', '.join(missing)}")
+    if spoilt := not_finite(state["model"]):
+        raise CheckpointError(f"{path}: its model has diverged: {spoilt}")
     return state
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raise `zipfile.BadZipFile` where a byte of the file has changed, which torch.load does not notice."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+        if record is not None:
+            raise zipfile.BadZipFile(f"{record} has changed since it was written, its checksum differs")
+
+
+def why_unreadable(error: Exception) -> str:
+    """The cause in an error of torch.load, without the advice around it."""
+    text = str(error).strip()
+    named = re.search(r"(?:Unsupported|Trying to load unsupported) .*?(?=\. Please|\n|$)", text)
+    return named[0] if named else text.partition("\n")[0] or f"{type(error).__name__}, the file may be empty"
 
 
 def random_state() -> dict[str, Any]:

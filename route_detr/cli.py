@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from route_detr.errors import Interrupted, RunFailed
+from route_detr.errors import Interrupted, RunFailed, WriteError
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+FAILURES = (RunFailed, WriteError, FloatingPointError)  # whose message is a sentence
 INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 EXAMPLES = """examples:
   route-detr train                                       the tiny preset on handwritten digits, nothing else needed
@@ -187,6 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.debug:
                 raise
             bad_input = isinstance(error, INPUT_ERRORS)
-            text = str(error) if bad_input or isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+            text = str(error) if bad_input or isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
             _complain("error", text)
             return BAD_INPUT if bad_input else FAILED

@@ -208,11 +208,17 @@ def detections(
     sizes: (height, width) in pixels of each image. Returns for each image scores [k], labels [k] int64 and boxes [k, 4]
     (x0, y0, x1, y1) in pixels, clipped to the image; k = min(top_k, N K). With masks also masks [k, height, width],
     bool; for them input_sizes gives (height, width) of the images that the detector saw, None: without padding.
+
+    Raises FloatingPointError for an image whose logits, boxes or mask embeddings are not finite.
     """
     probabilities = output.logits.sigmoid()
     batch, queries, classes = probabilities.shape
     if len(sizes) != batch:
         raise ValueError(f"sizes: expected {batch} pairs (height, width), got {len(sizes)}")
+    parts = [output.logits, output.boxes, output.pixel_embeddings, output.layers[-1].mask_embeddings]
+    extremes = [extreme for part in parts if part is not None for extreme in part.flatten(1).aminmax(dim=1)]
+    if spoilt := torch.stack(extremes).isfinite().all(0).logical_not().nonzero().flatten().tolist():
+        raise FloatingPointError(f"what the detector computes for image {spoilt[0] + 1} of {batch} is not finite")
     scores, best = probabilities.flatten(1).topk(min(top_k, queries * classes), dim=1)
     found = []
     for image, (height, width) in enumerate(sizes):

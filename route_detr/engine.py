@@ -132,6 +132,7 @@ def evaluate(
 
     Raises:
         NoGroundTruth: the data set has no box to be found.
+        FloatingPointError: the detector computes NaN or infinity for one of the images.
     """
     model.eval()
     indices = list(range(len(dataset)))
@@ -146,7 +147,10 @@ def evaluate(
         if turn < len(mine):
             ids = [target.image_id for target in batch.targets]
             sizes, seen = zip(*((target.original_size, target.size) for target in batch.targets), strict=True)
-            found = detections(output, sizes, config.top_k, seen)
+            try:
+                found = detections(output, sizes, config.top_k, seen)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"no average precision of the images with the ids {ids}: {error}") from error
             results += coco_results(found, ids, category_ids or dataset.category_ids)
             image_ids += ids
         after_batch(len(image_ids))

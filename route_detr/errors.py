@@ -17,6 +17,10 @@ class CheckpointError(ValueError):
     """A checkpoint file that is missing, torn, foreign or too new; the message names the file."""
 
 
+class WriteError(OSError):
+    """A file that cannot be written; the message names the file, the cause and what stands."""
+
+
 class NoGroundTruth(ValueError):
     """Average precision is undefined: the images hold no object to be found."""
 
@@ -26,7 +30,7 @@ class RunFailed(RuntimeError):
 
 
 class NonFiniteLoss(RunFailed):
-    """The loss or its gradient is NaN or infinite; the message names the part and the step."""
+    """The loss, its gradient, the weights or what they compute is NaN or infinite; the message names the part."""
 
 
 class Interrupted(Exception):

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from tqdm import tqdm
 
-from route_detr.checkpoint import load_checkpoint, random_state, restore_random_state
+from route_detr.checkpoint import load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.config import Config
 from route_detr.criterion import Criterion
 from route_detr.data import coco_layout, open_splits
@@ -106,11 +106,18 @@ class Training:
             "data": self.data,
             **self._data_identity(),
             "threads": torch.get_num_threads(),
-            **self._weights(),
+            **self._finite_weights(),
             "progress": self.progress.to_dict(),
             "loss_sums": self.sums.read(),
             "random": everybodys(random_state()),
         }
+
+    def _finite_weights(self) -> dict[str, Any]:
+        """What the losses of training do not show: the last step's weights, and the statistics of norms."""
+        weights = self._weights()
+        if spoilt := not_finite(weights["model"]):
+            raise NonFiniteLoss(f"the model is not finite after step {self.progress.step}: {spoilt}")
+        return weights
 
     def _weights(self) -> dict[str, Any]:
         """Model and optimizer; under DeepSpeed scalars have a dimension and the optimizer keeps its state to itself."""
@@ -169,7 +176,7 @@ class Training:
         """Train and evaluate until the last epoch is done or the time budget is spent.
 
         Raises:
-            NonFiniteLoss: the last checkpoint stands.
+            NonFiniteLoss: of a step, the weights after it or an evaluation; the last checkpoint stands.
             RunFailed: a rank was lost; the last checkpoint stands.
             Interrupted: SIGINT or SIGTERM came; a checkpoint of this very step has been written.
         """
@@ -189,7 +196,7 @@ class Training:
                     bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}", refresh=False)
                     self._finish_steps(bar)
                     self._finish_epoch(bar)
-            except NonFiniteLoss as error:
+            except (NonFiniteLoss, FloatingPointError) as error:
                 raise NonFiniteLoss(f"{error}; {self.run.last} holds the run as it was before") from error
             except RuntimeError as error:
                 if not is_lost_connection(error):

@@ -1,23 +1,27 @@
+import math
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from route_detr.checkpoint import (
     load_checkpoint,
     random_state,
+    remove_abandoned,
     restore_random_state,
     save_checkpoint,
     write_atomically,
     write_text,
 )
-from route_detr.errors import CheckpointError
+from route_detr.errors import CheckpointError, WriteError
 
 ROOT = Path(__file__).parents[1]
 STATE = {"config": {"a": 1}, "categories": [{"id": 3, "name": "x"}], "model": {"w": torch.arange(3.0)}, "step": 5}
@@ -65,6 +69,10 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
     write_text(path, "newer")
     assert path.read_text() == "newer"
+    being_written = tmp_path / f"config.json.{os.getppid()}-0123abcd.tmp"  # by a process that lives
+    being_written.touch()
+    remove_abandoned(tmp_path)
+    being_written.unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -96,9 +104,25 @@ def _flipped(path):
         lambda path: torch.save({"format": "route_detr.checkpoint", "version": 1, "model": {}}, path),
         _truncated,
         _flipped,
+        lambda path: save_checkpoint(path, {**STATE, "model": {"w": torch.ones(3), "v": torch.tensor([1, math.nan])}}),
+        lambda path: save_checkpoint(path, {**STATE, "model": {"running_var": torch.tensor(-math.inf).half()}}),
         lambda path: None,
     ],
-    ids=["text", "empty", "pickle", "code", "foreign", "list", "version", "incomplete", "cut", "spoilt", "absent"],
+    ids=[
+        "text",
+        "empty",
+        "pickle",
+        "code",
+        "foreign",
+        "list",
+        "version",
+        "incomplete",
+        "cut",
+        "spoilt",
+        "NaN",
+        "infinity",
+        "absent",
+    ],
 )
 def test_a_bad_file_is_one_error_that_names_it(tmp_path, spoil, capfd):
     path = tmp_path / "some.pt"
@@ -108,6 +132,71 @@ def test_a_bad_file_is_one_error_that_names_it(tmp_path, spoil, capfd):
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert "must never run" not in capfd.readouterr().out
+
+
+def test_a_byte_that_has_changed_is_told_wherever_it_lies(tmp_path):
+    """torch.load reads such a file as if nothing were wrong."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {**STATE, "model": {"w": torch.arange(50.0), "v": torch.ones(9, dtype=torch.int64)}})
+    whole, told = path.read_bytes(), 0
+    expected = load_checkpoint(path)
+    for position in range(0, len(whole), 31):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        try:
+            found = load_checkpoint(path)
+        except CheckpointError as error:
+            told += 1
+            assert str(path) in str(error) and len(str(error).splitlines()) == 1
+        else:  # a byte between the records, or of a date
+            assert all(torch.equal(value, expected["model"][name]) for name, value in found["model"].items())
+            assert {**found, "model": 0} == {**expected, "model": 0}
+    weights = whole.index(torch.arange(50.0).numpy().tobytes()) + 101
+    path.write_bytes(whole[:weights] + b"\xff" + whole[weights + 1 :])
+    with pytest.raises(CheckpointError, match=r"data/[01] has changed since it was written, its checksum differs"):
+        load_checkpoint(path)
+    assert told > 20
+
+
+def test_the_cause_of_what_cannot_be_read_is_named_whole(tmp_path):
+    torch.save({"epoch": np.float64(3)}, tmp_path / "scalar.pt")
+    with pytest.raises(
+        CheckpointError, match=r"\(Unsupported global: GLOBAL numpy\S+ was not an allowed global by def"
+    ):
+        load_checkpoint(tmp_path / "scalar.pt")
+    torch.save({"model": Dangerous()}, tmp_path / "code.pt")
+    with pytest.raises(
+        CheckpointError, match=r"\(Trying to load unsupported GLOBAL posix.system whose module posix is b"
+    ):
+        load_checkpoint(tmp_path / "code.pt")
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond 20 kB: what the system tells is as on a full disk, the number of the error aside."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_what_stands(tmp_path, full_disk):
+    path = tmp_path / "last.pt"
+    large = {**STATE, "model": {"w": torch.zeros(20_000)}}
+    with pytest.raises(
+        WriteError, match=r"last.pt: cannot be written: File too large, [\d.]+ MiB are free on .* /\S*$"
+    ):
+        save_checkpoint(path, large)
+    assert list(tmp_path.iterdir()) == []
+    save_checkpoint(path, STATE)
+    for write in (lambda: save_checkpoint(path, large), lambda: write_text(path, "x" * 30_000)):
+        with pytest.raises(WriteError, match=r"; what last.pt held before stands$"):
+            write()
+    assert load_checkpoint(path)["step"] == 5 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there_is_named_and_not_the_temporary_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"eval.json: cannot be written, there is no folder .*nodir$"):
+        write_text(tmp_path / "nodir" / "eval.json", "{}")
 
 
 def test_random_state_survives_a_file(tmp_path):

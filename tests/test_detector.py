@@ -173,6 +173,9 @@ def test_detections_are_sorted_pixels_of_the_main_branch():
         box = corners(output.boxes[image, query]).clamp(0, 1) * torch.tensor([width, height, width, height])
         assert one["labels"][0] == label and torch.allclose(one["boxes"][0], box)
     assert len(detections(output, [(1, 1), (1, 1)], top_k=1000)[0]["scores"]) == 21
+    output.layers[-1].boxes[1, 0, 3, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="image 2 of 2 is not finite"):
+        detections(output, [(1, 1), (1, 1)])
 
 
 def test_parameter_groups_hold_every_trained_parameter_once():

@@ -227,6 +227,47 @@ def test_weights_that_are_not_finite_are_a_loss_that_is_not_finite(tmp_path, dat
         training.fit()
 
 
+def _statistics(detector):
+    detector.backbone.get_buffer(next(name for name, _ in detector.backbone.named_buffers() if "mean" in name))[0] = (
+        math.nan
+    )
+
+
+def _weights(detector):
+    next(detector.encoder.parameters()).view(-1)[-1] = -math.inf
+
+
+def _large_weights(detector):
+    detector.decoder.heads[-1].classify.weight.fill_(3e38)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message", "last"),
+    [
+        (_statistics, r"the model is not finite after step 4: 1 of \d+ tensors hold .*running_mean; .*as it was", 2),
+        (_weights, r"the model is not finite after step 4: 1 of \d+ tensors hold .* the first is encoder\.", 2),
+        (_large_weights, r"no average precision of the images with the ids \[1, 2\]: .* image 1 of 2 is not finite", 4),
+    ],
+)
+def test_a_model_that_is_not_finite_is_neither_scored_nor_saved(tmp_path, data, monkeypatch, spoil, message, last):
+    """Where the losses do not show it: in the last step before the evaluation."""
+    training = new_training(tmp_path / "run", data)
+    step, steps = training.optimizer.step, []
+
+    def spoiling_step():
+        step()
+        steps.append(1)
+        if len(steps) == 4:
+            with torch.no_grad():
+                spoil(training.detector)
+
+    monkeypatch.setattr(training.optimizer, "step", spoiling_step)
+    with pytest.raises(NonFiniteLoss, match=message):
+        training.fit()
+    assert torch.load(training.run.last, weights_only=True)["progress"]["step"] == last
+    assert not training.run.best.exists() and not any("AP" in record for record in training.run.records())
+
+
 def test_a_step_names_every_bad_part():
     step = Step(9, ("loss", "a", "b"), torch.tensor([math.inf, 1.0, math.nan]), torch.tensor(2.0), {})
     for look in (step.check, lambda: step.read(start_processes("cpu"))):
