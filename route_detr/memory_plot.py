@@ -10,34 +10,31 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .planner import LEVELS, PARTS, Plan, Request
+from .planner import PARTS, Plan, Request
 from .plots import save_figure
 
 GIB = 2**30
-LINES = ("fused", "lean", "tight", "min")
 QUERIES = (300, 600, 900, 1200, 1500)
 SHORT_SIDES = (480, 640, 800, 960)
 
 
-def draw(request: Request, path: str | Path, plan: Callable[[Request], Plan]) -> None:
-    """Writes a PNG: all levels, and the public formulation of a detector without masks."""
-    ours = dataclasses.replace(request, public=False)
-    wanted = {} if ours.config.detector.masks else {"public": dataclasses.replace(request, public=True)}
-    wanted |= {level: ours.at(level) for level in LEVELS if level != "none"}
-    bars = {name: plan(row) for name, row in wanted.items()}
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+def draw(requests: Mapping[str, Request], path: str | Path, plan: Callable[[Request], Plan]) -> None:
+    """Writes a PNG: the rows that are asked for, and each of them over queries and image sizes."""
+    request = next(iter(requests.values()))
+    figure = Figure(figsize=(14.5, 4.6), layout="constrained")
     levels, queries, sizes = figure.subplots(1, 3)
-    _stack(levels, bars)
+    _stack(levels, {name: plan(row) for name, row in requests.items()})
     for axes, values, changed, name in (
         (queries, QUERIES, _with_queries, "queries"),
         (sizes, SHORT_SIDES, _with_short_side, "short side of the image"),
     ):
-        for level in LINES:
-            peaks = [plan(changed(ours, value).at(level)).peak / GIB for value in values]
-            axes.plot(values, peaks, marker="o", ms=3.5, label=level)
+        for row, each in requests.items():
+            axes.plot(
+                values, [plan(changed(each, value)).peak / GIB for value in values], marker="o", ms=3.5, label=row
+            )
         axes.set_ylim(0)
-        axes.legend(fontsize=8)
         _style(axes, f"over {name}", name)
+    sizes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     height, width = request.image
     dtype = str(request.dtype).removeprefix("torch.")
     figure.suptitle(f"Planned peak of a training {request.scope}, batch {request.batch}, {height} x {width}, {dtype}")
@@ -54,7 +51,8 @@ def _stack(axes: Axes, plans: Mapping[str, Plan]) -> None:
         bottom = {name: base + height for (name, base), height in zip(bottom.items(), heights, strict=True)}
     for name, top in bottom.items():
         axes.annotate(f"{top:.1f}", (name, top), ha="center", va="bottom", fontsize=9)
-    axes.legend(fontsize=7)
+    axes.set_ylim(0, 1.08 * max(bottom.values()))
+    axes.legend(fontsize=7, reverse=True, loc="upper left", bbox_to_anchor=(1, 1))
     _style(axes, "by memory level", "")
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from route_detr.checkpoint import write_atomically
 from route_detr.config import Config
-from route_detr.evaluation import in_words
 from route_detr.schedule import sampled_schedule
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
@@ -51,10 +50,13 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     draw(loss, steps, "loss", "step", color=BLUE, lw=0.7, alpha=0.5)
     draw(loss, epochs, "loss", "mean of the epoch", color=BLUE, lw=2, marker="o", ms=3)
     _style(loss, "Training loss (main + weighted auxiliary branch)", "step")
-    for name, color in (("AP50", ORANGE), ("AP", BLUE), ("AP75", GREEN)):
-        draw(precision, scored, name, name, color=color, marker="o", ms=3.5)
     best = max(scored, key=lambda record: record["AP"], default=None)
-    top = "" if best is None else f": best {in_words(best, ', ')} (epoch {best['epoch'] + 1})"
+    for kind, line in (("", "-"), ("mask_", "--")):
+        for name, color in ((f"{kind}AP50", ORANGE), (f"{kind}AP", BLUE), (f"{kind}AP75", GREEN)):
+            if best is not None and name in best:
+                label = f"{name.replace('_', ' ')} {best[name]:.3f}"
+                draw(precision, scored, name, label, color=color, marker="o", ms=3.5, ls=line)
+    top = "" if best is None else f"; in the legend epoch {best['epoch'] + 1}, the best"
     _style(precision, f"Validation, main branch{top}", "step")
     draw(rate, steps, "learning_rate", "", color=PURPLE, lw=2, marker=".", ms=4)
     _style(rate, "Learning rate", "step")
@@ -101,7 +103,20 @@ def _draw_box(axes: Axes, box: Sequence[float], text: str, color: str, dashed: b
     if text:
         label = {"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
         va = "top" if y0 < 0.05 * max(axes.get_ylim()) else "bottom"
-        axes.text(x0, y0, text, fontsize=6.5, color="white", va=va, ha="left", bbox=label, clip_on=True)
+        axes.text(
+            x0, y0, text, fontsize=6.5, color="white", va=va, bbox=label, clip_on=True, parse_math=False, zorder=3
+        )
+
+
+def _move_labels_inside(figure: Figure) -> None:
+    """Shifts to the left each text that sticks out of its axes at the right."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for text in axes.texts:
+            beyond = text.get_window_extent().x1 - axes.get_window_extent().x1
+            if beyond > 0:
+                x, y = axes.transData.transform(text.get_position())
+                text.set_x(axes.transData.inverted().transform((x - beyond, y))[0])
 
 
 def _draw_mask(axes: Axes, mask: Tensor, color: str) -> None:
@@ -139,6 +154,7 @@ def plot_detections(
             for box, label, is_good, note in zip(boxes["boxes"].tolist(), boxes["labels"], good, notes, strict=True):
                 _draw_box(axes, box, names[int(label)] + note, BLUE if is_good else RED, dashed=not is_good)
     figure.suptitle("Truth (top) and detections: blue = matched at IoU 0.5, red dashed = missed or wrong", fontsize=11)
+    _move_labels_inside(figure)
     save_figure(figure, path)
 
 
@@ -179,18 +195,20 @@ def competing_groups(boxes: Tensor, confidence: Tensor, overlap: float = 0.5) ->
 
 
 def plot_routing(
-    image: Image.Image, layers: Mapping[int, Mapping[str, Tensor]], path: str | Path, top: int = 60
+    image: Image.Image, layers: Mapping[int, Mapping[str, Tensor]], path: str | Path, top: int = 40
 ) -> None:
     """The learned bias and gate of one image as heat maps, for each routed layer.
 
     Each layer has ``bias`` and ``gate`` [N, N] (at strength 1; the gate is p_sup), ``boxes`` [N, 4] xyxy in pixels
-    of the image and ``confidence`` [N]. The ``top`` most confident queries are shown, the competing ones adjacent.
+    of the image and ``confidence`` [N]. The ``top`` most confident queries are shown, the competing ones adjacent; rows
+    and columns of a map carry the number that their group has in the image.
     """
     figure = Figure(figsize=(12.5, 0.6 + 10 * len(layers)), layout="constrained")
     parts = np.atleast_1d(figure.subfigures(len(layers), 1))
     for part, (layer, view) in zip(parts, sorted(layers.items()), strict=True):
         _plot_layer(part, f"decoder layer {layer}", image, view, top)
     figure.suptitle("What routing learned: which queries keep away from each other (orange) or team up (purple)")
+    _move_labels_inside(figure)
     save_figure(figure, path)
 
 
@@ -202,27 +220,33 @@ def _plot_layer(figure: SubFigure, name: str, image: Image.Image, view: Mapping[
     order = torch.tensor([query for members in groups for query in members])
     picture, bias_map, by_overlap, gate_map = figure.subplots(2, 2).flat
 
-    _show_image(picture, image, f"{name}: {len(order)} queries in {len(groups)} groups, numbered from the left")
+    _show_image(picture, image, f"{name}: {len(order)} queries; groups numbered from the left, red: they compete")
     for number, members in enumerate(groups, start=1):
         for query in members[1:]:
             _draw_box(picture, boxes[query].tolist(), "", ORANGE, lw=0.6)
-        _draw_box(picture, boxes[members[0]].tolist(), str(number), RED if len(members) > 1 else GREY)
+        _draw_box(
+            picture,
+            boxes[members[0]].tolist(),
+            str(number),
+            *((RED, False, 1.6) if len(members) > 1 else (GREY, False, 0.8)),
+        )
 
     reach = max(float(bias.abs().quantile(0.995)), 1e-6)
-    starts = np.cumsum([0] + [len(members) for members in groups])
+    sizes = np.array([len(members) for members in groups])
+    starts = np.cumsum(sizes) - sizes - 0.5
     for axes, values, title, colours, low, high, ink in (
         (bias_map, bias, "bias B (before λ)", "PuOr", -reach, reach, "black"),
         (gate_map, gate, "gate: share of the suppressor route", "cividis", 0.0, 1.0, "white"),
     ):
         drawn = axes.imshow(values[order][:, order].numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
         figure.colorbar(drawn, ax=axes, shrink=0.8)
-        for number, (start, members) in enumerate(zip(starts, groups, strict=False), start=1):
-            if len(members) > 1:
-                side = len(members)
-                axes.add_patch(Rectangle((start - 0.5, start - 0.5), side, side, fill=False, ec=ink, lw=1.2))
-                axes.text(start + side, start + side / 2 - 0.5, str(number), fontsize=7, va="center", color=ink)
-        axes.set(xlabel="key query", ylabel="attending query")
-        axes.set_title(f"{title}, groups outlined", fontsize=10)
+        for start, side in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+            axes.add_patch(Rectangle((start, start), side, side, fill=False, ec=ink, lw=1.2))
+        centres, numbers = starts + sizes / 2, range(1, len(groups) + 1)
+        axes.set_xticks(centres, numbers, fontsize=6, rotation=90)
+        axes.set_yticks(centres, numbers, fontsize=6)
+        axes.set(xlabel="group of the key query", ylabel="group of the attending query")
+        axes.set_title(f"{title}, competing groups outlined", fontsize=10)
     _plot_by_overlap(by_overlap, pairwise_iou(boxes, boxes), bias)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -138,7 +139,7 @@ def draw_detections(image: Image.Image, found: dict[str, Tensor], names: Sequenc
     picture = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     line = max(2, max(picture.size) // 400)
-    font = ImageFont.load_default(size=max(12, max(picture.size) // 55))
+    font = ImageFont.truetype(findfont("DejaVu Sans"), size=max(12, max(picture.size) // 55))
     for label, mask in reversed(list(zip(found["labels"].tolist(), found.get("masks", ()), strict=False))):
         opacity = Image.fromarray(mask.numpy().astype(np.uint8) * MASK_OPACITY)
         picture.paste(PALETTE[label % len(PALETTE)], mask=opacity.resize(picture.size))
@@ -149,7 +150,7 @@ def draw_detections(image: Image.Image, found: dict[str, Tensor], names: Sequenc
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
         text = f"{names[label]} {score:.2f}"
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
-        y = max(0.0, y0 - (bottom + 4))
-        draw.rectangle((x0, y, x0 + right + 6, y + bottom + 4), fill=colour)
-        draw.text((x0 + 3, y + 1), text, fill="white", font=font)
+        x, y = max(0.0, min(x0, picture.width - (right + 6))), max(0.0, y0 - (bottom + 4))
+        draw.rectangle((x, y, x + right + 6, y + bottom + 4), fill=colour)
+        draw.text((x + 3, y + 1), text, fill="white", font=font)
     return picture

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import route_kernels as rk
-from route_detr import planner
+from route_detr import memory_plot, planner
 from route_detr.config import preset
-from route_detr.planner import PARTS, Request, largest_batch, plan
+from route_detr.planner import LEVELS, PARTS, Request, largest_batch, plan
 from route_kernels import backends, cli
 from route_kernels.memory import CARDS, Ledger, card, command, mixed_precision, workspace_bytes
 
@@ -228,26 +229,32 @@ def test_the_command_prints_a_table_and_what_fits(capsys):
     assert "encoder" in printed and "lean" in printed
 
 
-def test_the_picture_is_drawn(tmp_path):
-    from route_detr import memory_plot
-
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ("", ["public", *LEVELS]),
+        ("--preset tiny-masks", list(LEVELS)),  # the public formulation has no masks
+        ("--memory lean", ["lean"]),
+        ("--memory all", list(LEVELS)),
+        ("--public", ["public"]),
+    ],
+)
+def test_the_picture_has_the_rows_of_the_table(tmp_path, capsys, monkeypatch, options, rows):
+    drawn = []
     planned = planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
-    memory_plot.draw(TINY, tmp_path / "memory.png", lambda request: planned)
+    monkeypatch.setattr(planner, "plan", lambda request: planned)
+    monkeypatch.setattr(memory_plot, "_stack", lambda axes, plans: drawn.extend(plans))
+    assert cli.main(["memory", "--preset", "tiny", "--plot", str(tmp_path / "memory.png"), *options.split()]) == 0
+    assert drawn == rows
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[3 : 3 + len(rows)]] == rows
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
-def test_the_picture_of_a_detector_with_masks_has_no_public_bar(tmp_path):
-    from route_detr import memory_plot
-
-    asked = []
-
-    def planned(request):
-        asked.append(request.public)
-        return planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
-
-    masks = dataclasses.replace(TINY, config=preset("tiny-masks"))
-    memory_plot.draw(masks, tmp_path / "memory.png", planned)
-    assert asked and not any(asked)
+def test_nothing_of_the_picture_lies_over_the_title_of_its_bars():
+    axes = Figure(layout="constrained").subplots()
+    memory_plot._stack(axes, {"none": planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})})
+    axes.figure.draw_without_rendering()
+    assert max(text.get_window_extent().y1 for text in axes.texts) < axes._left_title.get_window_extent().y0
 
 
 def test_a_small_step_is_told_in_mebibytes():

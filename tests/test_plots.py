@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from route_detr import plots
 from route_detr.config import preset
 from route_detr.plots import (
     competing_groups,
@@ -44,6 +46,63 @@ def test_pictures_of_next_to_nothing(tmp_path):
     for name in ("curves", "detections", "routing"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def test_names_are_drawn_as_they_are_and_inside_their_image(drawn, tmp_path):
+    names = ["$1-$5 bill", "Ba$$in", r"\\frac{1}{2}$", "a long name at the right edge of its image"]
+    boxes = torch.tensor([[0.0, 20, 30, 60], [40, 20, 60, 60], [60, 60, 70, 90], [90, 40, 99, 60]])
+    found = {"boxes": boxes, "labels": torch.arange(4), "scores": torch.full((4,), 0.5)}
+    image = Image.new("RGB", (100, 100))
+    plots.plot_detections([image], [found], [found], names, tmp_path / "detections.png")
+    drawn[0].draw_without_rendering()
+    upper, lower = drawn[0].axes
+    assert [text.get_text() for text in upper.texts] == names
+    assert [text.get_text() for text in lower.texts] == [f"{name} 0.50" for name in names]
+    for axes in (upper, lower):
+        assert all(text.get_window_extent().x1 <= axes.get_window_extent().x1 + 0.5 for text in axes.texts)
+    drawn[0].savefig(tmp_path / "detections.png")
+
+
+def test_curves_of_a_run_with_masks_show_them_below_a_title_that_fits(drawn, tmp_path):
+    scores = {f"{kind}{name}": 0.25 for kind in ("", "mask_") for name in ("AP", "AP50", "AP75")}
+    records = [{"kind": "epoch", "epoch": n, "step": 10 * n, "loss": 1.0, **scores} for n in range(2)]
+    plots.plot_curves(records, tmp_path / "curves.png")
+    drawn[0].draw_without_rendering()
+    precision = drawn[0].axes[1]
+    assert {line.get_label() for line in precision.lines} == {f"{n.replace('_', ' ')} 0.250" for n in scores}
+    for axes in drawn[0].axes:
+        assert axes._left_title.get_window_extent().x1 <= drawn[0].bbox.x1
+
+
+def test_each_row_of_a_routing_map_has_the_number_of_its_group_in_the_image(drawn, tmp_path):
+    view = {"bias": torch.zeros(4, 4), "gate": torch.ones(4, 4), "boxes": BOXES}
+    view["confidence"] = torch.tensor([0.5, 0.9, 0.8, 0.1])  # groups [1, 0], [3] and [2]
+    plots.plot_routing(Image.new("RGB", (50, 20)), {0: view}, tmp_path / "routing.png")
+    picture, bias, _, gate = drawn[0].subfigs[0].axes[:4]
+    assert sorted(text.get_text() for text in picture.texts) == ["1", "2", "3"]
+    for axes in (bias, gate):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "3"]
+        assert axes.get_yticks().tolist() == [0.5, 2, 3]
+
+
+def test_a_label_of_a_predicted_box_stays_inside_the_picture():
+    found = {
+        "boxes": torch.tensor([[500.0, 100, 511, 140]]),
+        "labels": torch.tensor([0]),
+        "scores": torch.tensor([0.9]),
+    }
+    image = Image.new("RGB", (512, 512), "white")
+    pixels = [np.asarray(draw_detections(image, found, [name])) for name in ("a name", "a name$")]
+    inside = [(each[:100] != 255).any(-1) for each in pixels]
+    assert all(0 < rows.any(0).argmax() < 500 for rows in inside) and inside[0].sum() < inside[1].sum()
 
 
 def test_masks_tint_the_image(tmp_path):

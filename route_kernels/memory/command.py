@@ -44,7 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--products", action="store_true", help="FLOPs of matrix products and convolutions as well")
     parser.add_argument("--fit", choices=CARDS, metavar="CARD", help=f"largest batch for one of {', '.join(CARDS)}")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="levels as stacked bars, peaks over N and image size")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="the rows as stacked bars and over queries and image sizes; "
+        "without --memory and --public: all levels, and the public formulation",
+    )  # fmt: skip
     parser.add_argument("--measure", action="store_true", help="run the step on this GPU and compare")
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
@@ -100,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         agrees = all(abs(size / rows[name].peak - 1) <= AGREEMENT for name, size in measured.items())
         lines += ["", *(f"{n}: measured {_gib(m)}, planned {_gib(rows[n].peak)}" for n, m in measured.items())]
     if options.plot:
-        memory_plot.draw(request, options.plot, plan)
+        memory_plot.draw(requests, options.plot, plan)
         lines += ["", f"drawn to {options.plot}"]
     progress.close()
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
@@ -143,9 +146,11 @@ def _request(options: argparse.Namespace, planner: Any) -> Request:
 
 
 def _rows(options: argparse.Namespace, request: Request, levels: Sequence[str]) -> dict[str, Request]:
-    public = {"public": dataclasses.replace(request, public=True)} if options.public else {}
+    every = options.plot and not options.memory and not options.public  # a picture compares
+    wanted = options.public or (every and not request.config.detector.masks)
+    public = {"public": dataclasses.replace(request, public=True)} if wanted else {}
     ours = dataclasses.replace(request, public=False)
-    if options.memory == "all":
+    if every or options.memory == "all":
         return public | {level: ours.at(level) for level in levels}
     return public or {request.config.detector.memory: ours}
 
