@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from route_detr.errors import CheckpointError, WriteError
+from route_detr.errors import CheckpointError, UsageError, WriteError
 
 FORMAT = "route_detr.checkpoint"
 VERSION = 2
@@ -28,26 +29,62 @@ REQUIRED = ("config", "categories", "model")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r".+\.(\d+)-[0-9a-f]{8}\.tmp")
 
+SOFTWARE = "route-detr"  # in every file that is written: PNG "Software", JSON "software", ONNX producer, pt2 extra file
+OUR_BEGINNINGS = re.compile(
+    rb"""\Z | \[\]\n\Z  # holds nothing that could be lost
+    | \{\n\ *"software":\ "route-detr"
+    | \{"kind":\ "  # metrics.jsonl
+    | \[\n\ \{\n\ \ "image_id":\ .*\n\ \ "file_name":\ .*\n\ \ "category_id":\ .*\n\ \ "category_name":  # predictions
+    | PK(?s:.*)route_detr\.checkpoint
+    | \x08(?s:.)\x12\x0aroute-detr  # ONNX: its version, then its producer""",
+    re.VERBOSE,
+)
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether this program wrote the file, told by what is in it. An empty file holds nothing to lose and counts."""
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(8192)
+        if head.startswith(b"\x89PNG"):
+            with Image.open(path) as image:
+                return image.info.get("Software") == SOFTWARE
+        if OUR_BEGINNINGS.match(head) or not zipfile.is_zipfile(path):
+            return OUR_BEGINNINGS.match(head) is not None
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(f"/extra/{SOFTWARE}") for name in archive.namelist())
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def check_replaceable(*paths: str | Path) -> None:
+    """Raise `UsageError` naming the first of ``paths`` that this program did not write: it is never written over."""
+    for path in map(Path, paths):
+        if path.exists() and not (path.is_file() and is_ours(path)):
+            what = "a file that route-detr did not write" if path.is_file() else "no regular file"
+            raise UsageError(f"{path}: is {what} and is not replaced; delete it or choose another name")
+
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(stream)`` on a temporary file in the folder of ``path``, then put it in place in one step.
 
-    A process killed at any moment leaves the old file or the new one under ``path``, never a part of either.
+    A process killed at any moment leaves the old file or the new one under ``path``, never a part of either. Where
+    ``path`` is a link, the file that it names is replaced.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # TEMPORARY
+    path, target = Path(path), Path(os.path.realpath(path))
+    temporary = target.with_name(f"{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # TEMPORARY
     with writing(path):
         try:
             with open(temporary, "xb") as stream:
                 write(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             with suppress(FileNotFoundError):
                 temporary.unlink()
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself reaches the disk
         finally:

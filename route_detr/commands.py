@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,18 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from route_detr import data as detection_data
-from route_detr.checkpoint import load_checkpoint, save_checkpoint, write_text
+from route_detr.checkpoint import SOFTWARE, check_replaceable, load_checkpoint, save_checkpoint, write_text
 from route_detr.cli import run_folder
 from route_detr.config import Config, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, read_rgb
 from route_detr.data.cityscapes import write_cityscapes as write_cityscapes_folder
-from route_detr.data.images import opened
 from route_detr.engine import evaluate as evaluate_detector
-from route_detr.errors import UsageError
+from route_detr.errors import RunFailed, UsageError
 from route_detr.evaluation import table
 from route_detr.export import export as export_detector
 from route_detr.importing import imported, read_published
 from route_detr.plots import plot_curves, plot_detections, plot_routing, plot_schedule
-from route_detr.prediction import Trained, image_files, load_trained, predict_files
+from route_detr.prediction import PREDICTIONS, Trained, image_files, load_trained, pictures_of, predict_files
 from route_detr.run import Run, find_checkpoint
 from route_detr.scale_out import start_processes, take_weights
 from route_detr.training import Training
@@ -171,9 +171,8 @@ def _draw(run: Run, val_set: CocoDetection, device: torch.device) -> list[str]:
     return ["detections.png", "routing.png"]
 
 
-def _load(args: argparse.Namespace, device: torch.device) -> tuple[Path, Trained]:
-    path = find_checkpoint(args.trained, args.checkpoint)
-    return path, load_trained(path, device)
+def _load(args: argparse.Namespace, device: torch.device) -> Trained:
+    return load_trained(find_checkpoint(args.trained, args.checkpoint), device)
 
 
 def _val_set(paths: dict[str, str], trained: Trained) -> CocoDetection:
@@ -188,8 +187,11 @@ def _val_set(paths: dict[str, str], trained: Trained) -> CocoDetection:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    checkpoint = find_checkpoint(args.trained, args.checkpoint)
+    out = args.out or checkpoint.with_name(f"eval-{checkpoint.stem}.json")
+    check_replaceable(out)
     accelerator = _processes(args)
-    checkpoint, trained = _load(args, accelerator.device)
+    trained = load_trained(checkpoint, accelerator.device)
     paths = _data_paths(args, ("val",)) or trained.data
     dataset = _val_set(paths, trained)
     main = accelerator.is_main_process
@@ -200,8 +202,8 @@ def evaluate(args: argparse.Namespace) -> int:
         )
     if main:
         print(table(metrics))
-        out = args.out or checkpoint.with_name(f"eval-{checkpoint.stem}.json")
-        record = {"checkpoint": str(checkpoint), "annotations": paths["val_json"], "images": len(dataset), **metrics}
+        record = {"software": SOFTWARE, "checkpoint": str(checkpoint), "annotations": paths["val_json"]}
+        record |= {"images": len(dataset), **metrics}
         write_text(out, json.dumps(record, indent=2) + "\n")
         print(f"written to {out}")
     accelerator.end_training()
@@ -211,25 +213,32 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     if not 0 <= args.score_threshold <= 1:
         raise UsageError(f"--score-threshold: expected a number in 0..1, got {args.score_threshold}")
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out: expected a folder, {args.out} is a file")
+    for given in args.images:
+        if args.out.exists() and os.path.isdir(given) and args.out.samefile(given):
+            raise UsageError(f"--out: expected another folder than that of the images, got {args.out}")
     files = image_files(args.images)
-    for file in files:
-        with opened(file):  # a file that is no image is told before any work is done
-            pass
-    _, trained = _load(args, _processes(args).device)
-    pictures = predict_files(trained, files, args.out, args.score_threshold)
-    count = sum(1 for _ in tqdm(pictures, total=len(files), unit="image", leave=False))
-    print(f"{count} pictures and predictions.json written to {args.out}")
+    check_replaceable(args.out / PREDICTIONS, *pictures_of(files, args.out))
+    trained = _load(args, _processes(args).device)
+    with closing(predict_files(trained, files, args.out, args.score_threshold)) as prediction:
+        done = tqdm(prediction, total=len(files), unit="image", leave=False, disable=None)
+        unread = [str(error) for error in done if error is not None]
+    print(f"{len(files) - len(unread)} pictures and {PREDICTIONS} written to {args.out}")
+    if unread:
+        raise RunFailed(f"{len(unread)} of {len(files)} images: {'; '.join(unread)}")
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
-    _, trained = _load(args, torch.device("cpu"))
+    trained = _load(args, torch.device("cpu"))
     print(export_detector(trained, args.out, args.size))
     return 0
 
 
 def import_weights(args: argparse.Namespace) -> int:
     """A public checkpoint as one of ours: eval, predict and export read it, train begins with it (--init)."""
+    check_replaceable(args.out)
     state, config, names = read_published(args.source)
     if args.preset or args.config:
         _, config = _configured(args)
@@ -248,17 +257,20 @@ def import_weights(args: argparse.Namespace) -> int:
 
 
 def inspect_routing(args: argparse.Namespace) -> int:
-    checkpoint, trained = _load(args, _processes(args).device)
+    checkpoint = find_checkpoint(args.trained, args.checkpoint)
+    out = args.out or checkpoint.with_name("routing.png")
+    check_replaceable(out)
+    trained = load_trained(checkpoint, _processes(args).device)
     if not trained.config.detector.route:
         raise UsageError(f"{checkpoint}: trained with --no-route, it has no routing to show")
     image = read_rgb(args.image) if args.image else _val_set(trained.data, trained).raw_image(0)
-    out = args.out or checkpoint.with_name("routing.png")
     plot_routing(image, trained.routing(image), out)
     print(f"written to {out}")
     return 0
 
 
 def inspect_schedule(args: argparse.Namespace) -> int:
+    check_replaceable(args.out)
     _, config = _configured(args)
     plot_schedule(config, -(-args.images // config.train.batch_size), args.out)
     print(f"written to {args.out}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from route_detr.checkpoint import write_atomically
+from route_detr.checkpoint import SOFTWARE, check_replaceable, write_atomically
 from route_detr.errors import UsageError
 from route_detr.prediction import Trained
 from route_kernels.nn import attention
@@ -48,11 +48,13 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
     """Write ``path`` (NAME.onnx or NAME.pt2) for any number of images of ``size`` (height, width); says what it wrote.
 
     Raises:
-        UsageError: another kind of file is asked for, or what computes ONNX models is not installed.
+        UsageError: another kind of file is asked for, another program wrote what is there, or what computes ONNX models
+            is not installed.
         RuntimeError: what was exported computes something else; nothing is written.
     """
     if path.suffix not in (".onnx", ".pt2"):
         raise UsageError(f"--out: expected a name that ends in .onnx or .pt2, got {path}")
+    check_replaceable(path)
     height, width = size or (trained.config.transforms.eval_scale,) * 2
     model, images = Inference(trained.detector), torch.randn(2, 3, height, width)
     with torch.no_grad(), sampling_by_grid():
@@ -71,7 +73,7 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
 
 
 def _program_outputs(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> Sequence[Tensor]:
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={SOFTWARE: ""})
     return torch.export.load(path).module()(images)
 
 
@@ -86,14 +88,15 @@ def _onnx_outputs(program: torch.export.ExportedProgram, path: Path, images: Ten
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            *(program, (), path),
+        exported = torch.onnx.export(
+            program,
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
             output_names=["logits", "boxes"],
-            external_data=False,
             verbose=False,
         )
+        exported.model.producer_name = SOFTWARE
+        exported.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from route_detr.checkpoint import write_atomically
+from route_detr.checkpoint import SOFTWARE, write_atomically
 from route_detr.config import Config
 from route_detr.schedule import sampled_schedule
 
@@ -24,7 +24,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=130))
+    metadata = {"Software": SOFTWARE}
+    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=130, metadata=metadata))
 
 
 def _style(axes: Axes, title: str, x: str = "", y: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,20 @@ import numpy as np
 import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import route_kernels as rk
 from route_detr.boxes import corners
-from route_detr.checkpoint import CheckpointError, load_checkpoint, write_atomically, write_text
+from route_detr.checkpoint import SOFTWARE, check_replaceable, load_checkpoint, write_atomically, write_text
 from route_detr.config import Config
-from route_detr.data import eval_view, image_pixels, normalised, read_rgb
+from route_detr.data import DatasetError, eval_view, image_pixels, normalised, read_rgb
 from route_detr.detector import Detector, detections
+from route_detr.errors import CheckpointError
 from route_detr.evaluation import coco_results
 
 PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
+PREDICTIONS = "predictions.json"
 MASK_OPACITY = 100  # of 255
 
 
@@ -108,29 +112,54 @@ def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
     return files
 
 
-def predict_files(trained: Trained, files: Sequence[Path], out: Path, score_threshold: float) -> Iterator[Path]:
-    """Write a picture with boxes (and masks) for each file, then ``predictions.json``; yields each picture's path.
+def pictures_of(files: Sequence[Path], out: Path) -> list[Path]:
+    """The picture of each file in the folder ``out``; where two files have one name, all but the first get a number."""
+    taken: set[str] = set()
+    pictures = []
+    for file in files:
+        stem, repeat = file.stem, 2
+        while (key := unicodedata.normalize("NFC", stem).casefold()) in taken:  # one name for some file systems
+            stem, repeat = f"{file.stem}-{repeat}", repeat + 1
+        taken.add(key)
+        pictures.append(out / f"{stem}.png")
+    return pictures
 
-    The JSON is a list of COCO results (``image_id`` counts the files from 1), each with its ``file_name`` and
-    ``category_name``.
+
+def predict_files(
+    trained: Trained, files: Sequence[Path], out: Path, score_threshold: float
+) -> Iterator[DatasetError | None]:
+    """Write a picture with boxes (and masks) for each file; yields None for each, or why it cannot be read.
+
+    ``predictions.json`` is written whatever happens. It is a list of COCO results (``image_id`` counts the files from
+    1), each with its ``file_name`` and ``category_name``.
+
+    Raises:
+        UsageError: another program wrote a file of such a name.
     """
     out.mkdir(parents=True, exist_ok=True)
+    names = dict(zip(trained.category_ids, trained.category_names, strict=True))
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
     results: list[dict[str, Any]] = []
-    taken: set[str] = set()
-    for number, file in enumerate(files, start=1):
-        image = read_rgb(file)
-        found = trained.detect(image, score_threshold)
-        for result in coco_results([found], [number], trained.category_ids):
-            name = trained.category_names[trained.category_ids.index(result["category_id"])]
-            results.append({**result, "file_name": str(file), "category_name": name})
-        stem, repeat = file.stem, 2
-        while stem in taken:
-            stem, repeat = f"{file.stem}-{repeat}", repeat + 1
-        taken.add(stem)
-        picture = draw_detections(image, found, trained.category_names)
-        write_atomically(out / f"{stem}.png", lambda stream, picture=picture: picture.save(stream, format="PNG"))
-        yield out / f"{stem}.png"
-    write_text(out / "predictions.json", json.dumps(results, indent=1) + "\n")
+    check_replaceable(out / PREDICTIONS)
+    try:
+        for number, (file, path) in enumerate(zip(files, pictures_of(files, out), strict=True), start=1):
+            check_replaceable(path)
+            try:
+                image = read_rgb(file)
+            except DatasetError as error:
+                yield error
+                continue
+            found = trained.detect(image, score_threshold)
+            for result in coco_results([found], [number], trained.category_ids):
+                category = result.pop("category_id")
+                named = {"file_name": str(file), "category_id": category, "category_name": names[category]}
+                results.append({"image_id": result.pop("image_id"), **named, **result})
+            picture = draw_detections(image, found, trained.category_names)
+            write_atomically(path, lambda stream, picture=picture: picture.save(stream, format="PNG", pnginfo=mark))
+            yield None
+    finally:
+        write_text(out / PREDICTIONS, json.dumps(results, indent=1) + "\n")
 
 
 def draw_detections(image: Image.Image, found: dict[str, Tensor], names: Sequence[str]) -> Image.Image:

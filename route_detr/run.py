@@ -9,8 +9,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from route_detr.checkpoint import save_checkpoint, write_text
+from route_detr.checkpoint import SOFTWARE, check_replaceable, save_checkpoint, write_text
 from route_detr.errors import RunError
+
+OTHER_FILES = ("config.json", "curves.png", "detections.png", "routing.png")  # beside checkpoints and metrics
 
 
 class Run:
@@ -35,6 +37,7 @@ class Run:
                 raise RunError(
                     f"{self.folder}: already holds a run ({file.name}); use --resume to continue it, or another --name"
                 )
+        check_replaceable(*(self.folder / name for name in OTHER_FILES))
 
     def check_resumable(self) -> None:
         """Raise `RunError` when there is nothing to continue."""
@@ -44,7 +47,7 @@ class Run:
     def write_config(self, config: Mapping[str, Any]) -> None:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+            write_text(self.folder / "config.json", json.dumps({"software": SOFTWARE, **config}, indent=2) + "\n")
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
         """Write ``last.pt``; before it ``best.pt`` when ``best``, so that a kill between them loses neither."""

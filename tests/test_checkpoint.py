@@ -76,6 +76,28 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_two_that_write_at_once_use_files_of_their_own(tmp_path):
+    path = tmp_path / "config.json"
+
+    def while_another_writes(stream):
+        stream.write(b"first")
+        write_text(path, "second")
+        assert path.read_text() == "second"
+
+    write_atomically(path, while_another_writes)
+    assert path.read_text() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_link_stays_and_the_file_that_it_names_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "last.pt").symlink_to("disk/real.pt")
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "last.pt", {**STATE, "step": step})
+        assert load_checkpoint(tmp_path / "disk" / "real.pt")["step"] == step
+    assert (tmp_path / "last.pt").is_symlink()
+
+
 class Dangerous:
     def __reduce__(self):
         return os.system, ("echo this must never run",)

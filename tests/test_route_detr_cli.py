@@ -13,7 +13,7 @@ from PIL import Image
 from small_training import options, write_data
 
 from route_detr.cli import main
-from route_detr.prediction import image_files
+from route_detr.prediction import Trained, image_files, pictures_of
 from route_detr.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -206,13 +206,110 @@ def test_predict_leaves_out_what_is_not_certain_enough(run, odd_images, tmp_path
     assert json.loads((tmp_path / "predictions.json").read_text()) == []
 
 
-def test_predict_names_what_it_cannot_read(run, odd_images, tmp_path, capsys):
+def test_predict_does_what_it_can_and_names_what_it_cannot_read(run, odd_images, tmp_path, capsys):
     out = ["--out", tmp_path / "x"]
-    assert "notes.txt: cannot be" in fails(capsys, "predict", run, odd_images / "notes.txt", *out)
+    noise = Image.effect_noise((300, 200), 60)
+    noise.save(tmp_path / "whole.jpg")
+    (odd_images / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
+    (odd_images / "._grey.png").write_bytes(b"\0\5\26\7" * 32)
+    (odd_images / "paper.pdf").write_bytes(b"%PDF-1.7 ...")
+    line = fails(capsys, "predict", run, odd_images, *out, "--score-threshold", "0", code=1)
+    assert "3 of 8 images: " in line
+    assert all(f"{name}: cannot be used as an image" in line for name in ("half.jpg", "._grey.png", "paper.pdf"))
+    found = json.loads((tmp_path / "x" / "predictions.json").read_text())
+    assert {Path(result["file_name"]).name for result in found} == {
+        "alpha.png", "cmyk.jpg", "grey.png", "palette.png", "turned.jpg"
+    }  # fmt: skip
+    assert "notes.txt: cannot be" in fails(capsys, "predict", run, odd_images / "notes.txt", *out, code=1)
+    assert json.loads((tmp_path / "x" / "predictions.json").read_text()) == []
     assert "absent.png: no such image or folder" in fails(capsys, "predict", run, odd_images / "absent.png", *out)
     (tmp_path / "empty").mkdir()
     assert "a folder without images" in fails(capsys, "predict", run, tmp_path / "empty", *out)
     assert "--score-threshold" in fails(capsys, "predict", run, odd_images, *out, "--score-threshold", "2")
+
+
+def everything_in(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_predict_never_overwrites_what_it_did_not_write(run, odd_images, tmp_path, capsys):
+    before = everything_in(odd_images)
+    assert "another folder than that of the images" in fails(capsys, "predict", run, odd_images, "--out", odd_images)
+    (tmp_path / "link").symlink_to(odd_images)
+    assert "another folder than" in fails(capsys, "predict", run, odd_images, "--out", tmp_path / "link")
+    grey = odd_images / "grey.png"
+    assert "grey.png: is a file that route-detr did not write" in fails(
+        capsys, "predict", run, grey, "--out", odd_images
+    )
+    assert everything_in(odd_images) == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "predictions.json").write_text('[\n {\n  "image_id": 3,\n  "category_id": 1}]')
+    assert "predictions.json: is a file that" in fails(capsys, "predict", run, grey, "--out", mine)
+    (mine / "predictions.json").unlink()
+    (mine / "grey.png").symlink_to(grey)
+    assert "mine/grey.png: is a file that" in fails(capsys, "predict", run, grey, "--out", mine)
+    assert [file.name for file in mine.iterdir()] == ["grey.png"] and everything_in(odd_images) == before
+    assert "is a file" in fails(capsys, "predict", run, grey, "--out", grey)
+
+
+def test_predict_replaces_its_own_pictures(run, odd_images, tmp_path):
+    arguments = ["predict", str(run), str(odd_images), "--out", str(tmp_path / "found"), "--score-threshold", "0"]
+    assert main(arguments) == 0
+    first = everything_in(tmp_path / "found")
+    assert main(arguments) == 0
+    assert everything_in(tmp_path / "found") == first
+    assert main([*arguments[:-1], "1"]) == main(arguments) == 0  # over an empty list, too
+    assert everything_in(tmp_path / "found") == first
+
+
+def test_names_that_a_file_system_may_take_for_one_get_a_number(tmp_path):
+    names = ["a.png", "A.jpg", "a.tif", "\u00e9.png", "e\u0301.jpg"]
+    found = [path.name for path in pictures_of([tmp_path / name for name in names], tmp_path)]
+    assert found == ["a.png", "A-2.png", "a-3.png", "\u00e9.png", "e\u0301-2.png"]
+
+
+def test_what_was_found_before_a_stop_is_written(run, odd_images, tmp_path, monkeypatch):
+    found = Trained.detect
+
+    def stopped(self, image, threshold):
+        if image.size == (40, 50):
+            raise KeyboardInterrupt
+        return found(self, image, threshold)
+
+    monkeypatch.setattr(Trained, "detect", stopped)
+    assert main(["predict", str(run), str(odd_images), "--out", str(tmp_path), "--score-threshold", "0"]) == 130
+    assert {result["image_id"] for result in json.loads((tmp_path / "predictions.json").read_text())} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("eval RUN --out FILE", "result.json"),
+        ("export RUN --out FILE", "model.onnx"),
+        ("export RUN --out FILE", "model.pt2"),
+        ("import RUN/last.pt --out FILE", "weights.pt"),
+        ("inspect routing RUN --out FILE", "routing.png"),
+        ("inspect schedule --out FILE", "schedule.png"),
+        ("train --out FOLDER", "config.json"),
+        ("train --out FOLDER", "detections.png"),
+    ],
+)
+def test_no_command_replaces_what_it_did_not_write(run, tmp_path, capsys, command, name):
+    file = tmp_path / name
+    words = command.replace("RUN", str(run)).replace("FILE", str(file)).replace("FOLDER", str(tmp_path)).split()
+    if name.endswith("png"):
+        Image.new("RGB", (9, 9)).save(file)
+    elif name.endswith("pt"):
+        torch.save({"format": "another"}, file)
+    else:
+        file.write_text('{"precious": true}')
+    before = file.read_bytes()
+    assert f"{file}: is a file that route-detr did not write" in fails(capsys, *words)
+    assert file.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [name]
+    file.unlink()
+    file.mkdir()
+    assert f"{file}: is no regular file" in fails(capsys, *words)
 
 
 def test_folders_are_expanded_in_order(odd_images):
