@@ -58,9 +58,12 @@ def run(options: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         from route_detr import memory_plot, planner
+        from route_detr.checkpoint import check_replaceable
     except ImportError as error:
         return _failure(f"needs the detector: pip install 'route-kernels[detr]' ({error})")
     try:
+        if options.plot:
+            check_replaceable(options.plot)
         request = _request(options, planner)
         requests = _rows(options, request, planner.LEVELS)
     except ValueError as error:
