@@ -55,6 +55,25 @@ def test_autocast_computes_attention_in_bfloat16():
     torch.testing.assert_close(found["output 0"].float(), expected, rtol=0, atol=300 * torch.finfo(torch.bfloat16).eps)
 
 
+class InFloat32(nn.MultiheadAttention):
+    forward = torch.autocast("cpu", enabled=False)(nn.MultiheadAttention.forward)
+
+
+def test_a_forwards_decorators_stay():
+    built = model(torch.float32)
+    for layer in built.decoder.layers:
+        layer.self_attn.__class__ = InFloat32
+    with_random_routers(built)
+    call = inputs(torch.float32)
+    expected = routed(built, **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = call["content"].transpose(0, 1)
+        with rk.routing(), counted_calls() as counts:
+            assert built.decoder.layers[0].self_attn(x, x, x)[0].dtype == torch.float32
+        assert counts == {name: 1 for name in ROUTED}
+        torch.testing.assert_close(routed(built, **call), expected)
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["entered outside", "entered inside"])
 def test_compiles_without_graph_breaks(inside):
     built = model()

@@ -325,6 +325,66 @@ def test_a_fork_that_computes_something_else_is_left_alone(fork, reason):
     assert "forward" not in vars(model.points)
 
 
+def float32_by(decorator):
+    return type("Decorated", (MSDeformAttn,), {"forward": decorator(MSDeformAttn.forward)})
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        MSDeformAttn,
+        float32_by(torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)),
+        float32_by(torch.autocast("cpu", enabled=False)),
+    ],
+)
+def test_under_autocast_a_replaced_module_returns_what_the_original_does(compiled, attention):
+    model, inputs = Model(attention), model_inputs(torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        exact = model(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model.points(*(inputs[name] for name in ("query", "points", "memory")), SHAPES, STARTS)
+            with deformable_detr.apply(model, verbose=False) as report, counted_calls() as counts:
+                found = model.points(*(inputs[name] for name in ("query", "points", "memory")), SHAPES, STARTS)
+                output = model(**inputs)
+    assert {"points", "boxes"} < {entry.name for entry in report.replaced} and counts == {"ms_deform_attn_fused": 3}
+    in_float32 = attention is not MSDeformAttn
+    assert found.dtype == expected.dtype == (torch.float32 if in_float32 else torch.bfloat16)
+    tolerance = 1e-5 if in_float32 else 3e-2
+    torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.float(), exact, atol=tolerance, rtol=tolerance)
+
+
+class Switches(MSDeformAttn):
+    """A cast that no decorator makes."""
+
+    device = "cpu"
+
+    def attend(self, *arguments):
+        with torch.autocast(self.device, enabled=False):
+            return super().attend(*arguments)
+
+
+class SwitchesThatOfAnotherDevice(Switches):
+    device = "cuda"
+
+
+@pytest.mark.parametrize(
+    "fork, reason",
+    [
+        (Switches, "under autocast it returns torch.float32, the replacement torch.bfloat16"),
+        (SwitchesThatOfAnotherDevice, "it switches autocast of cuda: apply() once it is there, where it is compared"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_forward_that_casts_by_itself_is_left_alone(fork, reason):
+    model = Model(fork)
+    report = deformable_detr.apply(model, verbose=False)
+    assert {entry.name: entry.reason for entry in report.left} == {"points": reason, "boxes": reason}
+    assert "forward" not in vars(model.points)
+
+
 def test_a_forward_that_other_code_replaced_is_left_alone():
     model = Model()
     model.points.forward = lambda *arguments: arguments[0]

@@ -251,6 +251,43 @@ def test_what_is_left_and_why():
     assert all("forward" not in vars(layer) for layer in model.layers)
 
 
+class InFloat32(QueryRouter):
+    def forward(self, *arguments):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(*arguments)
+
+
+class Decorated(QueryRouter):
+    forward = torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)(QueryRouter.forward)
+
+
+def test_a_router_whose_casts_would_be_lost_is_left():
+    model = decoder()
+    for layer, router in zip(model.layers, (InFloat32, Decorated, QueryRouter), strict=True):
+        layer.query_router = router(CHANNELS, num_heads=HEADS)
+    report = dual_r_detr.apply(model, verbose=False)
+    assert [entry.name for entry in report.replaced] == ["layers.2.query_router", "layers.2.self_attn"]
+    in_float32, decorated = (entry.reason for entry in report.left)
+    assert in_float32.startswith("query_router: under autocast it is off by ")
+    assert decorated == "query_router.forward is decorated, and the factors are made without it"
+
+
+def test_the_layers_decorators_stay(monkeypatch):
+    decorated = torch.autocast("cpu", enabled=False)(DecoderLayer.forward)
+    monkeypatch.setattr(DecoderLayer, "forward", decorated)
+    model = decoder().float()
+    arguments = {name: x.detach().float() if x.is_floating_point() else x for name, x in inputs().items()}
+    results = []
+    model.layers[-1].register_forward_hook(lambda *call: results.append(call[2]))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(**arguments)
+        with dual_r_detr.apply(model, verbose=False), counted_calls() as counts:
+            model(**arguments)
+    expected, found = results
+    assert counts == ROUTED and found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
 def test_applied_twice(capsys):
     model = decoder()
     first = dual_r_detr.apply(model)

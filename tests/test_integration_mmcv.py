@@ -20,7 +20,7 @@ from foreign_packages import (
 from integration_checks import check_integration
 
 from route_kernels.integrations import mmcv as integration
-from route_kernels.testing import perturb_sampling
+from route_kernels.testing import counted_calls, perturb_sampling
 
 MODULE = "mmcv.ops.multi_scale_deform_attn"
 SHAPES = ((5, 7), (3, 4))
@@ -211,6 +211,31 @@ def test_one_model_alone(bindings):
     check_one_model_alone(
         integration, lambda: torch.nn.ModuleList([build(bindings)]).append(build(bindings))[0], inputs()
     )
+
+
+@pytest.mark.parametrize("owner", ["module", "function"])
+def test_casts_of_a_decorator_stay(monkeypatch, owner):
+    """Of the module's forward, or of the autograd function's in a module with a forward of its own."""
+    stub = foreign_mmcv.stub_package(MODULE, foreign_mmcv.Ext(), monkeypatch)
+    stub.COMPILED_FOR = "cpu"
+    cast = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    module, arguments = build(stub, torch.float32, dropout=0.0), inputs(dtype=torch.float32)
+    if owner == "module":
+        monkeypatch.setattr(stub.MultiScaleDeformableAttention, "forward", cast(module.__class__.forward))
+        run, op = lambda: module(**arguments), "ms_deform_attn_fused"
+    else:
+        function = stub.MultiScaleDeformableAttnFunction
+        monkeypatch.setattr(function, "forward", staticmethod(cast(function.forward)))
+        value, locations = torch.randn(2, POSITIONS, 2, 8), torch.rand(2, 4, 2, 2, 3, 2)
+        weights = torch.rand(2, 4, 2, 2, 3)
+        run = lambda: function.apply(value, torch.tensor(SHAPES), torch.tensor([0, 35]), locations, weights, 64)  # noqa: E731
+        op = "ms_deform_attn"
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run()
+        with apply(), counted_calls() as counts:
+            found = run()
+    assert counts == {op: 1} and found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_forward_of_ones_own_is_left(bindings):

@@ -1,7 +1,9 @@
 """What an apply() replaced is told, and reverted exactly, whatever happened in between."""
 
 import copy
+import functools
 import gc
+import inspect
 import types
 import weakref
 from types import MethodType
@@ -9,7 +11,15 @@ from types import MethodType
 import pytest
 import torch
 
-from route_kernels.integrations.report import Report, applying, is_replaced, replaced_by_others, revert_all
+from route_kernels.integrations.report import (
+    UNKNOWN_DECORATOR,
+    Report,
+    applying,
+    inside_decorators,
+    is_replaced,
+    replaced_by_others,
+    revert_all,
+)
 
 
 class Attention(torch.nn.Module):
@@ -216,3 +226,112 @@ def test_report_is_printed_when_asked(module, capsys):
     apply((module, "sample"), verbose=False).revert()
     assert capsys.readouterr().out == ""
     assert str(Report("nothing")) == "route-kernels: nothing: 0 replaced, 0 left"
+
+
+# ---- decorators -----------------------------------------------------------------------------------------------------
+
+
+def product(self, x, weight):
+    """Runs as autocast says."""
+    return x @ weight
+
+
+def transposed_product(original):
+    @functools.wraps(original)
+    def forward(self, *arguments, **keywords):  # as replacements are written: the names are the original's
+        x, weight = inspect.signature(original).bind(self, *arguments, **keywords).args[1:]
+        return (weight.mT @ x.mT).mT
+
+    return forward
+
+
+def force_fp32(function):
+    """mmcv's, in short: it looks up which arguments it gets by the names that the function has."""
+
+    @functools.wraps(function)
+    def forward(*arguments, **keywords):
+        names = inspect.getfullargspec(function).args[: len(arguments)]
+        assert len(names) == len(arguments)
+        arguments = [x.float() if isinstance(x, torch.Tensor) else x for x in arguments]
+        with torch.autocast("cpu", enabled=False):
+            return function(*arguments, **{name: x.float() for name, x in keywords.items()})
+
+    return forward
+
+
+KEPT = {
+    "nothing": lambda function: function,
+    "custom_fwd": torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32),
+    "custom_fwd without a cast": torch.amp.custom_fwd(device_type="cpu"),
+    "autocast": torch.autocast("cpu", enabled=False),
+    "force_fp32": force_fp32,
+    "no_grad": torch.no_grad(),
+    "compiler.disable": torch.compiler.disable,
+    "two of them": lambda function: torch.no_grad()(torch.autocast("cpu", enabled=False)(function)),
+    "of another device": torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_decorators_of_a_forward_stay_around_its_replacement(name):
+    class Product(torch.nn.Module):
+        forward = KEPT[name](product)
+
+    module, x, weight = Product(), torch.randn(3, 4, requires_grad=True), torch.randn(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(x, weight=weight)
+    for owner in (module, Product):
+        with applying("somebody's", verbose=False) as report:
+            report.replace_forward(owner, transposed_product, name="product", op="a product")
+        assert [entry.name for entry in report.replaced] == ["product"]
+        with report, torch.autocast("cpu", torch.bfloat16):
+            found = module(x, weight=weight)
+            assert torch.equal(module(x, weight), found)
+            assert inspect.signature(module.forward) == inspect.signature(Product.forward.__get__(module))
+        assert found.dtype == expected.dtype and found.requires_grad == expected.requires_grad
+        torch.testing.assert_close(found, expected)
+    assert "forward" not in vars(module) and inspect.unwrap(Product.forward) is product
+
+
+def test_every_decorator_that_is_called_stays():
+    """Of one for a device that is not here: what it holds shows that it is there."""
+    kept = inside_decorators(KEPT["of another device"](product), transposed_product)
+    assert inspect.getclosurevars(kept).nonlocals["device_type"] == "cuda"
+    assert kept.__wrapped__.__code__ is transposed_product(product).__code__
+
+
+class HeldElsewhere:
+    """A decorator of another making."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __get__(self, owner, _):
+        return MethodType(self, owner) if owner is not None else self
+
+    def __call__(self, *arguments):
+        return self.function(*arguments).float()
+
+
+def held_as_a_default(function):
+    @functools.wraps(function)
+    def forward(self, x, weight, *, call=function):
+        return call(self, x, weight).float()
+
+    return forward
+
+
+@pytest.mark.parametrize("decorator", [HeldElsewhere, held_as_a_default, functools.partialmethod])
+def test_a_forward_whose_decorator_would_be_lost_is_left(decorator):
+    class Product(torch.nn.Module):
+        forward = decorator(product)
+
+    module = Product()
+    for owner in (module, Product):
+        with applying("somebody's", verbose=False) as report:
+            report.replace_forward(owner, transposed_product, name="product", op="a product")
+        if decorator is functools.partialmethod:  # which is resolved when it is looked up
+            continue
+        assert not report.replaced and [entry.reason for entry in report.left] == [UNKNOWN_DECORATOR]
+    assert inside_decorators(functools.partial(product), transposed_product) is None

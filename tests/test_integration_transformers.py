@@ -266,6 +266,37 @@ def test_what_cannot_be_reached_is_said():
         assert len(report.replaced) == 1
 
 
+@pytest.mark.parametrize("family", ["rt_detr", "d_fine", "mask2former"])
+def test_casts_of_a_decorator_stay(family, monkeypatch):
+    """The attention class's own, or those of the core where a subclass keeps its forward."""
+    attention, cast = attention_class(family), torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    monkeypatch.setattr(attention, "forward", cast(attention.forward))
+    model, inputs = model_and_inputs(family)
+    first, results = attention_modules(model, family)[0], []
+    first.register_forward_hook(lambda _, __, output: results.append(output[0].detach()))
+    model = model.float().eval()
+    inputs = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(**inputs)
+        with quietly(model), counted_calls() as counts:
+            model(**inputs)
+    assert counts["ms_deform_attn_fused"] > 0
+    expected, found = results
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_how_positions_are_added_is_the_modules():
+    model, inputs = model_and_inputs("mask2former")
+    modules = attention_modules(model, "mask2former")
+    for module in modules:
+        module.with_pos_embed = lambda tensor, positions: tensor - positions
+    expected = training_step(model, inputs)
+    with quietly(model) as report:
+        assert len(report.replaced) == len(modules)
+        assert_agree(training_step(model, inputs), expected)
+
+
 def test_the_report_is_printed(capsys):
     model, _ = model_and_inputs("rt_detr")
     with apply(model):

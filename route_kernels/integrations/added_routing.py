@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache, wraps
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from ..nn import QueryRouter
 from ..ops.query_similarity import query_similarity
 from ..ops.routed_attention import routed_attention
-from .report import Replaced, Report, replaced_by_others
+from .report import UNKNOWN_DECORATOR, Replaced, Report, inside_decorators, replaced_by_others
 from .routing_context import RoutingSettings, active_settings, in_unknown_recomputation
 from .self_attention import KINDS, SelfAttentionKind, groups_as_batch, kind_of
 
@@ -123,21 +124,26 @@ class _Routed:
 def _routed_class(original: type[nn.Module], kind: type[SelfAttentionKind]) -> type[nn.Module]:
     """`original` whose forward is the routed one inside `rk.routing`. Instances can be copied and pickled."""
 
-    @wraps(original.forward)
+    def __reduce_ex__(self, protocol):
+        _, _, state, *_ = original.__reduce_ex__(self, 2)
+        return _new_routed, (original, kind), state
+
+    forward = inside_decorators(original.forward, _routed_or_original)
+    namespace = {"_original": original, "_kind": kind, "forward": forward, "__reduce_ex__": __reduce_ex__}
+    return type(f"Routed{original.__name__}", (_Routed, original), {**namespace, "__module__": __name__})
+
+
+def _routed_or_original(original: Callable) -> Callable:
+    @wraps(original)
     def forward(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             _expect_known_recomputation(self)
         settings = active_settings()
         if settings.strength == 0:
-            return original.forward(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         return _routed_forward(self, settings, args, kwargs)
 
-    def __reduce_ex__(self, protocol):
-        _, _, state, *_ = original.__reduce_ex__(self, 2)
-        return _new_routed, (original, kind), state
-
-    namespace = {"_original": original, "_kind": kind, "forward": forward, "__reduce_ex__": __reduce_ex__}
-    return type(f"Routed{original.__name__}", (_Routed, original), {**namespace, "__module__": __name__})
+    return forward
 
 
 def _new_routed(original: type[nn.Module], kind: type[SelfAttentionKind]) -> nn.Module:
@@ -199,6 +205,8 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return f"{type(module).__name__} is no self-attention that is known here"
     if replaced_by_others(module):
         return "its forward has been replaced by other code; add routing before that"
+    if inside_decorators(type(module).forward, _routed_or_original) is None:
+        return UNKNOWN_DECORATOR
     if hasattr(module, "router"):
         return "it has an attribute called router"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):

@@ -1,29 +1,34 @@
 """Deformable attention modules of research code: the fused form for those that compute what the published one does.
 
 Forks keep the names and change the formula (other box normalisers, modulation, another mask). So each module is first
-compared with the fused form on a small example, in float64 and with random parameters, outputs and gradients.
+compared with the fused form on a small example with random parameters: outputs and gradients in float64, and the output
+under autocast, where casts show.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 
 import torch
 from torch import nn
 
 from .. import backends
 from .deformable_attention import FUSED, forward_or_original
-from .report import REPLACED_BY_OTHERS, Report, replaced_by_others
+from .report import REPLACED_BY_OTHERS, UNKNOWN_DECORATOR, Report, inside_decorators, replaced_by_others
 
 LINEAR_LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 EXAMPLE_LEVELS = ((4, 5), (3, 2), (2, 3), (1, 2))
 BATCH, QUERIES = 2, 3
 TOLERANCE = 1e-9
 """Of float64 results that differ in the order of their sums alone."""
+
+AUTOCAST_FACTOR, AUTOCAST_FLOOR = 4.0, 1e-5
+"""Under autocast ours may err by so many times what theirs does, and by so much of the result's size: a lost cast of
+float32 to bfloat16 shows as 1e4 times."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Convention:
         )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fuse(report: Report, model: nn.Module, convention: Convention) -> None:
     """Give every module of `model` that follows the convention the fused forward; the others are left, with a reason.
 
@@ -60,8 +67,9 @@ def fuse(report: Report, model: nn.Module, convention: Convention) -> None:
         found = True
         reason = _reason_to_leave(module, convention)
         if reason is None:
-            forward = MethodType(forward_or_original(convention.forward, type(module).forward), module)
-            report.replace(module, "forward", forward, name=name or type(module).__name__, op=FUSED)
+            report.replace_forward(
+                module, forward_or_original(convention.forward), name=name or type(module).__name__, op=FUSED
+            )
         else:
             report.leave(name or type(module).__name__, reason)
     if not found:
@@ -95,6 +103,51 @@ def random_twin(module: nn.Module) -> nn.Module | str:
     return twin
 
 
+def autocast_difference(
+    theirs: Callable[[], torch.Tensor], ours: Callable[[], torch.Tensor], exact: torch.Tensor
+) -> str | None:
+    """What autocast, as it is on now, shows: why `ours()` does not stand for `theirs()`; None where it does.
+
+    Args:
+        exact: the same in float32 or float64, without autocast.
+    """
+    with torch.no_grad():
+        with _switched_autocast() as by_theirs:
+            expected = theirs()
+        with _switched_autocast() as by_ours:
+            found = ours()
+    elsewhere = by_theirs - by_ours - {expected.device.type}
+    if elsewhere:
+        return f"it switches autocast of {', '.join(sorted(elsewhere))}: apply() once it is there, where it is compared"
+    if found.dtype != expected.dtype:
+        return f"under autocast it returns {expected.dtype}, the replacement {found.dtype}"
+    error, allowed = (_rms(x.double() - exact.to(x.device).double()) for x in (found, expected))
+    if not error <= AUTOCAST_FACTOR * allowed + AUTOCAST_FLOOR * _rms(exact):
+        return f"under autocast it is off by {allowed:.1e}, the replacement by {error:.1e}"
+    return None
+
+
+@contextmanager
+def _switched_autocast() -> Iterator[set[str]]:
+    """The device types whose autocast is switched on or off inside the block."""
+    devices: set[str] = set()
+    enter = torch.autocast.__enter__
+
+    def noting(self: torch.autocast) -> torch.autocast:
+        devices.add(self.device)
+        return enter(self)
+
+    torch.autocast.__enter__ = noting
+    try:
+        yield devices
+    finally:
+        torch.autocast.__enter__ = enter
+
+
+def _rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
 def _reason_to_leave(module: nn.Module, convention: Convention) -> str | None:
     if replaced_by_others(module):
         return REPLACED_BY_OTHERS
@@ -102,11 +155,12 @@ def _reason_to_leave(module: nn.Module, convention: Convention) -> str | None:
         return f"{type(module).__name__} is not the published module: expected {', '.join(LINEAR_LAYERS)}, " + (
             f"{convention.heads}, {convention.levels} and forward({', '.join(arguments_of(convention.forward))})"
         )
-    return _difference(module, convention)
+    forward = inside_decorators(type(module).forward, forward_or_original(convention.forward))
+    return UNKNOWN_DECORATOR if forward is None else _difference(module, convention, forward)
 
 
-def _difference(module: nn.Module, convention: Convention) -> str | None:
-    """What an example shows: why the fused form is not what `module` computes; None where it is."""
+def _difference(module: nn.Module, convention: Convention, forward: Callable[..., torch.Tensor]) -> str | None:
+    """What an example shows: why the replacement `forward` is not what `module` computes; None where it is."""
     twin = random_twin(module)
     if isinstance(twin, str):
         return twin
@@ -117,10 +171,20 @@ def _difference(module: nn.Module, convention: Convention) -> str | None:
                 theirs = _results(type(module).forward(twin, *arguments), leaves)
             except Exception as error:  # whatever somebody's module raises is the reason that is reported
                 return f"its own forward does not run on a small CPU example: {described(error)}"
-            ours = _results(convention.forward(twin, *arguments), leaves)
+            ours = _results(forward(twin, *arguments), leaves)
         if not all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(ours, theirs, strict=True)):
             return f"it computes something else than the published module (reference points of {coordinates} numbers)"
-    return None
+    exact, device = theirs[0], next(module.parameters()).device
+    twin.to(device, torch.float32)
+    arguments = [x.to(device, torch.float32 if x.is_floating_point() else x.dtype) for x in arguments]
+    with backends.backend("reference"), torch.autocast(device.type):
+        try:
+            type(module).forward(twin, *arguments)
+        except Exception:  # under autocast nobody uses it
+            return None
+        return autocast_difference(
+            lambda: type(module).forward(twin, *arguments), lambda: forward(twin, *arguments), exact
+        )
 
 
 def _example(levels: int, channels: int, coordinates: int) -> tuple[tuple, tuple[torch.Tensor, ...]]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from types import MethodType, ModuleType
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch import nn
 from .. import backends
 from ..ops.levels import SpatialShapes
 from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
-from .report import REPLACED_BY_OTHERS, Report, replaced_by_others
+from .report import Report, inside_decorators
 
 PLAIN, FUSED = "ms_deform_attn", "ms_deform_attn_fused"
 
@@ -71,10 +71,9 @@ def replace_forward(
         TypeError: `model` is no module.
         ValueError: it has none of that class.
     """
-    original = attention.forward
     if model is None:
         name = f"{attention.__module__}.{attention.__qualname__}"
-        report.replace(attention, "forward", forward_or_original(fused, original), name=name, op=FUSED)
+        report.replace_forward(attention, forward_or_original(fused), name=name, op=FUSED)
         return
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -88,13 +87,10 @@ def replace_forward(
         )
     for name, module in modules.items():
         name = name or type(module).__name__
-        if type(module).forward is not original:
+        if type(module).forward is not attention.forward:
             report.leave(name, f"{type(module).__name__} has a forward of its own")
-        elif replaced_by_others(module):
-            report.leave(name, REPLACED_BY_OTHERS)
         else:
-            forward = MethodType(forward_or_original(fused, original), module)
-            report.replace(module, "forward", forward, name=name, op=FUSED)
+            report.replace_forward(module, forward_or_original(fused), name=name, op=FUSED)
 
 
 def replace_function(report: Report, function: Callable, replacement: Callable) -> None:
@@ -104,21 +100,27 @@ def replace_function(report: Report, function: Callable, replacement: Callable) 
             report.replace(module, function.__name__, replacement, name=f"{name}.{function.__name__}", op=PLAIN)
 
 
-def forward_or_original(fused: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable:
-    """A module's forward: `fused` where a kernel runs it."""
+def forward_or_original(fused: Callable[..., torch.Tensor]) -> Callable[[Callable], Callable]:
+    """original -> a module's forward: `fused` where a kernel runs it."""
 
-    @wraps(original)
-    def forward(self: nn.Module, query: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
-        return (fused if has_kernel(FUSED, query) else original)(self, query, *arguments, **keywords)
+    def replacement(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(original)
+        def forward(self: nn.Module, query: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            return (fused if has_kernel(FUSED, query) else original)(self, query, *arguments, **keywords)
 
-    return forward
+        return forward
+
+    return replacement
 
 
-def plain_or_original(plain: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable:
-    """A function of value and more: `plain` where a kernel runs it."""
+def plain_or_original(plain: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable | None:
+    """A function of value and more: `plain` where a kernel runs it. See `inside_decorators` for those of `original`."""
 
-    @wraps(original)
-    def function(value: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
-        return (plain if has_kernel(PLAIN, value) else original)(value, *arguments, **keywords)
+    def replacement(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(original)
+        def function(value: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            return (plain if has_kernel(PLAIN, value) else original)(value, *arguments, **keywords)
 
-    return function
+        return function
+
+    return inside_decorators(original, replacement)

@@ -14,17 +14,28 @@ B batch, N queries, C channels, H heads, D = C / H, R rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from types import MethodType
 
 import torch
 from torch import nn
 
+from .. import backends
 from ..nn import routing_factors
 from ..ops.query_similarity import query_similarity
 from ..ops.routed_attention import OP, RoutingFactors, routing_bias
 from . import routed_mask
-from .convention import TOLERANCE, arguments_of, described, random_twin
-from .report import REPLACED_BY_OTHERS, Report, applying, replaced_by_others, revert_all
+from .convention import TOLERANCE, arguments_of, autocast_difference, described, random_twin
+from .report import (
+    REPLACED_BY_OTHERS,
+    UNKNOWN_DECORATOR,
+    Report,
+    applying,
+    inside_decorators,
+    replaced_by_others,
+    revert_all,
+)
 from .routed_mask import RoutedMask
 
 CODEBASE = "dual_r_detr"
@@ -67,8 +78,8 @@ def apply(model: nn.Module, *, verbose: bool = True) -> Report:
                 report.leave(name, reason)
                 continue
             attention = layer.self_attn
-            routed, attend = MethodType(forward, layer), MethodType(routed_mask.forward, attention)
-            report.replace(layer, "forward", routed, name=f"{name}.query_router", op="factors, query_similarity")
+            report.replace_forward(layer, _routed, name=f"{name}.query_router", op="factors, query_similarity")
+            attend = MethodType(routed_mask.forward, attention)
             report.replace(attention, "forward", attend, name=f"{name}.self_attn", op=OP)
         if not layers:
             report.leave(type(model).__name__, "no module in it has a `query_router`")
@@ -93,6 +104,8 @@ def forward(
     gating_lambda: float = 0.0,
     prev_class_logits: torch.Tensor | None = None,
     reference_boxes: torch.Tensor | None = None,
+    *,
+    original: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Their decoder layer with its own gating off and, where gating is asked for, factors in place of the mask.
 
@@ -102,6 +115,7 @@ def forward(
         gating_lambda: lambda; 0 or None is plain attention.
         prev_class_logits: [B, N, classes] of the previous layer, or None.
         reference_boxes: [B, N, 4] as (cx, cy, w, h), or None.
+        original: their forward.
 
     Returns:
         [B, N, C].
@@ -110,10 +124,14 @@ def forward(
         with_position = self.with_pos_embed(query, query_pos)
         features = query_features(with_position, prev_class_logits, reference_boxes)
         self_attn_mask = RoutedMask(factors(self.query_router, with_position, features, gating_lambda), self_attn_mask)
-    return type(self).forward(
+    return original(
         self, query, query_pos, reference_points, value, spatial_shapes, level_start_index, self_attn_mask,
         key_padding_mask,
     )  # fmt: skip
+
+
+def _routed(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return wraps(original)(lambda *arguments, **keywords: forward(*arguments, original=original, **keywords))
 
 
 def query_features(
@@ -150,8 +168,11 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
     attention = getattr(layer, "self_attn", None)
     if replaced_by_others(layer):
         return REPLACED_BY_OTHERS
-    if arguments_of(type(layer).forward) != arguments_of(forward):
-        return f"its forward does not take ({', '.join(arguments_of(forward)[1:])})"
+    _, *arguments, _ = arguments_of(forward)
+    if arguments_of(type(layer).forward)[1:] != arguments:
+        return f"its forward does not take ({', '.join(arguments)})"
+    if inside_decorators(type(layer).forward, _routed) is None:
+        return UNKNOWN_DECORATOR
     if type(attention) is not nn.MultiheadAttention:
         return f"self_attn is no torch.nn.MultiheadAttention but {type(attention).__name__}"
     if replaced_by_others(attention):
@@ -169,6 +190,8 @@ def _difference(router: nn.Module) -> str | None:
     missing = [name for name in ROUTER if not hasattr(router, name)]
     if missing:
         return f"query_router is not the published one: it has no {', '.join(missing)}"
+    if hasattr(type(router).forward, "__wrapped__"):
+        return "query_router.forward is decorated, and the factors are made without it"
     twin = random_twin(router)
     if isinstance(twin, str):
         return f"query_router {twin}"
@@ -187,4 +210,13 @@ def _difference(router: nn.Module) -> str | None:
         ours = routing_bias(factors(twin, query, features, 1.0)).unsqueeze(1)
     if not torch.allclose(ours.expand_as(theirs), theirs, rtol=TOLERANCE, atol=TOLERANCE):
         return "query_router computes another bias than the published one"
-    return None
+    device = next(router.parameters()).device
+    twin.to(device, torch.float32)
+    query, features = query.to(device, torch.float32), features.to(device, torch.float32)
+    with backends.backend("reference"), torch.autocast(device.type):
+        reason = autocast_difference(
+            lambda: twin(query, *features.unbind(-1)).float().unflatten(0, (EXAMPLE_BATCH, -1)),
+            lambda: routing_bias(factors(twin, query, features, 1.0)).float().unsqueeze(1),
+            theirs,
+        )
+    return reason and f"query_router: {reason}"

@@ -9,7 +9,8 @@ CPU and for bfloat16) or `MultiScaleDeformableAttnFunction.apply` (mmcv's own CU
 
 from __future__ import annotations
 
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from ..ops.levels import LevelStarts, SpatialShapes
 from ..ops.ms_deform_attn import ms_deform_attn
 from .deformable_attention import PLAIN, import_foreign, plain_or_original, replace_forward, replace_function, sample
-from .report import Report, applying, revert_all
+from .report import Report, applying, inside_decorators, revert_all
 
 CODEBASE = "mmcv"
 
@@ -60,7 +61,10 @@ def replace_attention(report: Report, bindings: ModuleType, model: nn.Module | N
         return
     compiled, eager = bindings.MultiScaleDeformableAttnFunction, bindings.multi_scale_deformable_attn_pytorch
     name = f"{compiled.__module__}.{compiled.__qualname__}.apply"
-    report.replace(compiled, "apply", staticmethod(plain_or_original(call, compiled.apply)), name=name, op=PLAIN)
+    # the casts of an autograd function stand before its forward, whose first argument is a context
+    cast = inside_decorators(compiled.forward, lambda _: lambda context, *arguments: call(*arguments))
+    plain = cast and staticmethod(plain_or_original(partial(cast, SimpleNamespace()), compiled.apply))
+    report.replace(compiled, "apply", plain, name=name, op=PLAIN)
     replace_function(report, eager, plain_or_original(multi_scale_deformable_attn_pytorch, eager))
 
 

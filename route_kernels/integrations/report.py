@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial, partialmethod
+from types import CellType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -13,6 +15,7 @@ from torch import nn
 
 ALREADY_REPLACED = "already replaced by an earlier apply()"
 REPLACED_BY_OTHERS = "other code has replaced its forward: apply() first, that code afterwards"
+UNKNOWN_DECORATOR = "it is decorated in a way that a replacement cannot keep (no functools.wraps around one function)"
 
 _MISSING = object()
 _active: list[Report] = []
@@ -85,8 +88,12 @@ class Report:
     def replace(self, owner: Any, attribute: str, replacement: Any, *, name: str, op: str) -> None:
         """Set `owner.attribute` to `replacement`, remembering the original; what is ours already is left.
 
-        Of a dictionary (`sys.modules`) it is the item.
+        Of a dictionary (`sys.modules`) it is the item. A replacement of None (`inside_decorators` found no way) leaves
+        the original, too.
         """
+        if replacement is None:
+            self.leave(name, UNKNOWN_DECORATOR)
+            return
         original = _names(owner).get(attribute, _MISSING)
         if is_replaced(owner, attribute) or _function_of(original) in _bound:
             self.leave(name, ALREADY_REPLACED)
@@ -96,6 +103,21 @@ class Report:
             _bound.add(replacement.__func__)
         self._saved.append(_Saved(owner, attribute, original, replacement))
         self.replaced.append(Replaced(name, op))
+
+    def replace_forward(
+        self, owner: nn.Module | type[nn.Module], replacement: Callable[[Callable], Callable], *, name: str, op: str
+    ) -> None:
+        """Set the forward of a module, or of a class, to `replacement(original)` inside the original's decorators.
+
+        A module whose forward other code has replaced is left.
+        """
+        if isinstance(owner, type):
+            self.replace(owner, "forward", inside_decorators(owner.forward, replacement), name=name, op=op)
+        elif replaced_by_others(owner):
+            self.leave(name, REPLACED_BY_OTHERS)
+        else:
+            forward = inside_decorators(type(owner).forward, replacement)
+            self.replace(owner, "forward", forward and MethodType(forward, owner), name=name, op=op)
 
     def leave(self, name: str, reason: str) -> None:
         """Note that `name` stays as it is."""
@@ -135,6 +157,40 @@ class Report:
             yield f"  {entry.name:{width}}  -> {entry.op}"
         for entry in self.left:
             yield f"  {entry.name:{width}}  left: {entry.reason}"
+
+
+def inside_decorators(decorated: Callable, replacement: Callable[[Callable], Callable]) -> Callable | None:
+    """`replacement(function)` inside the decorators (casts, autocast, no_grad, ...) that `decorated` has around it.
+
+    A decorator that follows `functools.wraps` returns a function that holds in its closure what it wraps: a copy of
+    that function holds the replacement instead.
+
+    Returns:
+        None where there is a decorator of another making, which would be lost.
+    """
+    if isinstance(decorated, partial | partialmethod):
+        return None
+    inner = getattr(decorated, "__wrapped__", None)
+    if inner is None:
+        return replacement(decorated)
+    cells = getattr(decorated, "__closure__", None) or ()
+    held = [_content(cell) is inner for cell in cells]
+    ours = inside_decorators(inner, replacement) if any(held) else None
+    if ours is None:
+        return None
+    ours.__signature__ = inspect.signature(inner)  # decorators like force_fp32 look up the arguments' names
+    closure = tuple(CellType(ours) if holds else cell for cell, holds in zip(cells, held, strict=True))
+    copy = FunctionType(decorated.__code__, decorated.__globals__, decorated.__name__, decorated.__defaults__, closure)
+    copy.__kwdefaults__ = decorated.__kwdefaults__
+    copy.__dict__.update({name: ours if value is inner else value for name, value in vars(decorated).items()})
+    return copy
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet filled
+        return _MISSING
 
 
 def is_replaced(owner: Any, attribute: str) -> bool:

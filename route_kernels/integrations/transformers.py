@@ -14,10 +14,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
-from types import MethodType
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from ..ops.ms_deform_attn import ms_deform_attn
 from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
 from .deformable_attention import FUSED, PLAIN, has_kernel, plain_or_original
 from .kernels import MultiScaleDeformableAttention
-from .report import REPLACED_BY_OTHERS, Report, applying, replaced_by_others, revert_all
+from .report import Report, applying, inside_decorators, revert_all
 
 CODEBASE = "transformers"
 DEFAULT_METHOD = "default"
@@ -60,20 +59,22 @@ def _plain_function(original: Callable) -> Callable:
 
 
 def _plain_v2_function(original: Callable) -> Callable:
-    def multi_scale_deformable_attention_v2(
-        value: torch.Tensor,  # [B, S, H, D]
-        value_spatial_shapes: torch.Tensor | Sequence[tuple[int, int]],
-        sampling_locations: torch.Tensor,  # [B, N, H, K, 2]
-        attention_weights: torch.Tensor,  # [B, N, H, K]
-        num_points_list: Sequence[int],
-        method: str = DEFAULT_METHOD,
-    ) -> torch.Tensor:
-        samples = (sampling_locations, attention_weights)
-        if method != DEFAULT_METHOD:
-            return original(value, value_spatial_shapes, *samples, num_points_list, method)
-        return ms_deform_attn(value, value_spatial_shapes, None, *samples, points=num_points_list)
+    return inside_decorators(original, lambda original: plain_or_original(partial(_plain_v2, original), original))
 
-    return plain_or_original(multi_scale_deformable_attention_v2, original)
+
+def _plain_v2(
+    original: Callable,
+    value: torch.Tensor,  # [B, S, H, D]
+    value_spatial_shapes: torch.Tensor | Sequence[tuple[int, int]],
+    sampling_locations: torch.Tensor,  # [B, N, H, K, 2]
+    attention_weights: torch.Tensor,  # [B, N, H, K]
+    num_points_list: Sequence[int],
+    method: str = DEFAULT_METHOD,
+) -> torch.Tensor:
+    samples = (sampling_locations, attention_weights)
+    if method != DEFAULT_METHOD:
+        return original(value, value_spatial_shapes, *samples, num_points_list, method)
+    return ms_deform_attn(value, value_spatial_shapes, None, *samples, points=num_points_list)
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,13 @@ def _replace_family(family: Family, report: Report) -> None:
         return
     modeling = import_module(family.module)
     attention, core = getattr(modeling, family.attention), getattr(modeling, family.core.name)
-    fused = _fused_forward(family, attention.forward)
-    report.replace(attention, "forward", fused, name=f"{family.name}: {family.attention}", op=FUSED)
-    owner, attribute = (core, "forward") if isinstance(core, type) else (modeling, family.core.name)
-    plain = family.core.plain(getattr(owner, attribute))
-    report.replace(owner, attribute, plain, name=f"{family.name}: {family.core.name}", op=PLAIN)
+    fused = partial(_fused_forward, family)
+    report.replace_forward(attention, fused, name=f"{family.name}: {family.attention}", op=FUSED)
+    name = f"{family.name}: {family.core.name}"
+    if isinstance(core, type):
+        report.replace_forward(core, family.core.plain, name=name, op=PLAIN)
+    else:
+        report.replace(modeling, family.core.name, family.core.plain(core), name=name, op=PLAIN)
     if family.method is not None:
         report.leave(f"{family.name}: any other method", f"method={DEFAULT_METHOD!r} alone is the operator of ours")
 
@@ -257,11 +260,8 @@ def _replace_module(family: Family, name: str, module: nn.Module, report: Report
         report.leave(name, f"method={method!r} is another operator; method={DEFAULT_METHOD!r} is ours")
     elif type(module).forward is not attention.forward:
         _replace_held_core(family, name, module, report)
-    elif replaced_by_others(module):
-        report.leave(name, REPLACED_BY_OTHERS)
     else:
-        forward = MethodType(_fused_forward(family, attention.forward), module)
-        report.replace(module, "forward", forward, name=name, op=FUSED)
+        report.replace_forward(module, partial(_fused_forward, family), name=name, op=FUSED)
 
 
 def _replace_held_core(family: Family, name: str, module: nn.Module, report: Report) -> None:
@@ -272,8 +272,7 @@ def _replace_held_core(family: Family, name: str, module: nn.Module, report: Rep
         reason = f"{type(module).__name__} has a forward of its own; apply({family.name!r}) may reach what it calls"
         report.leave(name, reason)
     elif isinstance(held, nn.Module):
-        plain = MethodType(family.core.plain(type(held).forward), held)
-        report.replace(held, "forward", plain, name=f"{name}.{attribute}", op=PLAIN)
+        report.replace_forward(held, family.core.plain, name=f"{name}.{attribute}", op=PLAIN)
     else:
         report.replace(module, attribute, family.core.plain(held), name=f"{name}.{attribute}", op=PLAIN)
 
@@ -308,7 +307,8 @@ def _fused_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attended queries [B, N, C], and the attention weights where someone is going to read them."""
     if position_embeddings is not None:
-        hidden_states = hidden_states + position_embeddings
+        add = getattr(module, "with_pos_embed", torch.add)  # a method that a subclass may have changed
+        hidden_states = add(hidden_states, position_embeddings)
     value = module.value_proj(encoder_hidden_states) if hasattr(module, "value_proj") else encoder_hidden_states
     offsets = module.sampling_offsets(hidden_states).unflatten(-1, (module.n_heads, -1, 2))
     logits = module.attention_weights(hidden_states).unflatten(-1, (module.n_heads, -1))
