@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_FOR_BACKBONE_MAPPING_NAMES
 
-from .config import BackboneConfig
+from .config import BackboneConfig, unknown_key
+
+SETTINGS = "detector.backbone.settings"
+NOT_THE_NETWORK = {
+    *(
+        "_name_or_path",
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+    ),
+    *("model_type", "num_labels", "out_features", "out_indices", "output_attentions", "output_hidden_states"),
+    *("problem_type", "return_dict", "stage_names", "transformers_version"),
+}
+"""Fields of every configuration of transformers that make no difference here, or are set here."""
 
 
 class FrozenBatchNorm(nn.Module):
@@ -32,28 +51,78 @@ class Backbone(nn.Module):
 
     Runs in channels-last memory format, so that a map flattens to tokens without a transposition.
 
-    Raises ValueError for a model type without backbone, more stages than there are, or a `frozen` name of nothing.
+    Raises ValueError for a model type without backbone, a setting that it does not have or take, more stages than there
+    are, or a `frozen` name of nothing.
     """
 
     def __init__(self, config: BackboneConfig, stages: int) -> None:
         super().__init__()
-        configured = AutoConfig.for_model if config.weights is None else AutoConfig.from_pretrained
-        try:
-            model = configured(config.weights or config.model, **config.settings)
-            names = [name for name in model.stage_names if name != "stem"]
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"backbone: expected a model of transformers with an AutoBackbone: {error}") from error
+        model = _model(config)
+        names = [name for name in model.stage_names if name != "stem"]
         if stages > len(names):
             raise ValueError(f"used_stages: expected at most {len(names)} for {model.model_type}, got {stages}")
         model.out_features = names[-stages:]
-        self.body = AutoBackbone.from_config(model) if config.weights is None else _pretrained(model, config.weights)
+        try:
+            fresh = config.weights is None
+            self.body = AutoBackbone.from_config(model) if fresh else _pretrained(model, config.weights)
+            self.channels = list(self.body.channels)
+        except (LookupError, TypeError, ArithmeticError) as error:  # numbers that no layer can be made of
+            raise ValueError(f"{SETTINGS}: no {model.model_type} can be built of {config.settings}: {error}") from error
         self.body.to(memory_format=torch.channels_last)
-        self.channels = list(self.body.channels)
         if config.fine_tune:
             _freeze(self.body, config.frozen)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return list(self.body(images.contiguous(memory_format=torch.channels_last)).feature_maps)
+
+
+def _model(config: BackboneConfig) -> PretrainedConfig:
+    """The configuration of transformers that is meant; it takes any setting, so that the names are checked here."""
+    if config.weights is None and config.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+        others = unknown_key(config.model, MODEL_FOR_BACKBONE_MAPPING_NAMES)
+        raise ValueError(f"detector.backbone: expected a model of transformers with an AutoBackbone: {others}")
+    configured = AutoConfig.for_model if config.weights is None else AutoConfig.from_pretrained
+    try:
+        model = configured(config.weights or config.model, **config.settings)
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+        field = "settings" if config.weights is None else f"weights: {config.weights}"
+        raise ValueError(f"detector.backbone.{field}: {' '.join(str(error).split())[:300]}") from error
+    if model.model_type not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+        raise ValueError(f"detector.backbone.weights: {config.weights}: a {model.model_type} has no AutoBackbone")
+    known = _setting_names(model)
+    for key in sorted(config.settings.keys() - known):
+        raise ValueError(unknown_key(f"{SETTINGS}.{key}", [f"{SETTINGS}.{name}" for name in sorted(known)]))
+    return model
+
+
+def _setting_names(model: PretrainedConfig) -> set[str]:
+    return {*type(model)().to_dict(), *model.attribute_map} - NOT_THE_NETWORK
+
+
+def known_settings(config: BackboneConfig) -> BackboneConfig:
+    """The backbone without settings that its model does not have: checkpoints from before that was an error, and some
+    config.json on hubs, hold some. They have never made a difference."""
+    if config.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+        return config
+    known = _setting_names(AutoConfig.for_model(config.model))
+    return replace(config, settings={name: value for name, value in config.settings.items() if name in known})
+
+
+def settings_of(model: PretrainedConfig) -> dict[str, Any]:
+    """What makes the network, where it differs from the defaults of its type."""
+    values, defaults = model.to_dict(), type(model)().to_dict()
+    return {name: values[name] for name in sorted(_setting_names(model)) if values.get(name) != defaults.get(name)}
+
+
+def self_contained(config: BackboneConfig) -> BackboneConfig:
+    """The backbone with the model and the settings of its `weights`, so that it can be built without them.
+
+    Raises ValueError as `Backbone` for a model or a setting that does not exist.
+    """
+    model = _model(config)
+    if config.weights is None:
+        return config
+    return replace(config, model=model.model_type, settings=settings_of(model))
 
 
 def _freeze(body: nn.Module, prefixes: tuple[str, ...]) -> None:

@@ -45,7 +45,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--name", help="name of the run: its folder is runs/NAME (default: the preset's name)")
     train.add_argument("--out", type=Path, help="the run's folder, instead of runs/NAME")
     train.add_argument("--cache", type=Path, metavar="FOLDER", help="keep decoded training images there")
-    train.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint file")
+    train.add_argument(
+        "--init",
+        metavar="RUN",
+        help="begin with the weights of this run or checkpoint file, and without --preset with its configuration",
+    )
+    train.add_argument(
+        "--init-partial", action="store_true", help="what does not fit of --init begins anew, instead of an error"
+    )
     train.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
     _add_configuration(train)
 
@@ -141,7 +148,13 @@ def _add_data_options(command: argparse.ArgumentParser, splits: Sequence[str], o
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    return args.out or Path("runs") / (args.name or args.preset or "tiny")
+    if args.out:
+        return args.out
+    began = args.preset or "tiny"
+    if args.init and not args.preset and not args.config:
+        file = Path(args.init)
+        began = (file.parent if file.name in ("best.pt", "last.pt") else file).name.removesuffix(".pt") + "-finetune"
+    return Path("runs") / (args.name or began)
 
 
 def _how_to_resume(args: argparse.Namespace) -> str:

@@ -27,7 +27,15 @@ from route_detr.evaluation import table
 from route_detr.export import export as export_detector
 from route_detr.importing import imported, read_published
 from route_detr.plots import plot_curves, plot_detections, plot_routing, plot_schedule
-from route_detr.prediction import PREDICTIONS, Trained, image_files, load_trained, pictures_of, predict_files
+from route_detr.prediction import (
+    PREDICTIONS,
+    Trained,
+    image_files,
+    load_trained,
+    pictures_of,
+    predict_files,
+    stored_config,
+)
 from route_detr.run import Run, find_checkpoint
 from route_detr.scale_out import start_processes, take_weights
 from route_detr.training import Training
@@ -56,10 +64,16 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def _configured(args: argparse.Namespace) -> tuple[str, Config]:
-    """The name of the preset or the file to start from, and the configuration with what overrides it."""
+def _configured(args: argparse.Namespace, init: Path | None = None) -> tuple[str, Config]:
+    """The name of the preset or the file to start from, and the configuration with what overrides it.
+
+    Without either, what ``init`` was trained with.
+    """
     if args.preset and args.config:
         raise UsageError("--preset and --config: expected one of them, got both (a file names its preset as `base`)")
+    if init is not None and not args.preset and not args.config:
+        state = load_checkpoint(init)
+        return state.get("preset", str(init)), stored_config(state, init).updated(_overrides(args))
     name = str(args.config or args.preset or "tiny")
     return name, (load_config(name) if args.config else preset(name)).updated(_overrides(args))
 
@@ -106,8 +120,11 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _started(args: argparse.Namespace, run: Run) -> Training:
+    if args.init_partial and not args.init:
+        raise UsageError("--init-partial: expected with --init RUN, got none")
     run.check_new()
-    name, config = _configured(args)
+    init = find_checkpoint(args.init) if args.init else None
+    name, config = _configured(args, init)
     accelerator = _processes(args)
     paths = _data_paths(args, ("train", "val"))
     if paths is None:
@@ -116,16 +133,17 @@ def _started(args: argparse.Namespace, run: Run) -> Training:
                 detection_data.write_digits(BUNDLED_DATA)
         args.data = Path(BUNDLED_DATA)
         paths = _data_paths(args, ("train", "val"))
-    training = Training(run, config, paths, accelerator, preset=name, cache=args.cache)
+    backbone_is_read = config.detector.backbone.weights is not None and (init is None or args.init_partial)
+    training = Training(
+        run, config, paths, accelerator, preset=name, cache=args.cache, weights_follow=init and not backbone_is_read
+    )
     classes = training.config.detector.num_classes
     if _overrides(args).get("detector.num_classes", classes) != classes:
         raise UsageError(f"detector.num_classes: the data set has {classes} categories")
-    if args.init:
-        new = take_weights(training.detector, find_checkpoint(args.init))
-        if run.writes and new:
-            print(
-                f"weights of {args.init}; {len(new)} tensors begin anew: {', '.join(new[:4])}{' ...' * (len(new) > 4)}"
-            )
+    if init is not None:
+        told = take_weights(training.detector, init, training.train_set.category_names, args.init_partial)
+        if run.writes:
+            print(told)
     training.start()
     return training
 
@@ -135,7 +153,7 @@ def _resumed(args: argparse.Namespace, run: Run) -> Training:
         raise UsageError("--init and --resume: expected one of them, got both")
     run.check_resumable()
     state = load_checkpoint(run.last)
-    stored, data = Config.from_dict(state["config"]), state["data"]
+    stored, data = stored_config(state, run.last), state["data"]
     if str(args.config or args.preset or state["preset"]) != state["preset"]:
         raise UsageError(f"--preset, --config: the run to resume began with {state['preset']}")
     config = stored
@@ -150,7 +168,9 @@ def _resumed(args: argparse.Namespace, run: Run) -> Training:
             raise UsageError(f"--data, --{name.replace('_', '-')}: {path}, but the run to resume has {data[name]}")
     if args.threads is None:
         args.threads = state["threads"]
-    training = Training(run, config, data, _processes(args), preset=state["preset"], cache=args.cache)
+    training = Training(
+        run, config, data, _processes(args), preset=state["preset"], cache=args.cache, weights_follow=True
+    )
     training.resume()
     return training
 

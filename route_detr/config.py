@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from importlib.resources import files
 from pathlib import Path
@@ -212,7 +212,7 @@ class Config:
             for parent in parents:
                 section = section.setdefault(parent, {}) if isinstance(section, dict) else None
             if not isinstance(section, dict):
-                raise ValueError(_unknown_key(dotted))
+                raise ValueError(unknown_key(dotted))
             section[last] = value
         return Config.from_dict(values)
 
@@ -222,15 +222,15 @@ def _first_error(error: ValidationError) -> str:
     # A union adds the types that it tried to the location; the names of fields are what a reader looks for.
     key = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part != "str")
     if first["type"] == "unexpected_keyword_argument":
-        return _unknown_key(key)
+        return unknown_key(key)
     if first["type"] == "value_error":
         return f"{key}{'.' if key else ''}{first['ctx']['error']}"
     return f"{key or 'config'}: {first['msg']}, got {first['input']!r}"
 
 
-def _unknown_key(key: str) -> str:
-    """What to say of a dotted key that is no field: the one whose last name is nearest."""
-    known = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config().to_dict())}
+def unknown_key(key: str, dotted_keys: Iterable[str] | None = None) -> str:
+    """What to say of a dotted key that is none of these (the fields of `Config`); the nearest by its last name."""
+    known = {dotted.rpartition(".")[2]: dotted for dotted in dotted_keys or _dotted_keys(Config().to_dict())}
     section, _, last = key.rpartition(".")
     nearest = difflib.get_close_matches(last, known, n=1)
     others = ", ".join(name for name, dotted in known.items() if dotted.rpartition(".")[0] == section)

@@ -232,16 +232,18 @@ def detections(
     return found
 
 
-def parameter_groups(detector: Detector, config: TrainConfig) -> list[dict]:
+def parameter_groups(detector: Detector, config: TrainConfig, weights_follow: bool = False) -> list[dict]:
     """Optimizer groups "main", "backbone" and "sampling" (layers that give sampling offsets), by learning rate.
 
-    Raises ValueError for a backbone whose fixed layers would be random: `fine_tune` without `weights`.
+    Raises ValueError for a backbone whose fixed layers would be random: `fine_tune` without `weights`, where no
+    checkpoint follows.
     """
     backbone = detector.config.backbone
-    if backbone.fine_tune and backbone.weights is None:
+    if backbone.fine_tune and backbone.weights is None and not weights_follow:
         raise ValueError(
             "detector.backbone.weights: expected a model name or folder, since fine_tune fixes the stem and all norms, "
-            "got None (or set detector.backbone.fine_tune to false to train from scratch)"
+            "got None (or begin with a checkpoint by --init, or train from scratch with "
+            "detector.backbone.fine_tune=false)"
         )
     scales = {"backbone": config.backbone_learning_rate_scale, "sampling": config.sampling_learning_rate_scale}
     groups: dict[str, list[nn.Parameter]] = {"main": [], "backbone": [], "sampling": []}

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeformableDetrConfig, PretrainedConfig
 
+from .backbone import settings_of
 from .config import Config, preset
 from .detector import Detector
 
@@ -234,19 +235,17 @@ def transformers_config(source: PretrainedConfig) -> Config:
 
 
 def _backbone_config(source: PretrainedConfig) -> dict[str, Any]:
-    settings = source.to_diff_dict()
     timm_depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
-    if settings.get("backbone") in timm_depths:
-        return {"settings": {"depths": timm_depths[settings["backbone"]]}, "fine_tune": True}
-    stages, used = settings.get("stage_names"), settings.get("out_features")
+    if getattr(source, "backbone", None) in timm_depths:
+        return {"settings": {"depths": timm_depths[source.backbone]}, "fine_tune": True}
+    stages, used = getattr(source, "stage_names", None), getattr(source, "out_features", None)
     if not stages or not used or used != stages[-len(used) :]:
         raise ValueError(
             f"backbone_config: expected a backbone of transformers that gives its last stages, got {source}"
         )
-    derived = {"transformers_version", "model_type", "stage_names", "out_features", "out_indices", "num_layers"}
     return {
         "model": source.model_type,
-        "settings": {name: value for name, value in settings.items() if name not in derived},
+        "settings": settings_of(source),
         "used_stages": len(used),
         "fine_tune": True,
         "frozen": [],

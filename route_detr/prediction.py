@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import route_kernels as rk
+from route_detr.backbone import known_settings
 from route_detr.boxes import corners
 from route_detr.checkpoint import SOFTWARE, check_replaceable, load_checkpoint, write_atomically, write_text
 from route_detr.config import Config
@@ -79,8 +80,8 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
         CheckpointError: the file is missing, damaged, foreign, or does not fit the configuration in it.
     """
     state = load_checkpoint(path)
+    config = stored_config(state, path)
     try:
-        config = Config.from_dict(state["config"])
         weights_are_here = config.updated({"detector.backbone.weights": None})
         detector = Detector(weights_are_here.detector).to(device)
         detector.load_state_dict(state["model"])
@@ -89,6 +90,18 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this version of the detector: {error}") from error
     return Trained(detector.eval(), config, ids, names, state.get("data", {}), device)
+
+
+def stored_config(state: dict[str, Any], path: str | Path) -> Config:
+    """The configuration in the checkpoint ``path``; settings that its backbone never had are left out.
+
+    Raises CheckpointError for one that this version does not know.
+    """
+    try:
+        config = Config.from_dict(state["config"])
+        return config.updated({"detector.backbone": vars(known_settings(config.detector.backbone))})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit this version of the detector: {error}") from error
 
 
 def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:

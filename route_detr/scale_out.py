@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,18 +178,76 @@ def load_model(detector: nn.Module, state: dict[str, Tensor]) -> None:
     detector.load_state_dict({name: _placed(value, own.get(name)) for name, value in state.items()})
 
 
-def take_weights(detector: nn.Module, checkpoint: str | Path) -> list[str]:
-    """Load another run's weights where names and shapes agree; returns the names of what stays as it was.
+CLASS_ROWS = re.compile(
+    r"(?:decoder\.heads\.\d+|proposals\.head)\.classify\.(?:weight|bias)|denoising\.content\.weight"
+)
+NOT_WEIGHTS = re.compile(r"routing\..+|.+\.num_batches_tracked")  # lambda and alpha are each run's own
+ROUTERS = "decoder.routers."
 
-    lambda and alpha are this run's own. Raises CheckpointError where nothing fits.
+
+def take_weights(detector: nn.Module, checkpoint: str | Path, class_names: Sequence[str], partial: bool = False) -> str:
+    """Load another run's weights; says in one sentence what came along and what begins anew.
+
+    Rows of class heads follow the classes' names. Routers may be new, or left out. All else has to fit in name and
+    shape, unless ``partial``: then what does not fit begins anew.
+
+    Raises:
+        CheckpointError: tensors do not fit, or so many that fixed layers of the backbone would be random.
     """
-    own, given = whole(detector.state_dict()), load_checkpoint(checkpoint)["model"]
-    weights = [name for name in own if not name.startswith("routing.")]
-    fitting = {name: given[name] for name in weights if name in given and given[name].shape == own[name].shape}
-    if not fitting:
-        raise CheckpointError(f"{checkpoint}: none of its weights fits this detector")
+    state, own = load_checkpoint(checkpoint), whole(detector.state_dict())
+    given, before = state["model"], [str(category["name"]) for category in state["categories"]]
+    numbered = before == [str(number) for number in range(len(before))] != list(class_names)  # classes without names
+    kept = [name for name in class_names if name in before and not numbered]
+    to, rows = [list(class_names).index(name) for name in kept], [before.index(name) for name in kept]
+
+    agnostic = detector.config.proposal_classes == "agnostic"
+    fitting, new, misfits = {}, [], []
+    for name, tensor in own.items():
+        value, shape = given.get(name), list(tensor.shape)
+        if NOT_WEIGHTS.fullmatch(name):
+            continue
+        of_classes = CLASS_ROWS.fullmatch(name) and not (agnostic and name.startswith("proposals."))
+        if value is None:
+            new.append(name)
+            misfits += [] if name.startswith(ROUTERS) else [f"{name} {shape} (there is none)"]
+        elif of_classes and list(value.shape) == [len(before), *shape[1:]]:
+            fitting[name] = tensor.index_copy(0, torch.tensor(to, dtype=torch.long), value[rows].to(tensor.dtype))
+        elif (
+            value.shape == tensor.shape or value.numel() == tensor.numel() == 1
+        ):  # DeepSpeed's scalars have a dimension
+            fitting[name] = value.reshape(shape)
+        else:
+            new.append(name)
+            misfits.append(f"{name} {shape} (there {list(value.shape)})")
+    unused = [name for name in given if name not in own and not NOT_WEIGHTS.fullmatch(name)]
+    homeless = [f"{name} {list(given[name].shape)} (has no place)" for name in unused if not name.startswith(ROUTERS)]
+
+    if not fitting or (misfits + homeless and not partial):
+        raise CheckpointError(
+            f"{checkpoint}: {len(misfits + homeless)} tensors do not fit this detector: {_some(misfits + homeless)}; "
+            "without --preset, --config and overrides it has the checkpoint's architecture; --init-partial begins anew "
+            "with what does not fit"
+        )
+    backbone = detector.config.backbone
+    random = [name for name in new if name.startswith("backbone.")]
+    if random and backbone.fine_tune and backbone.weights is None:
+        raise CheckpointError(
+            f"{checkpoint}: nothing that fits {_some(random)}, which detector.backbone.fine_tune would fix at random; "
+            "give detector.backbone.weights too, or detector.backbone.fine_tune=false"
+        )
     load_model(detector, {**own, **fitting})
-    return [name for name in weights if name not in fitting]
+    told = [f"weights of {checkpoint}: {len(fitting)} of {len(fitting) + len(new)} tensors"]
+    if before != list(class_names):
+        anew = [name for name in class_names if name not in kept]
+        known = f"{len(kept)} of {len(class_names)} classes are known there by name"
+        told.append(known + (f", in the class heads these begin anew: {_some(anew)}" if anew else ""))
+    told += [f"{len(new)} tensors begin anew: {_some(new)}"] if new else []
+    told += [f"{len(unused)} tensors there are not used: {_some(unused)}"] if unused else []
+    return "; ".join(told)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from tqdm import tqdm
 
+from route_detr.backbone import self_contained
 from route_detr.checkpoint import load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.config import Config
 from route_detr.criterion import Criterion
@@ -59,7 +61,10 @@ class Training:
     """Everything a run holds in memory, on one of its ranks.
 
     ``data`` has the paths train_json, train_images, val_json and val_images; the data decide the number of classes.
-    ``cache`` is a folder for decoded training images.
+    ``cache`` is a folder for decoded training images. With ``weights_follow`` the caller loads a checkpoint next, so
+    that no pretrained backbone is read.
+
+    Raises ValueError for a detector that cannot be built, before any data are read.
     """
 
     def __init__(
@@ -70,16 +75,24 @@ class Training:
         accelerator: Accelerator,
         preset: str | None = None,
         cache: Path | None = None,
+        weights_follow: bool = False,
     ) -> None:
+        if not weights_follow:
+            backbone = self_contained(config.detector.backbone)
+            config = replace(config, detector=replace(config.detector, backbone=backbone))
+        weightless, pretrained = {"detector.backbone.weights": None}, config.detector.backbone.weights is not None
+        with torch.device("meta"):
+            parameter_groups(Detector(config.updated(weightless).detector), config.train, weights_follow or pretrained)
         self.run, self.data, self.accelerator, self.preset = run, data, accelerator, preset
         self.train_set, self.val_set = open_splits(
             coco_layout(**data), config.transforms, config.train.seed, masks=config.detector.masks, cache=cache
         )
         self.config = config = config.updated({"detector.num_classes": self.train_set.num_classes})
         torch.manual_seed(config.train.seed)
-        self.detector = Detector(config.detector).to(accelerator.device)
+        built = config.updated(weightless) if weights_follow else config
+        self.detector = Detector(built.detector).to(accelerator.device)
         self.criterion = Criterion(config.train)
-        optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train))
+        optimizer = torch.optim.AdamW(parameter_groups(self.detector, config.train, weights_follow))
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.shapes = {name: value.shape for name, value in self.detector.state_dict().items()}

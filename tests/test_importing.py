@@ -11,13 +11,16 @@ import torch
 
 pytest.importorskip("transformers")
 
+from small_training import write_data
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
+from route_detr.checkpoint import load_checkpoint, save_checkpoint
 from route_detr.cli import main
-from route_detr.config import DetectorConfig
+from route_detr.config import DetectorConfig, preset
 from route_detr.detector import Detector
+from route_detr.errors import CheckpointError
 from route_detr.importing import imported, read_published, source_config, transformers_config
-from route_detr.prediction import load_trained
+from route_detr.prediction import load_trained, stored_config
 from route_detr.scale_out import take_weights
 
 
@@ -342,10 +345,77 @@ def test_the_command_writes_a_checkpoint_that_eval_and_train_read(tmp_path, caps
     torch.manual_seed(0)
     detector = Detector(DetectorConfig(**settings))
     before = detector.decoder.heads[0].classify.weight.clone()
-    new = take_weights(detector, tmp_path / "ours.pt")
+    told = take_weights(detector, tmp_path / "ours.pt", ["digit 7", "new", "digit 0"])
     assert torch.equal(detector.encoder.level_embedding, trained.detector.encoder.level_embedding)
-    assert torch.equal(detector.decoder.heads[0].classify.weight, before)
-    assert "decoder.heads.0.classify.weight" in new and any("routers" in name for name in new)
+    theirs = trained.detector.decoder.heads[0].classify.weight
+    expected = torch.stack([theirs[7], before[1], theirs[0]])
+    assert torch.equal(detector.decoder.heads[0].classify.weight, expected)
+    assert "2 of 3 classes are known there by name, in the class heads these begin anew: new; " in told
+    assert re.search(r"\d+ tensors begin anew: decoder\.routers\.", told)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A checkpoint of ours with four classes, imported from a model of transformers whose backbone is fine-tuned."""
+    folder = tmp_path_factory.mktemp("published")
+    names = {0: "cat", 1: "bar", 2: "dog", 3: "square"}
+    small_transformers_model(num_labels=4, id2label=names).save_pretrained(folder / "theirs")
+    assert main(["import", str(folder / "theirs"), "--out", str(folder / "ours.pt")]) == 0
+    return folder / "ours.pt"
+
+
+def test_training_from_a_checkpoint_takes_its_architecture_and_needs_no_backbone(published, tmp_path, capsys):
+    data, run = write_data(tmp_path / "coco", train_images=2, val_images=1), tmp_path / "run"
+    sizes = ["transforms.scales=[64]", "transforms.eval_scale=64", "train.batch_size=2", "train.workers=0"]
+    words = ["--out", str(run), "--device", "cpu", "--route", "detector.backbone.weights=nobody/nothing"]
+    assert main(["train", "--data", str(data), "--init", str(published), *words, *sizes, "train.epochs=1"]) == 0
+    told = capsys.readouterr().out
+    assert "2 of 2 classes are known there by name; 24 tensors begin anew: decoder.routers.1." in told
+    theirs, ours = load_checkpoint(published), load_checkpoint(run / "last.pt")
+    expected, found = theirs["config"]["detector"], ours["config"]["detector"]
+    differing = {name for name in expected if name not in ("backbone", "memory") and found[name] != expected[name]}
+    assert differing == {"num_classes", "route"}
+    fixed = "backbone.body.embedder.embedder.normalization.running_mean"
+    assert torch.equal(ours["model"][fixed], theirs["model"][fixed])
+    moved = ours["model"]["decoder.heads.0.classify.bias"] - theirs["model"]["decoder.heads.0.classify.bias"][[3, 1]]
+    assert moved.abs().max() < 1e-3, "a step of AdamW, from the rows of the classes of the same names"
+    assert main(["train", "--resume", "--out", str(run), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "tiny"], r"ours\.pt: \d+ tensors do not fit this detector: .* \[32, 3, 7, 7\] \(there \[8, 3, "),
+        (["detector.decoder_layers=2"], r"tensors do not fit .*decoder\.layers\.2\.\S+ \[\S+ \d+\] \(has no place\)"),
+        (["detector.masks=true"], r"tensors do not fit .*\w \[[\d, ]+\] \(there is none\)"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_unless_asked_for(published, tmp_path, words, message):
+    config = stored_config(load_checkpoint(published), published) if words[0] != "--preset" else preset("tiny")
+    changes = {} if words[0] == "--preset" else dict(word.split("=") for word in words)
+    detector = Detector(config.updated({**changes, "detector.num_classes": 2}).detector)
+    with pytest.raises(CheckpointError, match=message):
+        take_weights(detector, published, ["bar", "other"])
+    told = take_weights(detector, published, ["bar", "other"], partial=True)
+    assert "tensors begin anew" in told or "tensors there are not used" in told
+    theirs = load_checkpoint(published)["model"]["decoder.layers.0.self_attention.out_proj.weight"]
+    assert torch.equal(detector.decoder.layers[0].self_attention.out_proj.weight, theirs)
+
+
+def test_fixed_layers_never_stay_random(published):
+    changes = {"detector.backbone.settings.embedding_size": 16, "detector.num_classes": 2}
+    config = stored_config(load_checkpoint(published), published).updated(changes)
+    with pytest.raises(CheckpointError, match=r"fine_tune would fix at random; give detector\.backbone\.weights"):
+        take_weights(Detector(config.detector), published, ["bar", "other"], partial=True)
+
+
+def test_classes_without_names_are_no_names(published):
+    detector = load_trained(published, torch.device("cpu")).detector
+    state = load_checkpoint(published)
+    numbered = published.with_name("numbered.pt")
+    save_checkpoint(numbered, {**state, "categories": [{"id": k, "name": str(k)} for k in range(4)]})
+    told = take_weights(detector, numbered, ["3", "2", "1", "0"])
+    assert "0 of 4 classes are known there by name" in told
 
 
 def test_a_file_of_the_authors_is_read_with_its_arguments_and_prefixes(tmp_path):
