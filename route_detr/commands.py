@@ -135,7 +135,13 @@ def _started(args: argparse.Namespace, run: Run) -> Training:
         paths = _data_paths(args, ("train", "val"))
     backbone_is_read = config.detector.backbone.weights is not None and (init is None or args.init_partial)
     training = Training(
-        run, config, paths, accelerator, preset=name, cache=args.cache, weights_follow=init and not backbone_is_read
+        run,
+        config,
+        paths,
+        accelerator,
+        preset=name,
+        cache=args.cache,
+        weights_follow=init is not None and not backbone_is_read,
     )
     classes = training.config.detector.num_classes
     if _overrides(args).get("detector.num_classes", classes) != classes:
