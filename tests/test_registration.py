@@ -1,6 +1,7 @@
 """The whole matrix for every op, generated from the list of registered ops and the samples of the public ones."""
 
 import functools
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from gpu_checks import FLOAT32_UNDER_AUTOCAST
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import route_kernels as rk
@@ -309,6 +311,100 @@ def test_second_derivative_on_the_reference_backend(op, label):
         grads = torch.autograd.grad(call(op, arguments).square().sum(), wanted, create_graph=True)
         seconds = torch.autograd.grad(sum(grad.square().sum() for grad in grads), wanted)
     assert all(tensor.isfinite().all() for tensor in seconds) and any(tensor.any() for tensor in seconds)
+
+
+def function_of_one(op, label, dtype=torch.float32):
+    """(a function of the sample's first tensor that requires a gradient, that tensor)."""
+    arguments = sample(op, label, dtype)
+    wanted = next(tensor for _, tensor in named_tensors(arguments) if tensor.requires_grad)
+
+    def function(x):
+        return call(op, map_tensors(arguments, lambda tensor: x if tensor is wanted else tensor.detach()))
+
+    return function, wanted.detach()
+
+
+def with_dual_numbers(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+FUSED = [(op, label) for op, label in DIFFERENTIABLE if op != "query_similarity"]  # mean is plain PyTorch
+FORWARD_MODE = {
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "over reverse": lambda function, x: torch.func.hessian(lambda x: function(x).sum())(x),
+    "dual numbers": with_dual_numbers,
+    "dual numbers, recomputed": lambda function, x: with_dual_numbers(
+        lambda x: rk.recomputed(function, x), x.requires_grad_()
+    ),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("way", FORWARD_MODE)
+@pytest.mark.parametrize("op, label", FUSED)
+def test_forward_mode_is_a_clear_error(op, label, way):
+    message = rf"^{op}: forward-mode differentiation is not supported .*with route_kernels.backend\("
+    with pytest.raises(RuntimeError, match=message):
+        FORWARD_MODE[way](*function_of_one(op, label))
+
+
+@pytest.mark.parametrize("op, label", DIFFERENTIABLE)
+def test_forward_mode_on_the_reference_backend(op, label):
+    function, x = function_of_one(op, label, torch.float64)
+    with rk.backend("reference"):
+        output, pull_back = torch.func.vjp(function, x)
+        direction, grad_output = torch.randn_like(x), torch.randn_like(output)
+        (grad,) = pull_back(grad_output)
+        _, tangent = torch.func.jvp(function, (x,), (direction,))
+    torch.testing.assert_close((tangent * grad_output).sum(), (grad * direction).sum())
+
+
+@pytest.mark.parametrize("op, label", PUBLIC_SAMPLES)
+def test_no_tangent_no_error(op, label):
+    arguments = sample(op, label)
+    with forward_ad.dual_level():
+        assert torch.equal(call(op, arguments), call(op, arguments))
+
+
+@pytest.mark.parametrize("op, label", DIFFERENTIABLE)
+def test_reverse_mode_of_torch_func(op, label):
+    function, x = function_of_one(op, label, torch.float64)
+    several = torch.stack([x, 0.9 * x, 1.1 * x], dim=1).requires_grad_()
+    loss = lambda x: function(x).square().sum()  # noqa: E731
+    (expected,) = torch.autograd.grad(sum(loss(x) for x in several.unbind(1)), several)
+    (by_vmap,) = torch.autograd.grad(torch.vmap(loss, 1)(several).sum(), several)
+    several = several.detach()
+    found = {
+        "grad(vmap)": torch.func.grad(lambda several: torch.vmap(loss, 1)(several).sum())(several),
+        "vmap(grad)": torch.vmap(torch.func.grad(loss), 1, 1)(several),
+        "vjp": torch.func.vjp(lambda several: sum(loss(x) for x in several.unbind(1)), several)[1](torch.ones([]))[0],
+        "autograd(vmap)": by_vmap,
+    }
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("op, label", FUSED)
+def test_gradients_in_a_batch_are_right_or_a_clear_error(op, label):
+    function, x = function_of_one(op, label)
+    output = function(x.requires_grad_())
+    grad_outputs = torch.randn(2, *output.shape)
+    expected = [torch.autograd.grad(output, x, grad, retain_graph=True)[0] for grad in grad_outputs]
+    by_vmap = torch.vmap(torch.func.vjp(function, x.detach())[1])(grad_outputs)[0]
+    torch.testing.assert_close(by_vmap, torch.stack(expected))
+    try:
+        (found,) = torch.autograd.grad(output, x, grad_outputs, is_grads_batched=True)
+    except RuntimeError as error:
+        assert re.match(rf"{op}: is_grads_batched=True .*not supported .*with route_kernels.backend\(", str(error))
+    else:
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_a_call_for_nothing_is_a_clear_error():
+    with pytest.raises(ValueError, match=r"^add_linear: torch.vmap: expected at least one call, got a dimension of s"):
+        torch.vmap(function_of_one("add_linear", "shared position")[0])(torch.empty(0, 2, 9, 8))
 
 
 @pytest.mark.parametrize("op, label", DIFFERENTIABLE)

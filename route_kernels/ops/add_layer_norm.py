@@ -23,6 +23,7 @@ from .contract import (
     expect_shape,
     expect_tensors,
     last_dim_contiguous,
+    may_be_differentiated,
 )
 from .registry import register, register_backward
 
@@ -72,9 +73,8 @@ def add_layer_norm(
     if chosen == "reference":
         check(*inputs, eps, dtype)
         return reference.add_layer_norm(*inputs, eps, dtype)
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     channels = weight.shape[0] if weight.dim() else 0
-    kept = (channels if keep == "normalized" else min(SPARE, channels)) if differentiated else 0
+    kept = (channels if keep == "normalized" else min(SPARE, channels)) if may_be_differentiated(*inputs) else 0
     return torch.ops.route_kernels.add_layer_norm(*inputs, eps, kept, dtype, chosen)[0]
 
 

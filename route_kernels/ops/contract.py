@@ -51,13 +51,16 @@ def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
-def no_second_derivative(op: str):
-    """The autograd formula of a backward op: a clear error instead of a silent zero."""
+def may_be_differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient may be asked for. Under torch.vmap a tensor does not tell whether it requires one."""
+    return torch.is_grad_enabled() and (
+        torch._C._are_functorch_transforms_active() or any(tensor.requires_grad for tensor in tensors)
+    )
 
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{op}: second derivatives are not supported by the fused kernels; "
-            'use `with route_kernels.backend("reference"):` for the plain PyTorch form'
-        )
 
-    return backward
+def unsupported(op: str, what: str) -> str:
+    """The error of a way to differentiate that only plain PyTorch has."""
+    return (
+        f"{op}: {what} not supported by the fused kernels; "
+        'use `with route_kernels.backend("reference"):` for the plain PyTorch form'
+    )

@@ -14,7 +14,7 @@ import torch
 
 from .. import backends, reference
 from ..reference.precision import accumulate_dtype
-from .contract import expect_floating, expect_same_device, expect_tensors, last_dim_contiguous
+from .contract import expect_floating, expect_same_device, expect_tensors, last_dim_contiguous, may_be_differentiated
 from .registry import register, register_backward
 
 OP = "sigmoid_focal_loss"
@@ -61,8 +61,9 @@ def sigmoid_focal_loss(
     if chosen == "reference":
         loss = reference.sigmoid_focal_loss(logits, targets, alpha, gamma)
     else:
-        differentiated = torch.is_grad_enabled() and logits.requires_grad
-        loss, _ = torch.ops.route_kernels.sigmoid_focal_loss(logits, targets, alpha, gamma, differentiated, chosen)
+        loss, _ = torch.ops.route_kernels.sigmoid_focal_loss(
+            logits, targets, alpha, gamma, may_be_differentiated(logits), chosen
+        )
     if weight is not None:
         loss = loss * weight.to(loss.dtype)
     return loss.sum() if reduction == "sum" else loss
