@@ -97,7 +97,8 @@ def writing(path: Path) -> Iterator[None]:
     it in an error of its own.
 
     Raises:
-        WriteError: the disk is full, the folder is read-only, ...
+        WriteError: the disk is full, or fails.
+        PermissionError: the folder or its disk may not be written to.
         FileNotFoundError: the folder of ``path`` is not there.
     """
     try:
@@ -113,7 +114,8 @@ def writing(path: Path) -> Iterator[None]:
             disk = next(folder for folder in path.absolute().parents if folder.is_mount())
             reason += f", {shutil.disk_usage(disk).free / 2**20:.1f} MiB are free on the disk of {disk}"
         stands = f"; what {path.name} held before stands" if path.is_file() else ""
-        raise WriteError(f"{path}: cannot be written: {reason}{stands}") from error
+        kind = PermissionError if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else WriteError
+        raise kind(f"{path}: cannot be written: {reason}{stands}") from error
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -7,13 +7,18 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 from route_detr.errors import Interrupted, RunFailed, WriteError
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 FAILURES = (RunFailed, WriteError, FloatingPointError)  # whose message is a sentence
-INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+INPUT_ERRORS = (
+    *(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError),
+)
 EXAMPLES = """examples:
   route-detr train                                       the tiny preset on handwritten digits, nothing else needed
   route-detr train --data ROOT --preset dino-r50 detector.backbone.weights=microsoft/resnet-50
@@ -42,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(action="train")
     _add_data_options(train, ("train", "val"), "without any: the bundled crowded digits, written to data/digits once")
-    train.add_argument("--name", help="name of the run: its folder is runs/NAME (default: the preset's name)")
+    train.add_argument(
+        "--name", help="name of the run: its folder is runs/NAME (default: that of the preset or of the --config file)"
+    )
     train.add_argument("--out", type=Path, help="the run's folder, instead of runs/NAME")
     train.add_argument("--cache", type=Path, metavar="FOLDER", help="keep decoded training images there")
     train.add_argument(
@@ -148,9 +155,10 @@ def _add_data_options(command: argparse.ArgumentParser, splits: Sequence[str], o
 
 
 def run_folder(args: argparse.Namespace) -> Path:
+    """The run's folder: as --out says, or below runs/ by --name, the preset's name, --config's or --init's."""
     if args.out:
         return args.out
-    began = args.preset or "tiny"
+    began = args.preset or (args.config.stem if args.config else "tiny")
     if args.init and not args.preset and not args.config:
         file = Path(args.init)
         began = (file.parent if file.name in ("best.pt", "last.pt") else file).name.removesuffix(".pt") + "-finetune"
@@ -163,7 +171,8 @@ def _how_to_resume(args: argparse.Namespace) -> str:
 
 def _complain(kind: str, message: object) -> None:
     lines = (line.strip() for line in str(message).splitlines())
-    print(f"route-detr: {kind}: {'; '.join(line for line in lines if line)}", file=sys.stderr)
+    with suppress(OSError):  # the terminal has gone (SIGHUP): nobody is left to be told
+        tqdm.write(f"route-detr: {kind}: {'; '.join(line for line in lines if line)}", file=sys.stderr)
 
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -202,5 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             bad_input = isinstance(error, INPUT_ERRORS)
             text = str(error) if bad_input or isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and error.filename is not None:
+                text = f"{error.filename}: {error.strerror}"
             _complain("error", text)
             return BAD_INPUT if bad_input else FAILED

@@ -105,15 +105,16 @@ def train(args: argparse.Namespace) -> int:
     if args.name and args.out:
         raise UsageError("--name and --out: expected one of them, got both")
     run = Run(run_folder(args), writes=int(os.environ.get("RANK", 0)) == 0)
-    training = _resumed(args, run) if args.resume else _started(args, run)
     try:
+        training = _resumed(args, run) if args.resume else _started(args, run)
         training.fit()
+        if run.writes:
+            print(training.summary())
+            pictures = run.draw("curves.png", lambda path: plot_curves(run.records(), path))
+            pictures += _draw(run, training.val_set, training.accelerator.device)
     finally:
         run.close()
     if run.writes:
-        plot_curves(run.records(), run.folder / "curves.png")
-        pictures = ["curves.png", *_draw(run, training.val_set, training.accelerator.device)]
-        print(training.summary())
         print(f"files in {run.folder}: {', '.join(['metrics.jsonl', 'config.json', 'best.pt', 'last.pt', *pictures])}")
     training.accelerator.end_training()
     return 0
@@ -158,6 +159,7 @@ def _resumed(args: argparse.Namespace, run: Run) -> Training:
     if args.init:
         raise UsageError("--init and --resume: expected one of them, got both")
     run.check_resumable()
+    run.lock()
     state = load_checkpoint(run.last)
     stored, data = stored_config(state, run.last), state["data"]
     if str(args.config or args.preset or state["preset"]) != state["preset"]:
@@ -182,19 +184,24 @@ def _resumed(args: argparse.Namespace, run: Run) -> Training:
 
 
 def _draw(run: Run, val_set: CocoDetection, device: torch.device) -> list[str]:
-    """detections.png and routing.png of the run's best checkpoint."""
+    """detections.png and routing.png of the run's best checkpoint; those that could be drawn."""
     trained = load_trained(run.best, device)
-    images = [val_set.raw_image(index) for index in range(min(PICTURES, len(val_set)))]
-    truths = [{"boxes": val_set.boxes(index), "labels": val_set.labels(index)} for index in range(len(images))]
-    if trained.config.detector.masks:
-        for index, truth in enumerate(truths):
-            truth["masks"] = torch.from_numpy(val_set.masks(index)).permute(2, 0, 1).bool()
-    found = [trained.detect(image, SHOWN_SCORE) for image in images]
-    plot_detections(images, truths, found, trained.category_names, run.folder / "detections.png")
-    if not trained.config.detector.route:
-        return ["detections.png"]
-    plot_routing(images[0], trained.routing(images[0]), run.folder / "routing.png")
-    return ["detections.png", "routing.png"]
+
+    def draw_detections(path: Path) -> None:
+        images = [val_set.raw_image(index) for index in range(min(PICTURES, len(val_set)))]
+        truths = [{"boxes": val_set.boxes(index), "labels": val_set.labels(index)} for index in range(len(images))]
+        if trained.config.detector.masks:
+            for index, truth in enumerate(truths):
+                truth["masks"] = torch.from_numpy(val_set.masks(index)).permute(2, 0, 1).bool()
+        found = [trained.detect(image, SHOWN_SCORE) for image in images]
+        plot_detections(images, truths, found, trained.category_names, path)
+
+    def draw_routing(path: Path) -> None:
+        image = val_set.raw_image(0)
+        plot_routing(image, trained.routing(image), path)
+
+    drawn = run.draw("detections.png", draw_detections)
+    return drawn + (run.draw("routing.png", draw_routing) if trained.config.detector.route else [])
 
 
 def _load(args: argparse.Namespace, device: torch.device) -> Trained:

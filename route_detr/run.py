@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+import os
+import platform
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from route_detr.checkpoint import SOFTWARE, check_replaceable, save_checkpoint, write_text
+from route_detr.checkpoint import SOFTWARE, check_replaceable, remove_abandoned, save_checkpoint, write_text, writing
 from route_detr.errors import RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 OTHER_FILES = ("config.json", "curves.png", "detections.png", "routing.png")  # beside checkpoints and metrics
 
@@ -27,6 +36,7 @@ class Run:
         self.last = self.folder / "last.pt"
         self.best = self.folder / "best.pt"
         self._events: SummaryWriter | None = None
+        self._lock_file, self._lock = self.folder / ".lock", None  # the descriptor of that file
 
     def check_new(self) -> None:
         """Raise `RunError` when the folder holds a run already, or anything else that would be written over."""
@@ -44,9 +54,39 @@ class Run:
         if not self.last.is_file():
             raise RunError(f"{self.folder}: nothing to resume, no last.pt; start the run without --resume")
 
+    def lock(self) -> None:
+        """Create the folder and keep other processes from training in it, until `close` or until this process ends.
+
+        The lock is the process's alone: workers of a killed run, which may outlive it, do not hold it. Network file
+        systems know such locks too; where one or the system does not, a warning says so.
+
+        Raises:
+            RunError: another process has the lock.
+        """
+        if not self.writes or self._lock is not None:
+            return
+        with writing(self._lock_file):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while self._lock is None:
+                opened = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+                unlocked = _why_unlocked(opened)
+                if unlocked == errno.EAGAIN:
+                    holder = os.read(opened, 1000).decode(errors="replace").strip() or "another process"
+                    os.close(opened)
+                    raise RunError(f"{self.folder}: {holder} is training in it; wait for its end, or stop it first")
+                if unlocked:
+                    reason = os.strerror(unlocked)
+                    warnings.warn(f"{self.folder}: cannot be locked ({reason}), start no second process", stacklevel=2)
+                if self._lock_file.exists() and os.path.samestat(self._lock_file.stat(), os.fstat(opened)):
+                    self._lock = opened
+                else:  # its holder has unlinked it since it was opened
+                    os.close(opened)
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, f"process {os.getpid()} on {platform.node()}\n".encode())
+        remove_abandoned(self.folder)
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.json", json.dumps({"software": SOFTWARE, **config}, indent=2) + "\n")
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
@@ -78,7 +118,8 @@ class Run:
             if (record["epoch"] < epoch if record["kind"] == "epoch" else record["step"] <= step)
         ]
         write_text(self.metrics_file, "".join(kept))
-        self._events = SummaryWriter(str(self.folder), purge_step=step + 1)
+        with writing(self.folder):
+            self._events = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and its numbers to the TensorBoard events.
@@ -87,20 +128,49 @@ class Run:
         """
         if not self.writes:
             return
-        with open(self.metrics_file, "a", encoding="utf-8") as stream:
+        with writing(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-        if self._events is None:
-            self._events = SummaryWriter(str(self.folder))
-        for name, value in record.items():
-            if name not in ("kind", "epoch", "step") and value is not None:
-                self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-        if record["kind"] == "epoch":
-            self._events.flush()
+        with writing(self.folder):
+            if self._events is None:
+                self._events = SummaryWriter(str(self.folder))
+            for name, value in record.items():
+                if name not in ("kind", "epoch", "step") and value is not None:
+                    self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            if record["kind"] == "epoch":
+                self._events.flush()
+
+    def draw(self, name: str, plot: Callable[[Path], object]) -> list[str]:
+        """Let ``plot`` write the picture ``name``; one that fails is a warning. Returns the names that are there."""
+        try:
+            plot(self.folder / name)
+        except Exception as error:  # whatever a class name or an image makes of a plot
+            warnings.warn(f"{self.folder / name}: not drawn: {type(error).__name__}: {error}", stacklevel=2)
+            return []
+        return [name]
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Finish the events and give the lock back."""
+        events, self._events = self._events, None
+        if events is not None:
+            try:
+                events.close()
+            except OSError as error:
+                warnings.warn(f"{self.folder}: the last TensorBoard events are lost: {error}", stacklevel=2)
+        if self._lock is not None:
+            self._lock_file.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _why_unlocked(descriptor: int) -> int:
+    """Lock an open file; 0, or the number of the error: EAGAIN where another process holds the lock."""
+    if fcntl is None:
+        return errno.ENOSYS
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return errno.EAGAIN if error.errno == errno.EACCES else error.errno
+    return 0
 
 
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:

@@ -25,7 +25,7 @@ from route_detr.criterion import Criterion
 from route_detr.data import coco_layout, open_splits
 from route_detr.detector import Detector, parameter_groups
 from route_detr.engine import Step, evaluate, train_one_epoch
-from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed
+from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
 from route_detr.evaluation import in_words
 from route_detr.plots import plot_curves
 from route_detr.progress import LossSums, Progress
@@ -36,7 +36,7 @@ CURVES_EVERY_SECONDS = 30.0
 
 
 class StopSignal:
-    """Remembers SIGINT or SIGTERM so that a run stops between two steps. A second SIGINT stops at once."""
+    """Remembers SIGINT, SIGTERM or SIGHUP so that a run stops between two steps. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -48,7 +48,10 @@ class StopSignal:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # the terminal has gone; Windows has none
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup asks
+            signals.append(hangup)
         previous = [signal.signal(each, self._remember) for each in signals]
         try:
             yield
@@ -149,6 +152,8 @@ class Training:
     def start(self) -> None:
         """Write the folder of a new run; from its first checkpoint on it can be resumed."""
         self.run.check_new()
+        self.run.lock()
+        self.run.check_new()  # another process may have begun, and ended, in between
         self.accelerator.wait_for_everyone()
         self._write_config()
         self.run.save(self.state())
@@ -156,6 +161,7 @@ class Training:
     def resume(self) -> None:
         """Go back to the run's last checkpoint, in memory and in its records. Any number of ranks may go on."""
         self.run.check_resumable()
+        self.run.lock()
         state = load_checkpoint(self.run.last)
         if state["optimizer"] is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise CheckpointError(f"{self.run.last}: a run under DeepSpeed cannot be resumed, only begun from: --init")
@@ -191,7 +197,8 @@ class Training:
         Raises:
             NonFiniteLoss: of a step, the weights after it or an evaluation; the last checkpoint stands.
             RunFailed: a rank was lost; the last checkpoint stands.
-            Interrupted: SIGINT or SIGTERM came; a checkpoint of this very step has been written.
+            WriteError: the disk is full, or may no longer be written to; the last checkpoint stands.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint of this very step has been written.
         """
         progress, config = self.progress, self.config.train
         bar = tqdm(
@@ -211,6 +218,9 @@ class Training:
                     self._finish_epoch(bar)
             except (NonFiniteLoss, FloatingPointError) as error:
                 raise NonFiniteLoss(f"{error}; {self.run.last} holds the run as it was before") from error
+            except (WriteError, PermissionError) as error:
+                stands = f"; {self.run.last} holds the run as it was before"
+                raise WriteError(f"{error}{'' if str(self.run.last) in str(error) else stands}") from error
             except RuntimeError as error:
                 if not is_lost_connection(error):
                     raise
@@ -288,7 +298,7 @@ class Training:
         self.run.record({**line, "seconds": round(progress.elapsed, 3)})
         self.run.save(self.state(), best=best)
         if evaluated and perf_counter() - self.drawn > CURVES_EVERY_SECONDS and self.accelerator.is_main_process:
-            plot_curves(self.run.records(), self.run.folder / "curves.png")
+            self.run.draw("curves.png", lambda path: plot_curves(self.run.records(), path))
             self.drawn = perf_counter()
         scores = f"  {in_words(metrics)}" if evaluated else ""
         if self.accelerator.is_main_process:

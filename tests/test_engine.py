@@ -1,7 +1,10 @@
+import errno
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from route_detr import training as training_module
 from route_detr.config import preset
 from route_detr.data import coco_layout, epoch_batches, micro_batches
 from route_detr.engine import Step, train_one_epoch
-from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError
+from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError, WriteError
 from route_detr.progress import LossSums, Progress
 from route_detr.run import Run
 from route_detr.scale_out import start_processes
@@ -147,7 +150,7 @@ def test_workers_change_nothing(tmp_path, data, uninterrupted):
     assert timeless(training.run) == timeless(uninterrupted.run)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_saves_the_step_and_the_run_continues(tmp_path, data, uninterrupted, monkeypatch, signum):
     training = new_training(tmp_path / "run", data, {"train.checkpoint_every": 100})
     record = Run.record
@@ -167,6 +170,69 @@ def test_a_stop_signal_saves_the_step_and_the_run_continues(tmp_path, data, unin
     continued.fit()
     assert_same_tensors(continued.detector.state_dict(), uninterrupted.detector.state_dict())
     assert timeless(continued.run) == timeless(uninterrupted.run)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = training_module.StopSignal()
+    with stop.watched():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGTERM) == stop._remember
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN and not stop.received
+
+
+HOLDS_THE_LOCK = """
+import fcntl, os, sys
+lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(lock, fcntl.LOCK_EX)
+os.write(lock, b"process 12 on elsewhere\\n")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path, data):
+    folder, new = tmp_path / "run", tmp_path / "new"
+    new_training(folder, data).run.close()
+    assert not (folder / ".lock").exists()
+    new.mkdir()
+    before = (folder / "last.pt").read_bytes()
+    (folder / f"last.pt.{2**22 + 1}-0123abcd.tmp").write_bytes(before[:1000])  # of a process that no longer lives
+    for begin, held in ((resumed, folder), (new_training, new)):
+        command = [sys.executable, "-c", HOLDS_THE_LOCK, str(held / ".lock")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout.readline() == b"locked\n"
+            with pytest.raises(RunError, match=f"^{held}: process 12 on elsewhere is training in it"):
+                begin(held, data)
+            holder.kill()
+    assert [file.name for file in new.iterdir()] == [".lock"] and (folder / "last.pt").read_bytes() == before
+    resumed(folder, data).run.close()
+    assert not list(folder.glob("*.tmp")) and not (folder / ".lock").exists()
+
+
+def test_a_system_without_locks_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "fcntl", None)
+    with pytest.warns(
+        UserWarning, match=r"run: cannot be locked \(Function not implemented\), start no second process"
+    ):
+        Run(tmp_path / "run").lock()
+
+
+def test_a_disk_that_is_full_ends_the_run_and_names_what_stands(tmp_path, data, monkeypatch):
+    training = new_training(tmp_path / "run", data)
+    write = training_module.Run.record
+
+    def full(run, record):
+        if record["step"] == 3:
+            with run_module.writing(run.metrics_file):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(run, record)
+
+    monkeypatch.setattr(Run, "record", full)
+    stands = r"No space left on device, [\d.]+ MiB are free .*; .*last.pt holds the run as it was before$"
+    with pytest.raises(WriteError, match=f"metrics.jsonl: cannot be written: {stands}"):
+        training.fit()
+    assert torch.load(training.run.last, weights_only=True)["progress"]["step"] == 2
 
 
 def test_a_finished_run_resumes_to_nothing(tmp_path, data):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from small_training import options, write_data
 
-from route_detr.cli import main
+from route_detr.cli import main, parsed, run_folder
 from route_detr.prediction import Trained, image_files, pictures_of
 from route_detr.run import Run
 
@@ -384,6 +384,40 @@ def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, argume
     line = fails(capsys, "train", "--data", data, "--out", tmp_path / "run", *arguments)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_fails_costs_a_warning_and_not_the_summary(data, tmp_path, capsys, monkeypatch):
+    from route_detr import commands, training
+
+    def fails_to_draw(*args):
+        raise ValueError("Ba$$in:\n  ^ ParseException")
+
+    monkeypatch.setattr(commands, "plot_detections", fails_to_draw)
+    monkeypatch.setattr(training, "plot_curves", fails_to_draw)
+    folder = tmp_path / "run"
+    assert main(train_arguments(data, folder, changes={"train.epochs": 1})) == 0
+    printed = capsys.readouterr()
+    told = [line for line in printed.err.splitlines() if line.startswith("route-detr: ")]
+    assert told == [
+        f"route-detr: warning: {folder / name}: not drawn: ValueError: Ba$$in:; ^ ParseException"
+        for name in ("curves.png", "detections.png")
+    ]
+    assert printed.out.startswith("main branch") and printed.out.endswith("last.pt, curves.png, routing.png\n")
+    assert is_picture(folder / "curves.png") and not (folder / "detections.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ([], "runs/tiny"),
+        (["--preset", "tiny-dab"], "runs/tiny-dab"),
+        (["--config", "settings/mine.v2.yaml"], "runs/mine.v2"),
+        (["--config", "mine.yaml", "--name", "a"], "runs/a"),
+        (["--config", "mine.yaml", "--out", "b/c"], "b/c"),
+    ],
+)
+def test_a_run_is_named_after_what_it_begins_with(words, folder):
+    assert run_folder(parsed(["train", *words])) == Path(folder)
 
 
 def test_a_yaml_file_and_overrides_anywhere_in_the_line(data, tmp_path):

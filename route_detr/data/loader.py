@@ -57,7 +57,9 @@ def micro_batches(batches: Sequence[list[int]], rank: int, ranks: int, pieces: i
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):  # a terminal sends them to the workers too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
