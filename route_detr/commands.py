@@ -19,7 +19,7 @@ from route_detr import data as detection_data
 from route_detr.checkpoint import SOFTWARE, check_replaceable, load_checkpoint, save_checkpoint, write_text
 from route_detr.cli import run_folder
 from route_detr.config import Config, load_config, preset
-from route_detr.data import CocoDetection, coco_layout, read_rgb
+from route_detr.data import CocoDetection, coco_layout, killed_worker, read_rgb
 from route_detr.data.cityscapes import write_cityscapes as write_cityscapes_folder
 from route_detr.engine import evaluate as evaluate_detector
 from route_detr.errors import RunFailed, UsageError
@@ -229,10 +229,15 @@ def evaluate(args: argparse.Namespace) -> int:
     dataset = _val_set(paths, trained)
     main = accelerator.is_main_process
     with tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=not main) as bar:
-        metrics = evaluate_detector(
-            *(trained.detector, dataset, trained.config.train, accelerator, trained.category_ids),
-            after_batch=lambda images: bar.update(images * accelerator.num_processes - bar.n),
-        )
+        try:
+            metrics = evaluate_detector(
+                *(trained.detector, dataset, trained.config.train, accelerator, trained.category_ids),
+                after_batch=lambda images: bar.update(images * accelerator.num_processes - bar.n),
+            )
+        except RuntimeError as error:
+            if (why := killed_worker(error)) is None:
+                raise
+            raise RunFailed(why) from error
     if main:
         print(table(metrics))
         record = {"software": SOFTWARE, "checkpoint": str(checkpoint), "annotations": paths["val_json"]}

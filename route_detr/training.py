@@ -22,7 +22,7 @@ from route_detr.backbone import self_contained
 from route_detr.checkpoint import load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.config import Config
 from route_detr.criterion import Criterion
-from route_detr.data import coco_layout, open_splits
+from route_detr.data import DatasetError, coco_layout, killed_worker, open_splits
 from route_detr.detector import Detector, parameter_groups
 from route_detr.engine import Step, evaluate, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
@@ -196,7 +196,8 @@ class Training:
 
         Raises:
             NonFiniteLoss: of a step, the weights after it or an evaluation; the last checkpoint stands.
-            RunFailed: a rank was lost; the last checkpoint stands.
+            RunFailed: a rank or a process that reads images was lost; the last checkpoint stands.
+            DatasetError: an image cannot be read; the last checkpoint stands.
             WriteError: the disk is full, or may no longer be written to; the last checkpoint stands.
             Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint of this very step has been written.
         """
@@ -222,12 +223,17 @@ class Training:
                 stands = f"; {self.run.last} holds the run as it was before"
                 raise WriteError(f"{error}{'' if str(self.run.last) in str(error) else stands}") from error
             except RuntimeError as error:
-                if not is_lost_connection(error):
+                why = killed_worker(error)
+                if is_lost_connection(error):
+                    rank = self.accelerator.process_index
+                    why = f"rank {rank} lost the connection to another process, which has ended"
+                if why is None:
                     raise
                 raise RunFailed(
-                    f"rank {self.accelerator.process_index} lost the connection to another process, which has ended, "
-                    f"at step {progress.step + 1}; {self.run.last} holds the run as it was before"
+                    f"{why}, at step {progress.step + 1}; {self.run.last} holds the run as it was before"
                 ) from error
+            except DatasetError as error:
+                raise DatasetError(f"{error}; {self.run.last} holds the run as it was before") from error
 
     @property
     def finished(self) -> bool:

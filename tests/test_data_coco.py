@@ -1,7 +1,10 @@
 """Reading COCO files: whatever is in one, it is read, corrected and counted, or refused before training."""
 
 import json
+import os
 import pickle
+import re
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +19,10 @@ from route_detr.data import (
     DatasetError,
     DatasetWarning,
     TransformConfig,
+    batch_loader,
     collate,
+    images,
+    killed_worker,
 )
 
 
@@ -335,16 +341,121 @@ def test_workers_change_nothing_and_living_workers_see_the_epoch(augmented):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cached_images_are_decoded_once_and_the_same(folder, augmented, workers):
+def test_cached_images_are_decoded_once_and_the_same(folder, augmented, workers, monkeypatch):
     augmented.set_epoch(1)
     expected = fingerprint([augmented[0], augmented[1]])
     cached = opened(folder, config=AUGMENTED, train=True, seed=3, cache=folder / "decoded")
     cached.set_epoch(1)
     assert fingerprint(DataLoader(cached, batch_size=None, num_workers=workers)) == expected
-    assert sorted(path.name for path in (folder / "decoded").iterdir()) == ["a.png.npy", "b.png.npy"]
-    for name in ("a.png", "b.png"):
-        (folder / "images" / name).unlink()
+    assert len(arrays_in(folder / "decoded")) == 2
+    monkeypatch.setattr(images, "read_rgb", None)
     assert fingerprint([cached[0], cached[1]]) == expected
+
+
+def arrays_in(cache):
+    found = [path for path in cache.rglob("*") if path.is_file()]
+    assert all(path.suffix == ".npy" for path in found)
+    return found
+
+
+def test_one_cache_serves_sets_whose_files_have_the_same_names(tmp_path):
+    seen = {}
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / name / "images").mkdir(parents=True)
+        for file in ("a.png", "b.png"):
+            Image.new("RGB", (60, 40), colour).save(tmp_path / name / "images" / file)
+        seen[name] = opened(tmp_path / name, cache=tmp_path / "cache")
+    for _ in range(2):
+        assert seen["red"].raw_image(0).getpixel((9, 9)) == (255, 0, 0)
+        assert seen["blue"].raw_image(0).getpixel((9, 9)) == (0, 0, 255)
+    Image.new("RGB", (60, 40), "lime").save(tmp_path / "red" / "images" / "a.png")  # replaced later
+    assert seen["red"].raw_image(0).getpixel((9, 9)) == (0, 255, 0)
+
+
+@pytest.mark.parametrize("spoil", [b"", b"\x93NUMPY\x01", b"not an array", None, "shape", "dtype"])
+def test_a_damaged_array_of_the_cache_is_made_anew(folder, spoil):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(
+        folder / "images" / "a.png"
+    )
+    dataset = opened(folder, cache=folder / "cache")
+    expected = np.asarray(dataset.raw_image(0))
+    (file,) = arrays_in(folder / "cache")
+    whole = file.read_bytes()
+    if spoil == "shape":
+        np.save(file, expected[:-1])
+    elif spoil == "dtype":
+        np.save(file, expected.astype(np.int8))
+    else:
+        file.write_bytes(whole[:-100] if spoil is None else spoil)
+    np.testing.assert_array_equal(dataset.raw_image(0), expected)
+    assert arrays_in(folder / "cache") == [file] and file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_names_that_leave_the_folder_are_read_there_and_cached_in_the_cache(folder, absolute):
+    (folder / "elsewhere").mkdir()
+    Image.new("RGB", (60, 40), "red").save(folder / "elsewhere" / "a.png")
+    sections = content()
+    sections["images"][0]["file_name"] = str(folder / "elsewhere" / "a.png") if absolute else "../elsewhere/a.png"
+    dataset = opened(folder, sections, cache=folder / "cache")
+    for _ in range(2):
+        assert dataset.raw_image(0).getpixel((0, 0)) == (255, 0, 0)
+    assert [path.name for path in (folder / "elsewhere").iterdir()] == ["a.png"]
+    assert len(arrays_in(folder / "cache")) == 1
+
+
+def test_a_cache_that_is_a_file_is_told(folder):
+    with pytest.raises(DatasetError, match=r"cache: expected a folder, .*a\.png is a file"):
+        opened(folder, cache=folder / "images" / "a.png")
+
+
+def test_a_backslash_is_a_separator_unless_a_file_has_it_in_its_name(folder):
+    (folder / "images" / "sub").mkdir()
+    Image.new("RGB", (60, 40), "red").save(folder / "images" / "sub" / "a.png")
+    sections = content()
+    sections["images"][0]["file_name"] = "sub\\a.png"
+    for headers in (True, False):
+        assert opened(folder, sections, check_headers=headers).raw_image(0).getpixel((0, 0)) == (255, 0, 0)
+    Image.new("RGB", (60, 40), "blue").save(folder / "images" / "sub\\a.png")
+    assert opened(folder, sections).raw_image(0).getpixel((0, 0)) == (0, 0, 255)
+    sections["images"][0]["file_name"] = "sub\\none.png"
+    with pytest.raises(DatasetError, match=r"sub/none\.png: .*[Nn]o such file"):
+        opened(folder, sections)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_one_sentence_from_a_worker_too(folder, workers):
+    path = folder / "images" / "b.png"
+    Image.effect_noise((60, 40), 90).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:600])
+    batches = batch_loader(opened(folder), [[0], [0, 1]], workers)
+    assert len(next(batches)) == 1
+    with pytest.raises(DatasetError, match=r"b\.png: cannot be used as an image: ") as told:
+        next(batches)
+    assert len(str(told.value)) < len(str(path)) + 120 and "\n" not in str(told.value)
+
+
+def test_a_killed_worker_is_one_sentence(folder):
+    class Killed(CocoDetection):
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    dataset = opened(folder)
+    dataset.__class__ = Killed
+    with pytest.raises(RuntimeError) as raised:
+        next(batch_loader(dataset, [[0]], 1))
+    assert re.fullmatch(
+        r"a process that reads images \(pid \d+\) was killed( by signal: Killed)?, most often because memory .*workers",
+        killed_worker(raised.value),
+    )
+    assert killed_worker(RuntimeError("another")) is None
+    full = (
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
+    )
+    assert "(pid 7) was killed by signal: Bus error, shared memory is full" in killed_worker(RuntimeError(full))
+    assert "(pid 7, 8) was killed, most" in killed_worker(
+        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
+    )
 
 
 def test_a_data_set_can_be_pickled_for_spawned_workers(augmented):

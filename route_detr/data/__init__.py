@@ -6,7 +6,7 @@ from route_detr.data.coco import CocoDetection
 from route_detr.data.digits import write_digits
 from route_detr.data.images import read_rgb
 from route_detr.data.layout import coco_layout, open_splits
-from route_detr.data.loader import batch_loader, epoch_batches, micro_batches, shuffled
+from route_detr.data.loader import batch_loader, epoch_batches, killed_worker, micro_batches, shuffled
 from route_detr.data.report import DatasetError, DatasetWarning
 from route_detr.data.transforms import TransformConfig, View, eval_view, image_pixels, normalised, train_view
 
@@ -24,6 +24,7 @@ __all__ = [
     "epoch_batches",
     "eval_view",
     "image_pixels",
+    "killed_worker",
     "micro_batches",
     "normalised",
     "open_splits",

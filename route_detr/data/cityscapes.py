@@ -66,8 +66,8 @@ def _instance_files(root: Path, split: str) -> dict[str, Path]:
 
 def instances(file: Path) -> tuple[tuple[int, int], list[dict]]:
     """(width, height) and the things of an image of instance ids, as parts of COCO annotations."""
-    with opened(file) as image:
-        ids = np.asarray(image).astype(np.int64)
+    with opened(file) as found:
+        ids = np.asarray(found.image).astype(np.int64)
     objects = []
     for number in np.flatnonzero(np.bincount(ids.ravel().clip(0))).tolist():
         category, crowd = (number // IDS_PER_CLASS, 0) if number >= IDS_PER_CLASS else (number, 1)

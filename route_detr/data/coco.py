@@ -20,11 +20,16 @@ from torch.utils.data import Dataset
 
 from route_detr.data.annotations import box_inside, compressed_mask, read_annotations
 from route_detr.data.batch import Target
-from route_detr.data.images import opened, read_rgb
+from route_detr.data.images import cached_rgb, image_file, opened, read_rgb
 from route_detr.data.report import DatasetError, DatasetWarning, Report
 from route_detr.data.transforms import TransformConfig, eval_view, image_pixels, normalised_boxes, train_view
 
 HEADERS_CHECKED_UP_TO = 10_000
+EXIF_IGNORED = "EXIF blocks that cannot be read, ignored"
+FRAME_UNKNOWN = (
+    "images whose EXIF orientation is applied because their size does not tell whether their annotations want it, "
+    "though those of others are for the image as stored"
+)
 
 
 class CocoDetection(Dataset):
@@ -37,11 +42,11 @@ class CocoDetection(Dataset):
 
     Args:
         annotation_file: path of the JSON file.
-        image_dir: folder that its ``file_name`` entries are relative to.
+        image_dir: folder that its ``file_name`` entries are relative to (see ``images.image_file``).
         config: sizes and augmentation.
         train: whether to augment, with ``seed``.
         masks: whether targets have masks, from the annotations' polygons or run lengths.
-        cache: folder for decoded images, filled as they are first read; workers, ranks and runs share it.
+        cache: folder for decoded images, filled as they are first read; workers, ranks, runs and data sets share it.
         check_headers: whether to compare the size in every image's header with the annotation file's now, by default
             for up to ``HEADERS_CHECKED_UP_TO`` images; else on reading.
 
@@ -67,6 +72,8 @@ class CocoDetection(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if not self.image_dir.is_dir():
             raise DatasetError(f"{image_dir}: expected the folder of the images of {annotation_file}, found none")
+        if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
+            raise DatasetError(f"cache: expected a folder, {cache} is a file")
         content = read_annotations(self.annotation_file)
         self.report = content.report
         self.category_ids: list[int] = [category["id"] for category in content.categories]
@@ -104,17 +111,21 @@ class CocoDetection(Dataset):
             self._masks = np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)])
 
     def _check_files(self, headers: bool) -> None:
-        faults = Report()
+        faults, frames = Report(), Report()
         for name, size in zip(self.file_names, self._sizes.tolist(), strict=True):
-            file = self.image_dir / name
+            file = image_file(self.image_dir, name)
             try:
                 if headers:
-                    with opened(file, tuple(size)):
-                        continue
-                elif not file.stat().st_size:
-                    raise DatasetError(f"{file}: empty")
-            except (DatasetError, OSError) as error:
+                    with opened(file, tuple(size)) as found:
+                        frames.add(found.frame(tuple(size)), str(file))
+                        if found.exif_fault:
+                            self.report.add(EXIF_IGNORED, f"{file}: {found.exif_fault}")
+                elif not (file.is_file() and file.stat().st_size):
+                    raise DatasetError(f"{file}: {'empty' if file.is_file() else 'no such file'}")
+            except (DatasetError, OSError, ValueError) as error:
                 faults.add("image files that cannot be used", str(error))
+        if "stored" in frames and "either" in frames:
+            self.report[FRAME_UNKNOWN] = frames["either"]
         if faults:
             raise DatasetError(f"{self.annotation_file}: of {len(self)} images:\n{faults}")
 
@@ -141,16 +152,8 @@ class CocoDetection(Dataset):
 
     def raw_image(self, index: int) -> Image.Image:
         """The image in RGB, in the frame of its boxes, before any transform."""
-        file, size = self.image_dir / self.file_names[index], tuple(self._sizes[index].tolist())
-        if self.cache is None:
-            return read_rgb(file, size)
-        decoded = self.cache / f"{self.file_names[index]}.npy"
-        if not decoded.exists():
-            decoded.parent.mkdir(parents=True, exist_ok=True)
-            partial = decoded.with_suffix(f".{os.getpid()}.npy")
-            np.save(partial, np.asarray(read_rgb(file, size)))
-            partial.replace(decoded)
-        return Image.fromarray(np.load(decoded, mmap_mode="r"))
+        file, size = image_file(self.image_dir, self.file_names[index]), tuple(self._sizes[index].tolist())
+        return read_rgb(file, size) if self.cache is None else cached_rgb(file, size, self.cache)
 
     def boxes(self, index: int) -> Tensor:
         """[T, 4] float32 (x0, y0, x1, y1) in pixels of ``raw_image(index)``, without crowd regions."""

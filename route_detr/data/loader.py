@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from route_detr.data.batch import collate
+from route_detr.data.batch import Batch, Target, collate
 from route_detr.data.coco import CocoDetection
+from route_detr.data.report import DatasetError
+from route_detr.errors import WriteError
 
 
 def shuffled(landscape: Sequence[bool], batch_size: int, generator: torch.Generator) -> list[int]:
@@ -63,14 +67,56 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def batch_loader(dataset: CocoDetection, batches: list[list[int]], workers: int) -> DataLoader:
-    """Batches of these indices. Draws nothing from the global random number generator."""
-    return DataLoader(
-        dataset,
+class _Told(Dataset):
+    """The items of a data set, or why one cannot be had: PyTorch would add a worker's traceback to what is raised."""
+
+    def __init__(self, dataset: CocoDetection) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target] | Exception:
+        try:
+            return self.dataset[index]
+        except (DatasetError, WriteError) as error:
+            return error
+
+
+def _collated(samples: Sequence[tuple[Tensor, Target] | Exception]) -> Batch | Exception:
+    return next((each for each in samples if isinstance(each, Exception)), None) or collate(samples)
+
+
+def batch_loader(dataset: CocoDetection, batches: list[list[int]], workers: int) -> Iterator[Batch]:
+    """Batches of these indices. Draws nothing from the global random number generator.
+
+    Raises:
+        DatasetError: an image cannot be read.
+        WriteError: the cache cannot be written.
+    """
+    loader = DataLoader(
+        _Told(dataset),
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_collated,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def killed_worker(error: RuntimeError) -> str | None:
+    """What to tell where PyTorch found one of its workers dead, wherever the main process was then; else None."""
+    found = re.search(
+        r"DataLoader worker \(pid\S* ([^)]*)\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)", str(error)
+    )
+    if found is None:
+        return None
+    if found[2] == "Bus error":
+        why = "shared memory is full: enlarge /dev/shm (docker run --shm-size), or train.workers=0"
+    else:
+        why = "most often because memory ran out: use fewer train.workers"
+    return (
+        f"a process that reads images (pid {found[1]}) was killed{f' by signal: {found[2]}' if found[2] else ''}, {why}"
     )
