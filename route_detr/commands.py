@@ -43,7 +43,7 @@ from route_detr.training import Training
 BUNDLED_DATA = "data/digits"
 DATA_OPTIONS = ("train_json", "train_images", "val_json", "val_images")
 PICTURES, SHOWN_SCORE = 4, 0.3
-RESULT_NEUTRAL = ("train.workers",)  # may change when a run is resumed
+RESULT_NEUTRAL = ("train.workers", "train.accumulate")  # may change when a run is resumed
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

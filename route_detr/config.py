@@ -145,6 +145,7 @@ class TrainConfig:
 
     epochs: PositiveInt = 12
     batch_size: PositiveInt = 16
+    accumulate: PositiveInt | None = None  # pieces that a process computes its part of a batch in; None: the launcher's
     learning_rate: Positive = 1e-4
     backbone_learning_rate_scale: NonNegative = 0.1
     sampling_learning_rate_scale: NonNegative = 0.1  # layers that give sampling offsets

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, convert_outputs_to_fp32, gather_object
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    convert_outputs_to_fp32,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +32,8 @@ from route_detr.checkpoint import load_checkpoint
 from route_detr.config import TrainConfig
 from route_detr.errors import CheckpointError, UsageError
 
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
 
 def start_processes(device: str = "auto") -> Accelerator:
     """This process's part in a run that `accelerate launch`, `torchrun` or nobody has started.
@@ -29,7 +42,8 @@ def start_processes(device: str = "auto") -> Accelerator:
     Accelerate's environment variables say.
 
     Raises:
-        UsageError: there is no such device, or it is one of several that the launcher deals out.
+        UsageError: there is no such device, it is one of several that the launcher deals out, or `accelerate launch`
+            has started fewer processes than it was told.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +63,9 @@ def start_processes(device: str = "auto") -> Accelerator:
             transformer_cls_names_to_wrap=["EncoderLayer", "DecoderLayer"],
             cpu_ram_efficient_loading=False,
         )
-    accelerator = Accelerator(cpu=chosen.type == "cpu", fsdp_plugin=sharding)
+    pieces = GradientAccumulationPlugin(num_steps=accumulation())
+    accelerator = Accelerator(cpu=chosen.type == "cpu", fsdp_plugin=sharding, gradient_accumulation_plugin=pieces)
+    _check_processes(accelerator.num_processes)
     if sharding is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate shards on GPUs alone; FSDP2 itself runs on CPUs too, over gloo.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
@@ -57,6 +73,61 @@ def start_processes(device: str = "auto") -> Accelerator:
     if sharding is not None:
         sharding.mixed_precision_policy = None  # it casts parameters, boxes and all; autocast does not: see `prepared`
     return accelerator
+
+
+def accumulation(field: int | None = None) -> int:
+    """How many pieces a process computes its part of a batch in: what ``field`` (train.accumulate), the launcher or
+    Accelerate's environment variable says, 1 where none does.
+
+    Raises UsageError where two of them say different numbers.
+    """
+    launched, _ = _launcher()
+    said: dict[str, Any] = {
+        "train.accumulate": field,
+        "--gradient_accumulation_steps": launched.gradient_accumulation_steps if launched else None,
+        ACCUMULATION: os.environ.get(ACCUMULATION),
+    }
+    for name, value in said.items():
+        if value is not None and (not str(value).isdecimal() or int(value) < 1):
+            raise UsageError(f"{name}: expected a whole number of at least 1, got {value}")
+    # Accelerate's own 1 is what it writes where it was told nothing.
+    said = {name: int(n) for name, n in said.items() if n is not None and (name == "train.accumulate" or int(n) > 1)}
+    if len(set(said.values())) > 1:
+        given = ", ".join(f"{name} = {value}" for name, value in said.items())
+        raise UsageError(f"gradient accumulation: expected one number, got {given}")
+    return next(iter(said.values()), 1)
+
+
+def _launcher() -> tuple[argparse.Namespace | None, dict[str, str]]:
+    """The options and the environment of the `accelerate launch` that started this process; (None, {}) without one.
+
+    It hands accumulation on to DeepSpeed alone, and without GPUs it starts one process, however many it is told.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return None, {}
+    try:
+        parent = psutil.Process().parent()
+        words, environment = (parent.cmdline(), parent.environ()) if parent else ([], {})
+    except psutil.Error:
+        return None, {}
+    names = [Path(word).name.removesuffix(".exe") for word in words]
+    at = next((index for index, name in enumerate(names) if re.fullmatch(r"accelerate([.-].+)?", name)), None)
+    if at is None:
+        return None, {}
+    options = words[at + 2 :] if words[at + 1 : at + 2] == ["launch"] else words[at + 1 :]
+    return launch_command_parser().parse_args(options), environment
+
+
+def _check_processes(count: int) -> None:
+    launched, environment = _launcher()
+    # It sets the address for processes that are to find each other.
+    if launched and count == 1 and "MASTER_ADDR" in os.environ and "MASTER_ADDR" not in environment:
+        wanted = launched.num_processes or 2
+        command = f"torchrun --nproc-per-node {wanted} -m route_detr {shlex.join(sys.argv[1:])}"
+        raise UsageError(
+            f"accelerate launch has started one process of {wanted}, since it does not find so many GPUs; "
+            f"for processes on CPUs: {command}{'' if '--device' in sys.argv else ' --device cpu'}"
+        )
 
 
 def prepared(
@@ -101,6 +172,7 @@ def _prepared_for_deepspeed(
     pieces = accelerator.num_processes * accelerator.gradient_accumulation_steps
     plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": config.batch_size // pieces,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": False},  # it casts parameters, boxes and all
     }

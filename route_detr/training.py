@@ -22,7 +22,7 @@ from route_detr.backbone import self_contained
 from route_detr.checkpoint import load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.config import Config
 from route_detr.criterion import Criterion
-from route_detr.data import DatasetError, coco_layout, killed_worker, open_splits
+from route_detr.data import DatasetError, coco_layout, killed_worker, micro_batches, open_splits
 from route_detr.detector import Detector, parameter_groups
 from route_detr.engine import Step, evaluate, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
@@ -30,7 +30,15 @@ from route_detr.evaluation import in_words
 from route_detr.plots import plot_curves
 from route_detr.progress import LossSums, Progress
 from route_detr.run import Run
-from route_detr.scale_out import everybodys, is_lost_connection, load_model, load_optimizer, prepared, whole
+from route_detr.scale_out import (
+    accumulation,
+    everybodys,
+    is_lost_connection,
+    load_model,
+    load_optimizer,
+    prepared,
+    whole,
+)
 
 CURVES_EVERY_SECONDS = 30.0
 
@@ -67,7 +75,7 @@ class Training:
     ``cache`` is a folder for decoded training images. With ``weights_follow`` the caller loads a checkpoint next, so
     that no pretrained backbone is read.
 
-    Raises ValueError for a detector that cannot be built, before any data are read.
+    Raises ValueError for a detector that cannot be built, or batches that cannot be shared, before any data are read.
     """
 
     def __init__(
@@ -83,6 +91,9 @@ class Training:
         if not weights_follow:
             backbone = self_contained(config.detector.backbone)
             config = replace(config, detector=replace(config.detector, backbone=backbone))
+        accelerator.gradient_accumulation_steps = accumulation(config.train.accumulate)
+        shares = accelerator.num_processes, accelerator.gradient_accumulation_steps
+        micro_batches([[0] * config.train.batch_size], 0, *shares)  # one that cannot be shared is told now
         weightless, pretrained = {"detector.backbone.weights": None}, config.detector.backbone.weights is not None
         with torch.device("meta"):
             parameter_groups(Detector(config.updated(weightless).detector), config.train, weights_follow or pretrained)

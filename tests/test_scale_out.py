@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -20,7 +21,7 @@ from route_detr.data import coco_layout
 from route_detr.engine import train_one_epoch
 from route_detr.errors import UsageError
 from route_detr.run import Run
-from route_detr.scale_out import prepared, start_processes
+from route_detr.scale_out import ACCUMULATION, accumulation, prepared, start_processes
 from route_detr.training import Training
 
 ROOT = Path(__file__).parents[1]
@@ -187,6 +188,95 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path, paths, config,
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     start_processes("cpu")
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+WAYS = {
+    "field": ({"train.accumulate": 2}, {}, []),
+    "environment": ({}, {ACCUMULATION: "2"}, []),
+    "launcher": ({}, {ACCUMULATION: "1"}, ["--gradient_accumulation_steps=2"]),  # 1: what it writes for DeepSpeed
+    "all alike": ({"train.accumulate": 2}, {ACCUMULATION: "2"}, ["--gradient_accumulation_steps", "2"]),
+    "none": ({}, {}, []),
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes the parent of this process look like `accelerate launch` with these options and environment."""
+
+    def look(options, environment=()):
+        command = ["python", "/somewhere/bin/accelerate", "launch", *options, "-m", "route_detr", "train"]
+        parent = SimpleNamespace(cmdline=lambda: command, environ=lambda: dict(environment))
+        monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+    yield look
+    monkeypatch.undo()
+    start_processes("cpu")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_are_computed_in_as_many_pieces_as_asked_for(way, tmp_path, paths, config, monkeypatch, launched):
+    """Sixteen images in batches of four: four steps of the optimizer an epoch, of one or two forward passes each."""
+    changes, environment, options = WAYS[way]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if options:
+        launched(options)
+    training = Training(Run(tmp_path), config.updated(changes), paths, start_processes("cpu"))
+    images, updates = [], []
+    training.model.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
+    training.optimizer.optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    stepping = train_one_epoch(
+        *(training.model, training.criterion, training.optimizer, training.train_set),
+        *(training.progress, training.config, training.accelerator),
+    )
+    assert len(list(stepping)) == len(updates) == 4
+    assert images == ([4] * 4 if way == "none" else [2] * 8)
+
+
+@pytest.mark.parametrize(
+    ("field", "environment", "options", "message"),
+    [
+        (1, "2", [], f"expected one number, got train.accumulate = 1, {ACCUMULATION} = 2"),
+        (4, None, ["--gradient_accumulation_steps", "2"], "train.accumulate = 4, --gradient_accumulation_steps = 2"),
+        (None, "many", [], f"{ACCUMULATION}: expected a whole number of at least 1, got many"),
+        (None, None, ["--gradient_accumulation_steps=-3"], "--gradient_accumulation_steps: expected a whole number"),
+    ],
+)
+def test_accumulation_is_one_number(field, environment, options, message, monkeypatch, launched):
+    launched(options)
+    if environment is not None:
+        monkeypatch.setenv(ACCUMULATION, environment)
+    with pytest.raises(UsageError, match=message):
+        accumulation(field)
+
+
+def test_batches_that_cannot_be_shared_are_told_before_data_are_read(tmp_path, config):
+    message = r"train\.batch_size: expected a multiple of 3 \(processes x accumulation\), got 4"
+    with pytest.raises(ValueError, match=message):
+        Training(Run(tmp_path), config.updated({"train.accumulate": 3}), {}, start_processes("cpu"))
+    start_processes("cpu")
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_told(monkeypatch, launched):
+    launched(["--cpu", "--num_processes", "2"])
+    monkeypatch.setattr(sys, "argv", ["route-detr", "train", "--data", "my data"])
+    start_processes("cpu")  # its address is not there: one process is what was asked for
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    command = "torchrun --nproc-per-node 2 -m route_detr train --data 'my data' --device cpu"
+    with pytest.raises(UsageError, match=f"one process of 2, since it does not find so many GPUs; .*: {command}$"):
+        start_processes("cpu")
+    launched([], {"MASTER_ADDR": "127.0.0.1"})  # the user's own
+    start_processes("cpu")
+
+
+@pytest.mark.slow
+def test_accumulation_that_accelerate_launch_is_told_reaches_the_run(tmp_path, data):
+    words = ["-m", "route_detr", "train", "--data", data, "--out", tmp_path / "run", "--device", "cpu"]
+    changes = options({**CHANGES, "train.epochs": 1})
+    done = launch("--gradient_accumulation_steps", 4, *words, *changes, module="accelerate.commands.launch")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["accumulation"] == 4
 
 
 def test_one_device_of_several_is_not_for_several_processes(monkeypatch):
