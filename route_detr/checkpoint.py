@@ -198,6 +198,8 @@ def why_unreadable(error: Exception) -> str:
     """The cause in an error of torch.load, without the advice around it."""
     text = str(error).strip()
     named = re.search(r"(?:Unsupported|Trying to load unsupported) .*?(?=\. Please|\n|$)", text)
+    if named is None and (cause := re.search(r"WeightsUnpickler error:\s+(.+)", text)):
+        return cause[1]
     return named[0] if named else text.partition("\n")[0] or f"{type(error).__name__}, the file may be empty"
 
 

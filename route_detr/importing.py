@@ -7,12 +7,16 @@ publish them, and `DeformableDetrForObjectDetection` of `transformers`.
 from __future__ import annotations
 
 import argparse
+import codecs
+import datetime
 import json
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
@@ -20,6 +24,7 @@ from torch import Tensor
 from transformers import DeformableDetrConfig, PretrainedConfig
 
 from .backbone import settings_of
+from .checkpoint import why_unreadable
 from .config import Config, preset
 from .detector import Detector
 
@@ -109,6 +114,20 @@ BACKBONE = re.compile(
 )
 
 
+NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.empty(0).__reduce__()[0]}
+PATHS = {f"{pure}{kind}Path": PurePosixPath for pure in ("", "Pure") for kind in ("Posix", "Windows")}
+# What public checkpoints hold beside tensors: arguments, times, numbers of numpy, paths. None of them runs anything.
+# numpy has moved its functions, and Python its paths: old files have the old names.
+HARMLESS: list[Any] = [
+    *(argparse.Namespace, SimpleNamespace, dict, list, set, frozenset, range, slice, int, float, str),
+    (lambda *factory: {}, "collections.defaultdict"),  # torch.load fills no other kind of dictionary
+    *(datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone),
+    *(codecs.encode, np.ndarray, np.dtype, *(type(np.dtype(code)) for code in np.typecodes["All"])),
+    *((made_by, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, made_by in NUMPY.items()),
+    *((path, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name, path in PATHS.items()),
+]
+
+
 def read_published(source: str) -> tuple[dict[str, Tensor], Config, dict[int, str]]:
     """State dict, configuration and class names of a public checkpoint.
 
@@ -138,20 +157,20 @@ def read_published(source: str) -> tuple[dict[str, Tensor], Config, dict[int, st
 
 
 def _torch_file(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save; nothing in it is run."""
+    """The state dict in a file of torch.save; nothing in it is run, and what is no tensor is left out."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign or damaged file can fail anywhere inside the unpickler
-        raise ValueError(
-            f"{path}: expected tensors written by torch.save ({str(error).splitlines()[0][:160]})"
-        ) from error
+        raise ValueError(f"{path}: expected tensors written by torch.save: {why_unreadable(error)}") from error
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    entries = content.items() if isinstance(content, dict) else ()
+    tensors = {str(name): value for name, value in entries if isinstance(value, Tensor)}
+    if not tensors:
         raise ValueError(f"{path}: expected a state dict, alone or under 'model'")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
 def imported(state: Mapping[str, Tensor], config: Config) -> Detector:

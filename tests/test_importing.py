@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import functools
 import itertools
+import os
 import re
+import zipfile
+from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -423,6 +430,53 @@ def test_a_file_of_the_authors_is_read_with_its_arguments_and_prefixes(tmp_path)
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 49}, tmp_path / "checkpoint.pth")
     read, config, _ = read_published(str(tmp_path / "checkpoint.pth"))
     assert read.keys() == deformable_detr().keys() and config.detector.query_content == "joint"
+
+
+HARMLESS = {
+    "number": np.float64(0.5),
+    "array": np.arange(3, dtype=">i4"),
+    "record": np.zeros(2, dtype=[("a", "f4")]),
+    "arguments": argparse.Namespace(lr=np.float32(1e-4), output_dir=Path("a/b"), schedule=defaultdict(list, a=[1])),
+    "time": datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_is_no_tensor_is_left_out(kind, zipped, tmp_path):
+    state = {key: torch.zeros(shape) for key, shape in deformable_detr().items() if "backbone" not in key}
+    content = {"model": {**state, "_best": HARMLESS[kind]}, "best": HARMLESS[kind]}
+    torch.save(content, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=zipped)
+    assert read_published(str(tmp_path / "checkpoint.pth"))[0].keys() == state.keys()
+
+
+def test_numbers_of_older_numpy_are_read(tmp_path):
+    torch.save({"model": {"w": torch.ones(1)}, "x": np.float64(2)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            moved = new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            old.writestr(name, moved if name.endswith(".pkl") else new.read(name))
+    with pytest.raises(ValueError, match="two-stage Deformable DETR"):  # it has been read
+        read_published(str(tmp_path / "old.pth"))
+
+
+class Left:
+    """A type that only its author has."""
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (functools.partial(print), r"functools\.partial"),
+        (Left(), r"test_importing\.Left"),
+        (os.system, r"(posix|nt)\.system"),
+    ],
+)
+def test_what_could_run_code_is_refused_by_name(content, named, tmp_path, capsys):
+    torch.save({"model": {"w": torch.ones(1)}, "x": content}, tmp_path / "odd.pth")
+    assert main(["import", str(tmp_path / "odd.pth"), "--out", str(tmp_path / "ours.pt")]) == 2
+    message = rf"odd\.pth: expected tensors written by torch\.save: .*[Uu]nsupported .*{named}"
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("content", "named"), [(b"no weights", "torch.save"), (None, "no such file")])
