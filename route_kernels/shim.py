@@ -1,11 +1,11 @@
-"""Runs a script that needs the compiled `MultiScaleDeformableAttention` with the operators of route-kernels instead.
+"""Runs a script that needs the compiled `MultiScaleDeformableAttention`, or `mmcv._ext`, with our operators instead.
 
     python -m route_kernels.shim main.py --batch_size 2 ...
     python -m route_kernels.shim -m package.module ...
     torchrun --nproc_per_node 2 -m route_kernels.shim main.py ...
 
 The script sees what it would see under plain `python`: its own `sys.argv`, `sys.path[0]`, `__name__` and `__file__`.
-Worker processes that start afresh (data loaders under spawn or forkserver) find the module, too.
+Worker processes that start afresh (data loaders under spawn or forkserver) find `MultiScaleDeformableAttention`, too.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def _safe_path() -> bool:
 
 
 def _provide_extension() -> None:
-    from .integrations import deformable_detr
+    from .integrations import deformable_detr, mmcv
 
     folder = str(Path(deformable_detr.MultiScaleDeformableAttention.__file__).parent)
     sys.path.insert(0 if _safe_path() else 1, folder)  # handed to spawned processes, unlike sys.modules
+    mmcv.provide_extension(verbose=False)
 
 
 def _refuse(reason: str) -> int:

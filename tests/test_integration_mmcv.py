@@ -17,10 +17,10 @@ from foreign_packages import (
     check_refusals,
     check_twice_and_back,
 )
-from integration_checks import check_integration
+from integration_checks import assert_agree, check_integration
 
 from route_kernels.integrations import mmcv as integration
-from route_kernels.testing import counted_calls, perturb_sampling
+from route_kernels.testing import counted_calls, perturb_sampling, training_step
 
 MODULE = "mmcv.ops.multi_scale_deform_attn"
 SHAPES = ((5, 7), (3, 4))
@@ -34,23 +34,85 @@ def bindings(request, monkeypatch):
         return foreign_mmcv.stub_package(MODULE, foreign_mmcv.Ext(), monkeypatch)
     pytest.importorskip("mmcv", reason="mmcv is not installed: pip install onedl-mmcv")
     if find_spec("mmcv._ext") is None:
-        monkeypatch.setitem(sys.modules, "mmcv._ext", StubbedExt("mmcv._ext"))
+        monkeypatch.setitem(sys.modules, "mmcv._ext", integration.StandIn("mmcv._ext"))
     installed = import_module(MODULE)
     monkeypatch.setattr(installed, "ext_module", foreign_mmcv.Ext())
     return installed
 
 
-class StubbedExt(ModuleType):
-    """`mmcv._ext` of an mmcv that was installed without its compiled ops: every name, all of them refusing."""
+LOADED = """
 
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
+import importlib
+compiled = importlib.import_module("mmcv._ext")
+assert hasattr(compiled, "nms"), "nms miss in module _ext"
+compiled.returns_gradients = False
+"""
 
-        def refuse(*args, **kwargs):
-            raise RuntimeError(f"{name} is not compiled")
 
-        return refuse
+@pytest.fixture
+def uncompiled(tmp_path, monkeypatch):
+    """A folder with mmcv in it, without `_ext`, first on the path and not imported."""
+    (tmp_path / "mmcv" / "ops").mkdir(parents=True)
+    for name, content in {"__init__.py": "", "ops/__init__.py": "from . import multi_scale_deform_attn"}.items():
+        (tmp_path / "mmcv" / name).write_text(content)
+    attention = Path(foreign_mmcv.__file__).read_text() + LOADED
+    (tmp_path / "mmcv" / "ops" / "multi_scale_deform_attn.py").write_text(attention)
+    imported = {name for name in sys.modules if name.partition(".")[0] == "mmcv"}
+    for name in imported:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "mmcv"
+    integration.revert()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mmcv"]:
+        del sys.modules[name]
+
+
+def test_runs_without_having_been_compiled(uncompiled):
+    with pytest.raises(ModuleNotFoundError, match="_ext"):
+        import_module("mmcv.ops")
+    with integration.apply(verbose=False) as report, counted_calls() as counts:
+        provided, *replaced = [entry.name for entry in report.replaced]
+        assert provided == "import mmcv._ext" and f"{MODULE}.MultiScaleDeformableAttention" in replaced
+        module, arguments = build(import_module(MODULE), dropout=0.0), inputs()
+        found = training_step(module, arguments)
+    assert counts == {"ms_deform_attn_fused": 1} and "mmcv._ext" not in sys.modules
+    assert_agree(found, training_step(module, arguments))
+
+
+def test_the_function_over_a_stand_in_is_ours(uncompiled):
+    """Forward and backward, as a CUDA tensor would call them; nothing else is replaced, or touched afterwards."""
+    with integration.provide_extension(verbose=False) as provided:
+        assert [entry.name for entry in provided.replaced] == ["import mmcv._ext"]
+        bindings = import_module(MODULE)
+    assert "mmcv._ext" not in sys.modules and isinstance(bindings.compiled, integration.StandIn)
+    bindings.COMPILED_FOR = "cpu"
+    module, arguments = build(bindings, dropout=0.0), inputs()
+    with counted_calls() as counts:
+        found = training_step(module, arguments)
+    assert counts == {"ms_deform_attn": 1}
+    bindings.COMPILED_FOR = "cuda"
+    assert_agree(found, training_step(module, arguments))
+
+
+def test_what_a_stand_in_lacks_is_named_when_it_is_called(uncompiled):
+    integration.provide_extension(verbose=False)
+    extension = import_module("mmcv._ext")
+    suppress = extension.nms  # which mmcv takes when it is imported
+    with pytest.raises(NotImplementedError, match=r"^mmcv\._ext\.nms: mmcv is installed without its compiled ops"):
+        suppress(torch.zeros(1, 4), torch.zeros(1), iou_threshold=0.5, offset=0)
+    assert not hasattr(extension, "__path__")
+
+
+def test_what_is_compiled_or_imported_stays(uncompiled, monkeypatch):
+    (uncompiled / "_ext.py").write_text("from foreign_mmcv import Ext; ext = Ext(); nms = None")
+    assert not integration.provide_extension(verbose=False).replaced
+    (uncompiled / "_ext.py").unlink()
+    monkeypatch.setitem(sys.modules, "mmcv._ext", theirs := ModuleType("mmcv._ext"))
+    assert not integration.provide_extension(verbose=False).replaced and sys.modules["mmcv._ext"] is theirs
+    monkeypatch.delitem(sys.modules, "mmcv._ext")
+    (uncompiled / "__init__.py").unlink()
+    monkeypatch.setattr(sys, "path", [])
+    assert not integration.provide_extension(verbose=False).replaced, "mmcv is not installed"
 
 
 def build(bindings, dtype=torch.float64, **options):

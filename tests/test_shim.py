@@ -11,7 +11,7 @@ from route_kernels import shim
 from route_kernels.integrations import deformable_detr
 
 SCRIPT = """
-import json, sys
+import importlib, json, sys
 import {neighbour}
 import MultiScaleDeformableAttention as MSDA
 import torch
@@ -22,6 +22,7 @@ output = MSDA.ms_deform_attn_forward(value, *arguments, 2)
 grad = MSDA.ms_deform_attn_backward(value, *arguments, output, 2)[0]
 print(json.dumps({{
     "argv": sys.argv[1:], "name": __name__, "file": __file__, "path": sys.path[0], "neighbour": {neighbour}.ANSWER,
+    "mmcv": type(importlib.import_module("mmcv._ext")).__name__,
     "output": output.flatten().tolist(), "grad": grad.sum().item(), "main": sys.modules["__main__"].__file__,
 }}))
 """
@@ -48,9 +49,11 @@ def run(*arguments, cwd, prefix=("-m", "route_kernels.shim")):
 
 @pytest.fixture
 def project(tmp_path):
-    """A script beside a module that it imports, in a folder that is not the working directory."""
+    """A script beside a module that it imports, in a folder that is not the working directory; an uncompiled mmcv."""
     folder = tmp_path / "project"
     (folder / "package").mkdir(parents=True)
+    (folder / "mmcv").mkdir()
+    (folder / "mmcv" / "__init__.py").write_text("")
     (folder / "beside.py").write_text("ANSWER = 42\n")
     (folder / "main.py").write_text(SCRIPT.format(neighbour="beside"))
     (folder / "package" / "__init__.py").write_text("import MultiScaleDeformableAttention\n")
@@ -65,7 +68,7 @@ def test_a_script_sees_what_it_would_under_python(project, tmp_path):
     seen = json.loads(finished.stdout)
     assert seen == {
         "argv": ["--lr", "1e-4", "-m"], "name": "__main__", "file": "project/main.py", "path": str(project),
-        "neighbour": 42, "output": [1.0] * 6, "grad": 6.0, "main": "project/main.py",
+        "neighbour": 42, "mmcv": "StandIn", "output": [1.0] * 6, "grad": 6.0, "main": "project/main.py",
     }  # fmt: skip
 
 

@@ -11,12 +11,11 @@ detrex provides `detrex._C` with the two functions of deformable attention.
 from __future__ import annotations
 
 import sys
-from importlib.machinery import PathFinder
-from importlib.util import find_spec
 
 from torch import nn
 
 from .deformable_attention import PLAIN, import_foreign
+from .extension import is_not_compiled
 from .importable import MultiScaleDeformableAttention
 from .mmcv import replace_attention
 from .report import Report, applying, revert_all
@@ -42,7 +41,7 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
         ValueError: a model without such a module.
     """
     with applying(CODEBASE, verbose=verbose) as report:
-        if CODEBASE not in sys.modules and not _is_compiled():
+        if CODEBASE not in sys.modules and is_not_compiled(CODEBASE, EXTENSION):
             name = f"import {EXTENSION}"
             report.replace(sys.modules, EXTENSION, MultiScaleDeformableAttention, name=name, op=PLAIN)
         bindings = import_foreign(CODEBASE, "detrex.layers.multi_scale_deform_attn", "detrex")
@@ -58,9 +57,3 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
 def revert() -> None:
     """Put back everything that `apply` has replaced."""
     revert_all(CODEBASE)
-
-
-def _is_compiled() -> bool:
-    """Whether the extension lies in detrex's folder; finding it must not import detrex."""
-    package = find_spec(CODEBASE)
-    return package is None or PathFinder.find_spec(EXTENSION, package.submodule_search_locations) is not None

@@ -5,6 +5,9 @@ B batch, S flattened feature positions, H heads, D channels of one head, N queri
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -90,6 +93,17 @@ def ms_deform_attn_backward(
     with torch.enable_grad():
         output = ms_deform_attn_forward(leaves[0], spatial_shapes, level_start_index, *leaves[1:])
     return list(torch.autograd.grad(output, leaves, grad_output))
+
+
+def is_not_compiled(package: str, extension: str) -> bool:
+    """Whether `package` is installed, and its `extension` is neither imported nor in its folder."""
+    if extension in sys.modules:
+        return False
+    if package in sys.modules:
+        folders = getattr(sys.modules[package], "__path__", None)
+    else:
+        folders = getattr(find_spec(package), "submodule_search_locations", None)  # which does not import it
+    return folders is not None and PathFinder.find_spec(extension, folders) is None
 
 
 def replace_functions(report: Report, extension: ModuleType, name: str) -> None:

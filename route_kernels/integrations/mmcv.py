@@ -5,10 +5,15 @@
 
 `MultiScaleDeformableAttention` gets the fused form. Code that calls `multi_scale_deformable_attn_pytorch` (mmcv on a
 CPU and for bfloat16) or `MultiScaleDeformableAttnFunction.apply` (mmcv's own CUDA kernel) gets the plain form.
+
+Where mmcv is installed without its compiled `mmcv._ext`, nothing of `mmcv.ops`, and so of mmdet, can be imported. So
+`apply()`, or `provide_extension()` alone, provides a stand-in with the two functions of deformable attention.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
 
@@ -18,9 +23,11 @@ from torch import nn
 from ..ops.levels import LevelStarts, SpatialShapes
 from ..ops.ms_deform_attn import ms_deform_attn
 from .deformable_attention import PLAIN, import_foreign, plain_or_original, replace_forward, replace_function, sample
+from .extension import is_not_compiled, ms_deform_attn_backward, ms_deform_attn_forward
 from .report import Report, applying, inside_decorators, revert_all
 
 CODEBASE = "mmcv"
+EXTENSION = "mmcv._ext"
 
 
 def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> Report:
@@ -35,19 +42,77 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
         What was replaced, what was left and why; it reverts, also as a context manager.
 
     Raises:
-        ImportError: mmcv, or its compiled `mmcv._ext`, is not installed.
+        ImportError: mmcv is not installed.
         TypeError: not a model.
         ValueError: a model without such a module.
     """
-    bindings = import_foreign(CODEBASE, "mmcv.ops.multi_scale_deform_attn", "onedl-mmcv (or mmcv) with its ops")
     with applying(CODEBASE, verbose=verbose) as report:
+        _provide_extension(report)
+        bindings = import_foreign(CODEBASE, "mmcv.ops.multi_scale_deform_attn", "onedl-mmcv (or mmcv)")
         replace_attention(report, bindings, model_or_family)
+    return report
+
+
+def provide_extension(*, verbose: bool = True) -> Report:
+    """Provide a stand-in for `mmcv._ext` where mmcv is installed without it, so that it can be imported; no more.
+
+    Of its functions those of deformable attention run; every other one raises NotImplementedError with its name when
+    it is called.
+
+    Returns:
+        What was provided, which is nothing where `mmcv._ext` is there; it reverts, also as a context manager.
+    """
+    with applying(CODEBASE, verbose=verbose) as report:
+        _provide_extension(report)
     return report
 
 
 def revert() -> None:
     """Put back everything that `apply` has replaced."""
     revert_all(CODEBASE)
+
+
+def _provide_extension(report: Report) -> None:
+    if is_not_compiled(CODEBASE, EXTENSION):
+        report.replace(sys.modules, EXTENSION, StandIn(EXTENSION), name=f"import {EXTENSION}", op=PLAIN)
+
+
+class StandIn(ModuleType):
+    """`mmcv._ext` with every name that it may have."""
+
+    ms_deform_attn_forward = staticmethod(ms_deform_attn_forward)
+
+    @staticmethod
+    def ms_deform_attn_backward(
+        value: torch.Tensor,
+        spatial_shapes: SpatialShapes,
+        level_start_index: LevelStarts,
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+        grad_output: torch.Tensor,
+        grad_value: torch.Tensor,
+        grad_sampling_locations: torch.Tensor,
+        grad_attention_weights: torch.Tensor,
+        im2col_step: int = 64,
+    ) -> None:
+        """Fills the three gradients, each in the shape of its input."""
+        found = ms_deform_attn_backward(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, grad_output
+        )
+        for gradient, of in zip((grad_value, grad_sampling_locations, grad_attention_weights), found, strict=True):
+            gradient.copy_(of)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def refuse(*arguments: object, **keywords: object) -> None:
+            raise NotImplementedError(
+                f"{EXTENSION}.{name}: mmcv is installed without its compiled ops, of which route-kernels has those of "
+                "deformable attention alone; build mmcv with its ops for this one"
+            )
+
+        return refuse
 
 
 def replace_attention(report: Report, bindings: ModuleType, model: nn.Module | None) -> None:
