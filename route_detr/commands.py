@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +24,7 @@ from route_detr.config import Config, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, killed_worker, read_rgb
 from route_detr.data.cityscapes import write_cityscapes as write_cityscapes_folder
 from route_detr.engine import evaluate as evaluate_detector
-from route_detr.errors import RunFailed, UsageError
+from route_detr.errors import RunError, RunFailed, UsageError
 from route_detr.evaluation import table
 from route_detr.export import export as export_detector
 from route_detr.importing import imported, read_published
@@ -43,7 +45,8 @@ from route_detr.training import Training
 BUNDLED_DATA = "data/digits"
 DATA_OPTIONS = ("train_json", "train_images", "val_json", "val_images")
 PICTURES, SHOWN_SCORE = 4, 0.3
-RESULT_NEUTRAL = ("train.workers", "train.accumulate")  # may change when a run is resumed
+LENGTHS = ("train.epochs", "train.time_budget")
+RESUMABLE = (*LENGTHS, "train.workers", "train.accumulate")  # what may change when a run is resumed
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,6 +144,7 @@ def _started(args: argparse.Namespace, run: Run) -> Training:
         paths,
         accelerator,
         preset=name,
+        base=load_config(args.config) if args.config else None,
         cache=args.cache,
         weights_follow=init is not None and not backbone_is_read,
     )
@@ -161,26 +165,63 @@ def _resumed(args: argparse.Namespace, run: Run) -> Training:
     run.check_resumable()
     run.lock()
     state = load_checkpoint(run.last)
-    stored, data = stored_config(state, run.last), state["data"]
-    if str(args.config or args.preset or state["preset"]) != state["preset"]:
-        raise UsageError(f"--preset, --config: the run to resume began with {state['preset']}")
-    config = stored
-    for key, value in _overrides(args).items():
-        changed = stored.updated({key: value})
-        if key in RESULT_NEUTRAL:
-            config = changed
-        elif changed != stored:
-            raise UsageError(f"{key}={value}: the run to resume has another value; leave it out")
-    for name, path in (_data_paths(args, ("train", "val")) or {}).items():
-        if path != data[name]:
-            raise UsageError(f"--data, --{name.replace('_', '-')}: {path}, but the run to resume has {data[name]}")
+    config, base = _resumed_config(args, run, state)
+    data = _resumed_data(args, run, state["data"])
     if args.threads is None:
         args.threads = state["threads"]
-    training = Training(
-        run, config, data, _processes(args), preset=state["preset"], cache=args.cache, weights_follow=True
-    )
+    names = {"preset": state["preset"], "base": base}
+    training = Training(run, config, data, _processes(args), **names, cache=args.cache, weights_follow=True)
     training.resume()
     return training
+
+
+def _resumed_config(args: argparse.Namespace, run: Run, state: dict[str, Any]) -> tuple[Config, Config | None]:
+    """The configuration of a run with what may change in it, and what its --config file says."""
+    stored = stored_config(state, run.last)
+    base = state.get("base") and Config.from_dict(state["base"])
+    changes, now = _overrides(args), base
+    if args.config and base is not None:  # by what the file says, whatever its name
+        now = load_config(args.config)
+        changes = {key: value for key, (value, _) in now.differences(base).items()} | changes
+    elif str(args.config or args.preset or state["preset"]) != state["preset"]:
+        raise UsageError(f"--preset, --config: the run to resume began with {state['preset']}")
+    elif base is not None and Path(state["preset"]).is_file():
+        edited = load_config(state["preset"]).differences(base)
+        if edited:
+            told = ", ".join(f"{key} from {before!r} to {after!r}" for key, (after, before) in edited.items())
+            warnings.warn(
+                f"{state['preset']}: edited since the run began ({told}), which keeps its values", stacklevel=2
+            )
+    config = stored.updated(changes)
+    for key, (value, before) in config.differences(stored).items():
+        if key not in RESUMABLE:
+            where = key if key in _overrides(args) else f"{args.config}: {key}"
+            raise UsageError(f"{where}={value}: the run to resume has another value, {before}; leave it out")
+    progress, train = state["progress"], config.train
+    done = progress["epoch"] + (progress["step_in_epoch"] > 0)
+    if train.epochs < done and train.epochs != stored.train.epochs:
+        raise UsageError(
+            f"train.epochs={train.epochs}: the run to resume is in its epoch {done}; expected at least that"
+        )
+    if train.time_budget != stored.train.time_budget and (train.time_budget or math.inf) < progress["elapsed"]:
+        spent = f"the run to resume has taken {progress['elapsed']:.0f} s"
+        raise UsageError(f"train.time_budget={train.time_budget}: {spent}; expected more than that")
+    for key, (value, before) in config.differences(stored).items():
+        if key in LENGTHS and run.writes:
+            print(f"{key}={value}, not {before}: the learning rate drops at {train.drop_at:.0%} of the new length")
+    return config, now
+
+
+def _resumed_data(args: argparse.Namespace, run: Run, stored: dict[str, str]) -> dict[str, str]:
+    """Where the data of a run are now: as the command line says, else where they were."""
+    if args.data is None:
+        for option in DATA_OPTIONS:
+            if getattr(args, option) is None:
+                if not Path(stored[option]).exists():
+                    moved = "say where its data are now with --data ROOT, if they have moved"
+                    raise RunError(f"{run.folder}: {stored[option]} is no longer there; {moved}")
+                setattr(args, option, Path(stored[option]))
+    return _data_paths(args, ("train", "val"))
 
 
 def _draw(run: Run, val_set: CocoDetection, device: torch.device) -> list[str]:

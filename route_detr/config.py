@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from importlib.resources import files
 from pathlib import Path
@@ -204,6 +204,12 @@ class Config:
         except ValidationError as error:
             raise ValueError(_first_error(error)) from None
 
+    def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Dotted key -> the value here and the value there, of every field in which two configurations differ."""
+        mine, others = (dict(_leaves(config.to_dict())) for config in (self, other))
+        both = {key: (mine.get(key), others.get(key)) for key in mine | others}
+        return {key: values for key, values in both.items() if values[0] != values[1]}
+
     def updated(self, changes: Mapping[str, Any]) -> Config:
         """A copy with dotted keys replaced, as `{"train.epochs": 3}`; ValueError as `from_dict`."""
         values = self.to_dict()
@@ -236,6 +242,14 @@ def unknown_key(key: str, dotted_keys: Iterable[str] | None = None) -> str:
     nearest = difflib.get_close_matches(last, known, n=1)
     others = ", ".join(name for name, dotted in known.items() if dotted.rpartition(".")[0] == section)
     return f"unknown key {key!r}; " + (f"did you mean {known[nearest[0]]!r}?" if nearest else f"keys there: {others}")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and prefix + name != "detector.backbone.settings":
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -13,7 +13,15 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from route_detr.checkpoint import SOFTWARE, check_replaceable, remove_abandoned, save_checkpoint, write_text, writing
+from route_detr.checkpoint import (
+    SOFTWARE,
+    check_replaceable,
+    load_checkpoint,
+    remove_abandoned,
+    save_checkpoint,
+    write_text,
+    writing,
+)
 from route_detr.errors import RunError
 
 try:
@@ -95,6 +103,12 @@ class Run:
             save_checkpoint(self.best, state)
         if self.writes:
             save_checkpoint(self.last, state)
+
+    def amend(self, changes: dict[str, Any]) -> None:
+        """Replace entries of the checkpoints."""
+        for file in (self.best, self.last):
+            if self.writes and file.exists():
+                save_checkpoint(file, load_checkpoint(file) | changes)
 
     def records(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl; a line torn by a kill is left out."""

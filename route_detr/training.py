@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -22,7 +24,8 @@ from route_detr.backbone import self_contained
 from route_detr.checkpoint import load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.config import Config
 from route_detr.criterion import Criterion
-from route_detr.data import DatasetError, coco_layout, killed_worker, micro_batches, open_splits
+from route_detr.data import CocoDetection, DatasetError, coco_layout, killed_worker, micro_batches, open_splits
+from route_detr.data.images import image_file
 from route_detr.detector import Detector, parameter_groups
 from route_detr.engine import Step, evaluate, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
@@ -68,12 +71,23 @@ class StopSignal:
                 signal.signal(each, handler)
 
 
+def digests(dataset: CocoDetection) -> dict[str, str]:
+    """SHA-256 of a data set's annotation file, and of the names and sizes in bytes of its image files."""
+    annotations, images = hashlib.sha256(), hashlib.sha256()
+    with open(dataset.annotation_file, "rb") as stream:
+        for block in iter(lambda: stream.read(2**20), b""):
+            annotations.update(block)
+    for name in dataset.file_names:
+        images.update(f"{name}: {image_file(dataset.image_dir, name).stat().st_size}\n".encode())
+    return {"annotations": annotations.hexdigest(), "images": images.hexdigest()}
+
+
 class Training:
     """Everything a run holds in memory, on one of its ranks.
 
     ``data`` has the paths train_json, train_images, val_json and val_images; the data decide the number of classes.
-    ``cache`` is a folder for decoded training images. With ``weights_follow`` the caller loads a checkpoint next, so
-    that no pretrained backbone is read.
+    ``preset`` names a preset or a file, ``base`` is what that file says. ``cache`` is a folder for decoded training
+    images. With ``weights_follow`` the caller loads a checkpoint next, so that no pretrained backbone is read.
 
     Raises ValueError for a detector that cannot be built, or batches that cannot be shared, before any data are read.
     """
@@ -85,6 +99,7 @@ class Training:
         data: dict[str, str],
         accelerator: Accelerator,
         preset: str | None = None,
+        base: Config | None = None,
         cache: Path | None = None,
         weights_follow: bool = False,
     ) -> None:
@@ -97,7 +112,7 @@ class Training:
         weightless, pretrained = {"detector.backbone.weights": None}, config.detector.backbone.weights is not None
         with torch.device("meta"):
             parameter_groups(Detector(config.updated(weightless).detector), config.train, weights_follow or pretrained)
-        self.run, self.data, self.accelerator, self.preset = run, data, accelerator, preset
+        self.run, self.data, self.accelerator, self.preset, self.base = run, data, accelerator, preset, base
         self.train_set, self.val_set = open_splits(
             coco_layout(**data), config.transforms, config.train.seed, masks=config.detector.masks, cache=cache
         )
@@ -128,10 +143,8 @@ class Training:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: tensors and plain containers, nothing of how the ranks share them."""
         return {
-            "config": self.config.to_dict(),
             "preset": self.preset,
-            "data": self.data,
-            **self._data_identity(),
+            **self._identity(),
             "threads": torch.get_num_threads(),
             **self._finite_weights(),
             "progress": self.progress.to_dict(),
@@ -153,12 +166,35 @@ class Training:
             return {"model": {k: v.reshape(self.shapes[k]) for k, v in weights.items()}, "optimizer": None}
         return {"model": whole(self.detector.state_dict()), "optimizer": whole(self.optimizer.state_dict())}
 
-    def _data_identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
+        """What tells this run from another: its configuration, and its data by content."""
         categories = zip(self.train_set.category_ids, self.train_set.category_names, strict=True)
         return {
+            "config": self.config.to_dict(),
+            "base": None if self.base is None else self.base.to_dict(),
+            "data": self.data,
             "categories": [{"id": number, "name": name} for number, name in categories],
             "images": len(self.train_set),
+            "digests": self._digests,
         }
+
+    @cached_property
+    def _digests(self) -> dict[str, dict[str, str]]:
+        return {"training": digests(self.train_set), "validation": digests(self.val_set)}
+
+    def _check_same_data(self, state: dict[str, Any]) -> None:
+        """Raise `CheckpointError` for data other than those that the run began with; they may have moved."""
+        now = self._identity()
+        for name in ("categories", "images"):
+            if state.get(name) != now[name]:
+                raise CheckpointError(f"{self.run.last}: the training set's {name} have changed since the run began")
+        if "digests" not in state and state["data"] != self.data:
+            where = state["data"]["train_json"]
+            raise CheckpointError(f"{self.run.last}: does not tell what its data hold, only where they were: {where}")
+        for split, before in state.get("digests", {}).items():
+            for name, digest in before.items():
+                if self._digests[split][name] != digest:
+                    raise CheckpointError(f"{self.run.last}: the {split} set's {name} have changed since the run began")
 
     def start(self) -> None:
         """Write the folder of a new run; from its first checkpoint on it can be resumed."""
@@ -176,9 +212,7 @@ class Training:
         state = load_checkpoint(self.run.last)
         if state["optimizer"] is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise CheckpointError(f"{self.run.last}: a run under DeepSpeed cannot be resumed, only begun from: --init")
-        for name, value in self._data_identity().items():
-            if state.get(name) != value:
-                raise CheckpointError(f"{self.run.last}: the training set's {name} have changed since the run began")
+        self._check_same_data(state)
         try:
             load_model(self.detector, state["model"])
             load_optimizer(self.optimizer, state["optimizer"])
@@ -190,6 +224,8 @@ class Training:
             raise CheckpointError(f"{self.run.last}: does not fit this run: {error}") from error
         self.accelerator.wait_for_everyone()
         self.run.rewind(self.progress.epoch, self.progress.step)
+        if changed := {name: value for name, value in self._identity().items() if state.get(name) != value}:
+            self.run.amend(changed)  # where the data are now, how long the run is to be
         self._write_config()
 
     def _write_config(self) -> None:
@@ -319,7 +355,8 @@ class Training:
             self.drawn = perf_counter()
         scores = f"  {in_words(metrics)}" if evaluated else ""
         if self.accelerator.is_main_process:
-            bar.write(f"epoch {progress.epoch}/{config.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
+            with suppress(OSError):  # the terminal has gone: SIGHUP comes, and stops the run after a step
+                bar.write(f"epoch {progress.epoch}/{config.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
 
     def _agreed(self, *values: float) -> list[float]:
         """The maximum over the ranks of what they may see differently, without waiting for a device."""

@@ -2,16 +2,20 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small_training import SMALL, write_data
 
 from route_detr import run as run_module
 from route_detr import training as training_module
+from route_detr.checkpoint import load_checkpoint, save_checkpoint
 from route_detr.config import preset
 from route_detr.data import coco_layout, epoch_batches, micro_batches
 from route_detr.engine import Step, train_one_epoch
@@ -429,6 +433,71 @@ def test_resume_notices_other_data_and_another_model(tmp_path, data):
         resumed(tmp_path / "run", changed)
     with pytest.raises(CheckpointError, match="does not fit this run"):
         resumed(tmp_path / "run", data, {"detector.ffn_dim": 48})
+
+
+def _moved_box(folder):
+    return _edited(folder / "annotations" / "instances_train2017.json", lambda content: content["annotations"][0])
+
+
+def _moved_box_of_validation(folder):
+    return _edited(folder / "annotations" / "instances_val2017.json", lambda content: content["annotations"][-1])
+
+
+def _edited(file, chosen):
+    content = json.loads(file.read_text())
+    chosen(content)["bbox"][0] += 1
+    file.write_text(json.dumps(content))
+
+
+def _other_picture(folder):
+    Image.new("RGB", (64, 64)).save(folder / "train2017" / "1.png")
+
+
+@pytest.fixture
+def moved(data, tmp_path):
+    """The data in another place, under the names that they had."""
+    root = Path(data["train_images"]).parent
+    shutil.copytree(root, tmp_path / "moved")
+    return {name: path.replace(str(root), str(tmp_path / "moved")) for name, path in data.items()}
+
+
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        (_moved_box, "training set's annotations"),
+        (_moved_box_of_validation, "validation set's annotations"),
+        (_other_picture, "training set's images"),
+    ],
+)
+def test_resume_notices_data_that_were_edited(tmp_path, data, moved, edit, what):
+    new_training(tmp_path / "run", data)
+    edit(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=f"last.pt: the {what} have changed since the run began"):
+        resumed(tmp_path / "run", moved)
+
+
+def test_data_that_have_moved_are_the_same_data(tmp_path, data, moved, uninterrupted):
+    shutil.copytree(uninterrupted.run.folder, tmp_path / "run")
+    continued = resumed(tmp_path / "run", moved)
+    assert_same_run(continued, uninterrupted)
+    for file in ("last.pt", "best.pt"):
+        assert load_checkpoint(tmp_path / "run" / file)["data"] == moved
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == moved
+
+
+def test_a_checkpoint_without_an_identity_resumes_where_its_data_were(tmp_path, data, moved):
+    """Those of earlier versions; from then on they have one."""
+    training = new_training(tmp_path / "run", data)
+    before = load_checkpoint(training.run.last)
+    del before["base"]
+    digests = before.pop("digests")
+    save_checkpoint(training.run.last, before)
+    with pytest.raises(
+        CheckpointError, match=r"does not tell what its data hold, only where they were: .*train2017.json"
+    ):
+        resumed(tmp_path / "run", moved)
+    resumed(tmp_path / "run", data)
+    assert load_checkpoint(training.run.last)["digests"] == digests
 
 
 def test_config_json_gives_the_configuration_back(uninterrupted):

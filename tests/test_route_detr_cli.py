@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -458,7 +459,9 @@ def test_a_run_is_never_written_over(run, data, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["train.epochs=9"], "train.epochs=9: the run to resume has another value"),
+        (["train.epochs=2"], "train.epochs=2: the run to resume is in its epoch 3; expected at least that"),
+        (["train.time_budget=1e-3"], "train.time_budget=0.001: the run to resume has taken"),
+        (["train.epochs=9", "train.seed=9"], "train.seed=9: the run to resume has another value, 0; leave it out"),
         (["detector.embed_dim=32"], "detector.embed_dim=32: the run to resume has another value"),
         (["train.speed=1"], "unknown key 'train.speed'"),
         (["--preset", "deformable-detr-pp-r50"], "--preset, --config: the run to resume began with tiny"),
@@ -468,9 +471,56 @@ def test_resume_rejects_what_contradicts_the_run(run, capsys, option, message):
     assert message in fails(capsys, "train", "--out", run, "--resume", *option)
 
 
+def test_a_finished_run_goes_on_for_more_epochs(run, tmp_path, capsys):
+    folder = tmp_path / "longer"
+    shutil.copytree(run, folder)
+    assert main(["train", "--out", str(folder), "--resume", "train.epochs=4", "--device", "cpu"]) == 0
+    told = "train.epochs=4, not 3: the learning rate drops at 80% of the new length"
+    assert capsys.readouterr().out.splitlines()[0] == told
+    epochs = [record for record in Run(folder).records() if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == [0, 1, 2, 3] and epochs[3]["step"] == 16
+    assert json.loads((folder / "config.json").read_text())["train"]["epochs"] == 4
+    assert timeless(folder)[: len(timeless(run))] == timeless(run)
+
+
+def test_resume_notices_a_config_file_that_was_edited(data, tmp_path, capsys):
+    file, folder = tmp_path / "mine.yaml", tmp_path / "run"
+    file.write_text("base: tiny\ntrain: {epochs: 1, clip_norm: 0.2}\n")
+    small = [word for word in options() if not word.startswith("train.epochs")]
+    again = ["train", "--resume", "--out", str(folder), "--device", "cpu"]
+    assert main(["train", "--config", str(file), "--data", str(data), *again[2:], *small]) == 0
+    file.write_text("base: tiny\ntrain: {clip_norm: 0.2, epochs: 1}  # the same\n")
+    capsys.readouterr()
+    assert main([*again, "--config", str(file)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    file.write_text("base: tiny\ntrain: {epochs: 2, clip_norm: 0.3}\n")
+    assert f"{file}: train.clip_norm=0.3: the run to resume has another value, 0.2" in fails(
+        capsys, *again, "--config", file
+    )
+    assert main(again) == 0
+    edited = "edited since the run began (train.epochs from 1 to 2, train.clip_norm from 0.2 to 0.3)"
+    assert f"route-detr: warning: {file}: {edited}, which keeps its values" in capsys.readouterr().err
+    file.write_text("base: tiny\ntrain: {epochs: 2, clip_norm: 0.2}\n")
+    assert main([*again, "--config", str(file)]) == 0
+    assert Run(folder).records()[-1]["epoch"] == 1
+
+
+def test_resume_finds_data_that_have_moved(run, data, tmp_path, capsys):
+    folder, before, after = tmp_path / "run", tmp_path / "before", tmp_path / "after"
+    shutil.copytree(data, before)
+    assert main(train_arguments(before, folder, changes={"train.epochs": 1})) == 0
+    before.rename(after)
+    told = fails(capsys, "train", "--resume", "--out", folder)
+    assert f"{folder}: {before}/annotations/instances_train2017.json is no longer there; say where" in told
+    assert main(["train", "--resume", "--out", str(folder), "--data", str(after), "--device", "cpu"]) == 0
+    assert main(["train", "--resume", "--out", str(folder), "--device", "cpu"]) == 0
+    assert main(["eval", str(folder), "--device", "cpu"]) == 0
+
+
 def test_resume_rejects_other_data_and_takes_what_agrees(run, data, tmp_path, capsys):
-    other = write_data(tmp_path / "other")
-    assert "--data" in fails(capsys, "train", "--out", run, "--resume", "--data", other)
+    other = write_data(tmp_path / "other", val_images=2)
+    told = "the validation set's annotations have changed since the run began"
+    assert told in fails(capsys, "train", "--out", run, "--resume", "--data", other)
     assert main(train_arguments(data, run, "--resume", "train.workers=1")) == 0
 
 
