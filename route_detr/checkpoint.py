@@ -58,11 +58,21 @@ def is_ours(path: str | Path) -> bool:
 
 
 def check_replaceable(*paths: str | Path) -> None:
-    """Raise `UsageError` naming the first of ``paths`` that this program did not write: it is never written over."""
+    """Raise `UsageError` naming the first of ``paths`` that this program did not write, which is never written over, or
+    that cannot be written; folders may be missing (`with_folder`)."""
     for path in map(Path, paths):
+        folder = next((each for each in path.absolute().parents if each.exists()), Path("/"))
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"{path}: cannot be written, {folder} is no folder that may be written to")
         if path.exists() and not (path.is_file() and is_ours(path)):
             what = "a file that route-detr did not write" if path.is_file() else "no regular file"
             raise UsageError(f"{path}: is {what} and is not replaced; delete it or choose another name")
+
+
+def with_folder(path: Path) -> Path:
+    """The path, whose folder has been made where it was missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:

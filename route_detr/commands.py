@@ -15,12 +15,20 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from route_detr import data as detection_data
-from route_detr.checkpoint import SOFTWARE, check_replaceable, load_checkpoint, save_checkpoint, write_text
+from route_detr.checkpoint import (
+    SOFTWARE,
+    check_replaceable,
+    load_checkpoint,
+    save_checkpoint,
+    with_folder,
+    write_text,
+)
 from route_detr.cli import run_folder
-from route_detr.config import Config, load_config, preset
+from route_detr.config import Config, first_error, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, killed_worker, read_rgb
 from route_detr.data.cityscapes import write_cityscapes as write_cityscapes_folder
 from route_detr.engine import evaluate as evaluate_detector
@@ -81,9 +89,16 @@ def _configured(args: argparse.Namespace, init: Path | None = None) -> tuple[str
     return name, (load_config(name) if args.config else preset(name)).updated(_overrides(args))
 
 
+def _check_numbers(args: argparse.Namespace, *names: str) -> None:
+    """Raise `UsageError` for an option that is given and is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
 def _processes(args: argparse.Namespace) -> Accelerator:
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads: expected at least 1, got {args.threads}")
+    _check_numbers(args, "threads")
     accelerator = start_processes(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -249,7 +264,10 @@ def _load(args: argparse.Namespace, device: torch.device) -> Trained:
     return load_trained(find_checkpoint(args.trained, args.checkpoint), device)
 
 
-def _val_set(paths: dict[str, str], trained: Trained) -> CocoDetection:
+def _val_set(paths: dict[str, str], trained: Trained, option: str) -> CocoDetection:
+    """``option`` gives what is asked for where the checkpoint knows of no data."""
+    if "val_json" not in paths:
+        raise UsageError(f"{option}: expected, since the checkpoint was not trained here and names no data set")
     dataset = CocoDetection(paths["val_json"], paths["val_images"], trained.config.transforms)
     known = dict(zip(trained.category_ids, trained.category_names, strict=True))
     for number, name in zip(dataset.category_ids, dataset.category_names, strict=True):
@@ -267,7 +285,7 @@ def evaluate(args: argparse.Namespace) -> int:
     accelerator = _processes(args)
     trained = load_trained(checkpoint, accelerator.device)
     paths = _data_paths(args, ("val",)) or trained.data
-    dataset = _val_set(paths, trained)
+    dataset = _val_set(paths, trained, "--data ROOT, or --val-json and --val-images")
     main = accelerator.is_main_process
     with tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=not main) as bar:
         try:
@@ -283,7 +301,7 @@ def evaluate(args: argparse.Namespace) -> int:
         print(table(metrics))
         record = {"software": SOFTWARE, "checkpoint": str(checkpoint), "annotations": paths["val_json"]}
         record |= {"images": len(dataset), **metrics}
-        write_text(out, json.dumps(record, indent=2) + "\n")
+        write_text(with_folder(out), json.dumps(record, indent=2) + "\n")
         print(f"written to {out}")
     accelerator.end_training()
     return 0
@@ -328,9 +346,8 @@ def import_weights(args: argparse.Namespace) -> int:
         content = json.loads(args.categories.read_text(encoding="utf-8"))
         names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
     categories = [{"id": i, "name": names.get(i, str(i))} for i in range(config.detector.num_classes)]
-    save_checkpoint(
-        args.out, {"config": config.to_dict(), "categories": categories, "model": detector.state_dict(), "data": {}}
-    )
+    content = {"config": config.to_dict(), "categories": categories, "model": detector.state_dict(), "data": {}}
+    save_checkpoint(with_folder(args.out), content)
     print(f"{len(detector.state_dict())} tensors of {args.source} written to {args.out}")
     return 0
 
@@ -342,28 +359,33 @@ def inspect_routing(args: argparse.Namespace) -> int:
     trained = load_trained(checkpoint, _processes(args).device)
     if not trained.config.detector.route:
         raise UsageError(f"{checkpoint}: trained with --no-route, it has no routing to show")
-    image = read_rgb(args.image) if args.image else _val_set(trained.data, trained).raw_image(0)
-    plot_routing(image, trained.routing(image), out)
+    image = read_rgb(args.image) if args.image else _val_set(trained.data, trained, "--image").raw_image(0)
+    plot_routing(image, trained.routing(image), with_folder(out))
     print(f"written to {out}")
     return 0
 
 
 def inspect_schedule(args: argparse.Namespace) -> int:
+    _check_numbers(args, "images")
     check_replaceable(args.out)
     _, config = _configured(args)
-    plot_schedule(config, -(-args.images // config.train.batch_size), args.out)
+    plot_schedule(config, -(-args.images // config.train.batch_size), with_folder(args.out))
     print(f"written to {args.out}")
     return 0
 
 
 def write_digits(args: argparse.Namespace) -> int:
     sizes = {name: getattr(args, name) for name in ("seed", "train_images", "val_images", "image_size")}
-    written = detection_data.write_digits(args.out, **sizes)
+    try:
+        written = detection_data.write_digits(args.out, **sizes)
+    except ValidationError as error:
+        raise UsageError(first_error(error)) from error
     print(f"{'written to' if written else 'already in'} {args.out}")
     return 0
 
 
 def write_cityscapes(args: argparse.Namespace) -> int:
+    _check_numbers(args, "workers")
     counts = write_cityscapes_folder(args.root, args.out, args.workers)
     print(f"written to {args.out}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     return 0

@@ -202,7 +202,7 @@ class Config:
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
-            raise ValueError(_first_error(error)) from None
+            raise ValueError(first_error(error)) from None
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Dotted key -> the value here and the value there, of every field in which two configurations differ."""
@@ -224,7 +224,8 @@ class Config:
         return Config.from_dict(values)
 
 
-def _first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """One sentence of the first thing that pydantic found."""
     first = error.errors()[0]
     # A union adds the types that it tried to the location; the names of fields are what a reader looks for.
     key = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part != "str")

@@ -7,12 +7,13 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from route_detr.checkpoint import SOFTWARE, check_replaceable, write_atomically
+from route_detr.checkpoint import SOFTWARE, check_replaceable, with_folder, write_atomically
 from route_detr.errors import UsageError
 from route_detr.prediction import Trained
 from route_kernels.nn import attention
@@ -56,6 +57,11 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
         raise UsageError(f"--out: expected a name that ends in .onnx or .pt2, got {path}")
     check_replaceable(path)
     height, width = size or (trained.config.transforms.eval_scale,) * 2
+    if min(height, width) < 1:
+        raise UsageError(f"--size: expected a height and a width of at least 1, got {height} {width}")
+    missing = [name for name in ("onnxruntime", "onnxscript") if path.suffix == ".onnx" and find_spec(name) is None]
+    if missing:
+        raise UsageError(f"--out {path.name}: {missing[0]} is not installed (pip install onnx onnxscript onnxruntime)")
     model, images = Inference(trained.detector), torch.randn(2, 3, height, width)
     with torch.no_grad(), sampling_by_grid():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
@@ -67,8 +73,7 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
         if not worst <= TOLERANCE:
             raise RuntimeError(f"{path}: the exported detector differs from the trained one by {worst:.1e}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda stream: stream.write(written.read_bytes()))
+        write_atomically(with_folder(path), lambda stream: stream.write(written.read_bytes()))
     return f"written to {path}: images [B, 3, {height}, {width}], differs from eager PyTorch by {worst:.1e} at most"
 
 
@@ -78,13 +83,8 @@ def _program_outputs(program: torch.export.ExportedProgram, path: Path, images: 
 
 
 def _onnx_outputs(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> Sequence[Tensor]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx asks for it later, less clearly)
-    except ImportError as error:
-        raise UsageError(
-            f"--out {path.name}: {error.name} is not installed (pip install onnx onnxscript onnxruntime)"
-        ) from error
+    import onnxruntime
+
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

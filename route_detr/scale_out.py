@@ -47,13 +47,15 @@ def start_processes(device: str = "auto") -> Accelerator:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--device {device}: expected cpu, cuda or auto in a run of several processes")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or one of its devices as cuda:1")
     try:
         chosen = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if ":" in device:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UsageError(f"--device {device}: expected cpu, cuda or auto in a run of several processes")
         torch.cuda.set_device(chosen)
     sharding = None
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

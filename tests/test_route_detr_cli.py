@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from small_training import options, write_data
 
+from route_detr.checkpoint import save_checkpoint
 from route_detr.cli import main, parsed, run_folder
 from route_detr.prediction import Trained, image_files, pictures_of
 from route_detr.run import Run
@@ -522,6 +523,64 @@ def test_resume_rejects_other_data_and_takes_what_agrees(run, data, tmp_path, ca
     told = "the validation set's annotations have changed since the run began"
     assert told in fails(capsys, "train", "--out", run, "--resume", "--data", other)
     assert main(train_arguments(data, run, "--resume", "train.workers=1")) == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "export", "inspect routing", "inspect schedule", "import"])
+def test_what_cannot_be_written_is_told_before_any_work(command, run, data, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("the user's")
+    out = tmp_path / "notes.txt" / "found.pt2"
+    more = {"predict": [data / "val2017"], "inspect schedule": [], "import": ["nobody/nothing"]}.get(command, [])
+    trained = [] if command in ("inspect schedule", "import") else [run]
+    message = fails(capsys, *command.split(), *trained, *more, "--out", out)
+    assert f"{out}" in message and f"cannot be written, {tmp_path / 'notes.txt'} is no folder" in message
+
+
+def test_folders_of_what_is_written_are_made(run, tmp_path):
+    out = tmp_path / "new" / "folder"
+    assert main(["eval", str(run), "--device", "cpu", "--out", str(out / "found.json")]) == 0
+    assert main(["inspect", "schedule", "train.epochs=2", "--out", str(out / "deeper" / "schedule.png")]) == 0
+    assert {file.name for file in out.iterdir()} == {"found.json", "deeper"}
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (
+            "export",
+            ["--out", "x.pt2", "--size", "0", "0"],
+            "--size: expected a height and a width of at least 1, got 0 0",
+        ),
+        ("export", ["--out", "x.onnx", "--size", "64", "-64"], "--size: expected a height and a width of at least 1"),
+        ("eval", ["--threads", "-2"], "--threads: expected at least 1, got -2"),
+        ("eval", ["--device", "gpu"], "--device gpu: expected auto, cpu, cuda or one of its devices as cuda:1"),
+        ("eval", ["--device", "meta"], "--device meta: expected auto, cpu, cuda"),
+        (
+            "predict",
+            ["x.png", "--out", "y", "--score-threshold", "nan"],
+            "--score-threshold: expected a number in 0..1",
+        ),
+        ("inspect schedule", ["--images", "0"], "--images: expected at least 1, got 0"),
+        ("data digits", ["digits", "--image-size", "0"], "image_size: Input should be greater than 0, got 0"),
+        ("data cityscapes", ["from", "to", "--workers", "-1"], "--workers: expected at least 1, got -1"),
+    ],
+)
+def test_numbers_and_devices_that_cannot_be_are_told(command, options, message, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = [run] if command in ("export", "eval", "predict") else []
+    assert message in fails(capsys, *command.split(), *trained, *options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_without_data_asks_for_them(run, data, tmp_path, capsys):
+    state = torch.load(run / "best.pt", weights_only=True)
+    save_checkpoint(tmp_path / "imported.pt", {**state, "data": {}})
+    assert "error: --data ROOT, or --val-json and --val-images: expected" in fails(
+        capsys, "eval", tmp_path / "imported.pt"
+    )
+    assert "error: --image: expected, since" in fails(capsys, "inspect", "routing", tmp_path / "imported.pt")
+    image = ["--image", str(data / "val2017" / "1.png")]
+    assert main(["inspect", "routing", str(tmp_path / "imported.pt"), *image]) == 0
+    assert main(["eval", str(tmp_path / "imported.pt"), "--data", str(data)]) == 0
 
 
 def test_bad_checkpoints_and_runs_are_named(tmp_path, capsys, run):

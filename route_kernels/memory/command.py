@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         from route_detr import memory_plot, planner
-        from route_detr.checkpoint import check_replaceable
+        from route_detr.checkpoint import check_replaceable, with_folder
     except ImportError as error:
         return _failure(f"needs the detector: pip install 'route-kernels[detr]' ({error})")
     try:
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         agrees = all(abs(size / rows[name].peak - 1) <= AGREEMENT for name, size in measured.items())
         lines += ["", *(f"{n}: measured {_gib(m)}, planned {_gib(rows[n].peak)}" for n, m in measured.items())]
     if options.plot:
-        memory_plot.draw(requests, options.plot, plan)
+        memory_plot.draw(requests, with_folder(options.plot), plan)
         lines += ["", f"drawn to {options.plot}"]
     progress.close()
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
