@@ -31,9 +31,11 @@ class Step(NamedTuple):
     values: Tensor  # [len(names)], this rank's share of the losses
     grad_norm: Tensor
     settings: dict[str, float]
+    skipped: bool = False  # by the scaler of float16 gradients, which overflowed: the weights are as they were
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Losses, ``grad_norm``, ``learning_rate``, ``routing_strength`` and ``aux_weight``; all ranks take part.
+        """Losses, ``grad_norm`` (but of a step that was skipped), ``learning_rate``, ``routing_strength`` and
+        ``aux_weight``; all ranks take part.
 
         Raises:
             NonFiniteLoss: names the parts of the loss that are not finite, or the gradient norm.
@@ -47,6 +49,8 @@ class Step(NamedTuple):
 
     def _finite(self, values: list[float]) -> dict[str, float]:
         named = dict(zip((*self.names, "grad_norm"), values, strict=True))
+        if self.skipped:
+            del named["grad_norm"]
         bad = ", ".join(f"{name} = {value}" for name, value in named.items() if not math.isfinite(value))
         if bad:
             raise NonFiniteLoss(f"the loss is not finite at step {self.number}: {bad}")
@@ -112,7 +116,8 @@ def train_one_epoch(
                 optimizer.step()
                 optimizer.zero_grad()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=values.device)
-        step = Step(progress.step + 1, tuple(losses), values, norm, settings)
+        skipped = accelerator.scaler is not None and optimizer.step_was_skipped  # which the scaler has read back
+        step = Step(progress.step + 1, tuple(losses), values, norm, settings, skipped)
         yield step
 
 

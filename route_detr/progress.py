@@ -19,6 +19,8 @@ class Progress:
     epoch: int = 0  # finished epochs, each with its evaluation
     step_in_epoch: int = 0
     step: int = 0
+    skipped: int = 0  # of these steps, those whose float16 gradients overflowed
+    skipped_in_a_row: int = 0  # the latest of them
     elapsed: float = 0.0  # seconds of training and evaluation, over all resumptions
     metrics: dict[str, float | None] = field(default_factory=dict)  # of the latest evaluation
     best: dict[str, float | None] = field(default_factory=dict)  # of the best one, with its "epoch"
@@ -26,8 +28,10 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def count_step(self, seconds: float) -> None:
+    def count_step(self, seconds: float, skipped: bool = False) -> None:
         self.step += 1
+        self.skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
         self.step_in_epoch += 1
         self.elapsed += seconds
 

@@ -44,6 +44,7 @@ from route_detr.scale_out import (
 )
 
 CURVES_EVERY_SECONDS = 30.0
+SKIPPED_AT_MOST = 40  # steps in a row: each halves the scale of float16 gradients, which begins at 2**16
 
 
 class StopSignal:
@@ -149,6 +150,7 @@ class Training:
             **self._finite_weights(),
             "progress": self.progress.to_dict(),
             "loss_sums": self.sums.read(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "random": everybodys(random_state()),
         }
 
@@ -218,6 +220,8 @@ class Training:
             load_optimizer(self.optimizer, state["optimizer"])
             self.progress = Progress(**state["progress"])
             self.sums = self._loss_sums(state["loss_sums"])
+            if self.accelerator.scaler is not None and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
             if len(state["random"]) == self.accelerator.num_processes:
                 restore_random_state(state["random"][self.accelerator.process_index])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -302,7 +306,10 @@ class Training:
             self.sums.add(step.names, step.values)
             seconds, stop = self._agreed(perf_counter() - started, self.stop.received)
             started = perf_counter()
-            progress.count_step(seconds)
+            progress.count_step(seconds, step.skipped)
+            if progress.skipped_in_a_row >= SKIPPED_AT_MOST:
+                steps = f"of {SKIPPED_AT_MOST} steps in a row, up to step {progress.step}"
+                raise NonFiniteLoss(f"the float16 gradients {steps}, are not finite at any scale")
             ends = progress.step_in_epoch == self.steps_per_epoch or progress.out_of_time(config)
             self._note(step, bar, save=ends or stop or progress.step % config.checkpoint_every == 0)
             if stop:
@@ -316,7 +323,10 @@ class Training:
         log = progress.step % config.log_every == 0
         if log or save:
             values = step.read(self.accelerator)
-            bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
+            shown = {"loss": f"{values['loss']:.3f}", "lr": f"{values['learning_rate']:.1e}"}
+            if self.accelerator.scaler is not None:
+                shown["skipped"] = values["skipped_steps"] = progress.skipped
+            bar.set_postfix(shown, refresh=False)
         if log:
             where = {"kind": "step", "epoch": progress.epoch, "step": progress.step}
             self.run.record({**where, **values, "seconds": round(progress.elapsed, 3)})

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,57 @@ def test_weights_that_are_not_finite_are_a_loss_that_is_not_finite(tmp_path, dat
         next(training.detector.decoder.parameters()).fill_(math.nan)
     with pytest.raises(NonFiniteLoss, match=r"at step 1: .*layer0"):
         training.fit()
+
+
+def half_precision_training(folder, data, monkeypatch):
+    """With the scaler of float16 gradients, which a CPU has too; gradients are float32 here, and spoilt by hand."""
+    accelerator = start_processes("cpu")
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    training = Training(Run(folder), small_config({"schedule.warmup": 5}), data, accelerator)
+    monkeypatch.setattr(accelerator, "native_amp", True)  # so that gradients are unscaled before they are clipped
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    return training
+
+
+def overflow_in(training, steps):
+    """Weights before each step; the gradients of the ``steps`` overflow."""
+    criterion, weights = training.criterion, []
+
+    def criterion_that_overflows(output, targets, box_count):
+        losses = criterion(output, targets, box_count)
+        weights.append(next(training.detector.decoder.parameters()).detach().clone())
+        return _infinite_gradient(losses) if training.progress.step + 1 in steps else losses
+
+    training.criterion = criterion_that_overflows
+    return weights
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_and_counted(tmp_path, data, monkeypatch):
+    with monkeypatch.context() as patch:
+        training = half_precision_training(tmp_path / "run", data, patch)
+        training.start()
+        weights = overflow_in(training, (3, 4))
+        training.fit()
+    steps = [record for record in training.run.records() if record["kind"] == "step"]
+    assert [record["skipped_steps"] for record in steps] == [0, 0, 1, *[2] * 9]
+    assert [record["step"] for record in steps if "grad_norm" not in record] == [3, 4]
+    stayed = [torch.equal(*pair) for pair in pairwise(weights)]
+    assert stayed == [False, False, True, True, *[False] * 7]
+    assert (training.progress.skipped, training.progress.skipped_in_a_row) == (2, 0)
+    with monkeypatch.context() as patch:  # the scale comes back too
+        again = half_precision_training(tmp_path / "run", data, patch)
+        again.resume()
+        assert again.accelerator.scaler.get_scale() == 2**14 and again.progress == training.progress
+
+
+def test_gradients_that_are_never_finite_end_the_run(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(training_module, "SKIPPED_AT_MOST", 5)
+    training = half_precision_training(tmp_path / "run", data, monkeypatch)
+    training.start()
+    overflow_in(training, range(2, 100))
+    with pytest.raises(NonFiniteLoss, match="gradients of 5 steps in a row, up to step 6, are not finite at any scale"):
+        training.fit()
+    assert load_checkpoint(training.run.last)["progress"]["skipped"] == 3  # of step 4
 
 
 def _statistics(detector):
