@@ -112,8 +112,21 @@ def parser() -> argparse.ArgumentParser:
     schedule.add_argument("--out", type=Path, default=Path("schedule.png"), help="picture to write (schedule.png)")
     _add_configuration(schedule)
 
-    data = commands.add_parser("data", help="write data sets")
-    sets = data.add_subparsers(dest="set", required=True, metavar="digits | cityscapes")
+    data = commands.add_parser("data", help="check a data set, write one")
+    sets = data.add_subparsers(dest="set", required=True, metavar="check | digits | cityscapes")
+    check = sets.add_parser(
+        *("check",),
+        parents=[common],
+        help="read all of a data set: sizes, classes, crowding, faults",
+        description="Read every annotation and every picture, and tell what is there and what is wrong with it. "
+        "Exit code 0: it can be trained on; 1: it cannot.",
+    )
+    check.set_defaults(action="check_data")
+    check.add_argument("data", nargs="?", type=Path, metavar="ROOT", help="COCO folder")
+    _add_split_options(check, ("train", "val"))
+    check.add_argument("--masks", action="store_true", help="every object needs a segmentation")
+    check.add_argument("--workers", type=int, help="processes that read pictures (default: one a CPU)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write all of it, every example too")
     digits = sets.add_parser("digits", parents=[common], help="crowded digits as a COCO folder")
     digits.set_defaults(action="write_digits")
     digits.add_argument("out", type=Path)
@@ -149,6 +162,10 @@ def _add_run_argument(command: argparse.ArgumentParser) -> None:
 
 def _add_data_options(command: argparse.ArgumentParser, splits: Sequence[str], otherwise: str) -> None:
     command.add_argument("--data", type=Path, metavar="ROOT", help=f"COCO folder; {otherwise}")
+    _add_split_options(command, splits)
+
+
+def _add_split_options(command: argparse.ArgumentParser, splits: Sequence[str]) -> None:
     for split in splits:
         command.add_argument(f"--{split}-json", type=Path, help=f"annotation file of the {split} set")
         command.add_argument(f"--{split}-images", type=Path, help=f"image folder of the {split} set")

@@ -30,6 +30,8 @@ from route_detr.checkpoint import (
 from route_detr.cli import run_folder
 from route_detr.config import Config, first_error, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, killed_worker, read_rgb
+from route_detr.data.check import as_text
+from route_detr.data.check import check_data as check_data_set
 from route_detr.data.cityscapes import write_cityscapes as write_cityscapes_folder
 from route_detr.engine import evaluate as evaluate_detector
 from route_detr.errors import RunError, RunFailed, UsageError
@@ -372,6 +374,20 @@ def inspect_schedule(args: argparse.Namespace) -> int:
     plot_schedule(config, -(-args.images // config.train.batch_size), with_folder(args.out))
     print(f"written to {args.out}")
     return 0
+
+
+def check_data(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers: expected at least 1, got {args.workers}")
+    if args.json is not None:
+        check_replaceable(args.json)
+    layout = coco_layout(args.data, **{option: getattr(args, option) for option in DATA_OPTIONS})
+    found = check_data_set(layout, args.masks, args.workers)
+    print(as_text(found))
+    if args.json is not None:
+        write_text(args.json, json.dumps({"software": SOFTWARE, **found}, indent=1) + "\n")
+        print(f"written to {args.json}")
+    return 0 if found["trainable"] else 1
 
 
 def write_digits(args: argparse.Namespace) -> int:

@@ -20,16 +20,11 @@ from torch.utils.data import Dataset
 
 from route_detr.data.annotations import box_inside, compressed_mask, read_annotations
 from route_detr.data.batch import Target
-from route_detr.data.images import cached_rgb, image_file, opened, read_rgb
+from route_detr.data.images import cached_rgb, image_file, judged, note_verdicts, read_rgb
 from route_detr.data.report import DatasetError, DatasetWarning, Report
 from route_detr.data.transforms import TransformConfig, eval_view, image_pixels, normalised_boxes, train_view
 
 HEADERS_CHECKED_UP_TO = 10_000
-EXIF_IGNORED = "EXIF blocks that cannot be read, ignored"
-FRAME_UNKNOWN = (
-    "images whose EXIF orientation is applied because their size does not tell whether their annotations want it, "
-    "though those of others are for the image as stored"
-)
 
 
 class CocoDetection(Dataset):
@@ -111,21 +106,14 @@ class CocoDetection(Dataset):
             self._masks = np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)])
 
     def _check_files(self, headers: bool) -> None:
-        faults, frames = Report(), Report()
-        for name, size in zip(self.file_names, self._sizes.tolist(), strict=True):
-            file = image_file(self.image_dir, name)
-            try:
-                if headers:
-                    with opened(file, tuple(size)) as found:
-                        frames.add(found.frame(tuple(size)), str(file))
-                        if found.exif_fault:
-                            self.report.add(EXIF_IGNORED, f"{file}: {found.exif_fault}")
-                elif not (file.is_file() and file.stat().st_size):
-                    raise DatasetError(f"{file}: {'empty' if file.is_file() else 'no such file'}")
-            except (DatasetError, OSError, ValueError) as error:
-                faults.add("image files that cannot be used", str(error))
-        if "stored" in frames and "either" in frames:
-            self.report[FRAME_UNKNOWN] = frames["either"]
+        files = [image_file(self.image_dir, name) for name in self.file_names]
+        sizes, faults = map(tuple, self._sizes.tolist()), Report()
+        if headers:
+            note_verdicts(map(str, files), map(judged, files, sizes), faults, self.report)
+        for file in () if headers else files:
+            if not (file.is_file() and file.stat().st_size):
+                kind = "empty" if file.is_file() else "no such file"
+                faults.add("image files that cannot be used", f"{file}: {kind}")
         if faults:
             raise DatasetError(f"{self.annotation_file}: of {len(self)} images:\n{faults}")
 

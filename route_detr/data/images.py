@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
 from route_detr.checkpoint import write_atomically
-from route_detr.data.report import DatasetError
+from route_detr.data.report import DatasetError, Report
 
 ORIENTATION_TAG, TIFF_WIDTH, TIFF_HEIGHT = 0x0112, 0x0100, 0x0101
 UPRIGHT = {  # what turns a stored image upright, by its orientation
@@ -29,6 +29,11 @@ UPRIGHT = {  # what turns a stored image upright, by its orientation
 }
 AS_STORED = UPRIGHT | {6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}  # what turns it back
 CACHE_VERSION = 1  # to be raised when `read_rgb` makes other pixels of a file
+EXIF_IGNORED = "EXIF blocks that cannot be read, ignored"
+FRAME_UNKNOWN = (
+    "images whose EXIF orientation is applied because their size does not tell whether their annotations want it, "
+    "though those of others are for the image as stored"
+)
 NOT_PIXELS = ("EPS", "MPEG")  # Pillow knows their size, and cannot read them by itself
 
 
@@ -150,6 +155,40 @@ def read_rgb(path: str | os.PathLike, size: tuple[int, int] | None = None) -> Im
                 f"its header says {size[0]} x {size[1]} pixels, its content {image.width} x {image.height}"
             )
         return image
+
+
+class Verdict(NamedTuple):
+    """An image file's `Opened.frame` and `Opened.exif_fault`, or why it cannot be used."""
+
+    frame: str | None = None
+    exif_fault: str | None = None
+    fault: str | None = None
+
+
+def judged(path: str | os.PathLike, size: tuple[int, int], whole: bool = False) -> Verdict:
+    """Whether a file's header fits annotations of `size` = (width, height); with `whole`, whether all can be read."""
+    try:
+        with opened(path, size) as found:
+            verdict = Verdict(found.frame(size), found.exif_fault)
+        if whole:
+            read_rgb(path, size)
+        return verdict
+    except DatasetError as error:
+        return Verdict(fault=str(error))
+
+
+def note_verdicts(files: Iterable[str], verdicts: Iterable[Verdict], faults: Report, report: Report) -> None:
+    """Adds what makes a data set's files unfit for training to ``faults``, what is done about others to ``report``."""
+    frames = Report()
+    for file, verdict in zip(files, verdicts, strict=True):
+        if verdict.fault:
+            faults.add("image files that cannot be used", verdict.fault)
+        else:
+            frames.add(verdict.frame, file)
+        if verdict.exif_fault:
+            report.add(EXIF_IGNORED, f"{file}: {verdict.exif_fault}")
+    if "stored" in frames and "either" in frames:
+        report[FRAME_UNKNOWN] = frames["either"]
 
 
 def cached_rgb(path: str | os.PathLike, size: tuple[int, int], cache: Path) -> Image.Image:
