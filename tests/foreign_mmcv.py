@@ -24,6 +24,7 @@ def stub_package(name, compiled, monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     module.compiled = compiled
+    monkeypatch.setitem(sys.modules, f"{name.partition('.')[0]}._ext", compiled)
     while name := name.rpartition(".")[0]:
         if name not in sys.modules:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))

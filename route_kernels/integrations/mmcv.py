@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -74,11 +75,15 @@ def revert() -> None:
 
 def _provide_extension(report: Report) -> None:
     if is_not_compiled(CODEBASE, EXTENSION):
-        report.replace(sys.modules, EXTENSION, StandIn(EXTENSION), name=f"import {EXTENSION}", op=PLAIN)
+        report.replace(sys.modules, EXTENSION, StandIn(), name=f"import {EXTENSION}", op=PLAIN)
 
 
 class StandIn(ModuleType):
     """`mmcv._ext` with every name that it may have."""
+
+    def __init__(self) -> None:
+        super().__init__(EXTENSION)
+        self.__spec__ = ModuleSpec(EXTENSION, loader=None)  # `find_spec` refuses what is imported and has none
 
     ms_deform_attn_forward = staticmethod(ms_deform_attn_forward)
 
