@@ -57,14 +57,14 @@ def public_outcome(op, arguments):
 
 
 class RecordCalls(TorchDispatchMode):
-    """Every call of a registered op, below autograd: {name: [(args, kwargs), ...]}."""
+    """Every call of a registered op, below autograd: {name.overload: [(args, kwargs), ...]}, a default by its name."""
 
     def __init__(self):
         super().__init__()
         self.calls = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, name = func._schema.name.partition("::")
+        namespace, _, name = func.name().partition("::")
         if namespace == "route_kernels":
             self.calls.setdefault(name, []).append((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -76,7 +76,24 @@ def recorded_calls(backend):
         for op, label in PUBLIC_SAMPLES:
             if not why_not(op, backend):
                 public_outcome(op, sample(op, label, **few_queries(backend)))
+    for name in registry.OPS:
+        if name.endswith(".tensor"):  # levels are tensors in graphs alone: the calls with numbers, as such
+            of_numbers = record.calls.get(name.removesuffix(".tensor"), [])
+            record.calls[name] = [(levels_as_tensors(name, args), kwargs) for args, kwargs in of_numbers]
     return record.calls
+
+
+def overload(name):
+    """The registered op `name` or `name.overload`."""
+    name, _, of = name.partition(".")
+    return getattr(getattr(torch.ops.route_kernels, name), of or "default")
+
+
+def levels_as_tensors(name, args):
+    """What an op's default overload was called with, for its overload `tensor`."""
+    names = [argument.name for argument in overload(name)._schema.arguments]
+    tensors = [torch.tensor(given) if isinstance(given, list) else given for given in args]
+    return tuple(x.view(-1, 2) if name == "spatial_shapes" else x for name, x in zip(names, tensors, strict=False))
 
 
 # ---- every registered op -------------------------------------------------------------------------------------------
@@ -89,23 +106,27 @@ def test_every_registered_op_is_reached_by_samples():
 
 def test_every_public_op_is_registered():
     assert set(PUBLIC) <= set(registry.OPS)
-    assert all(name.removesuffix("_backward") in PUBLIC for name in registry.OPS)
+    assert all(public_name(name) in PUBLIC for name in registry.OPS)
+
+
+def public_name(name):
+    """The op whose forward or backward, with whatever overload, `name` is."""
+    return name.partition(".")[0].removesuffix("_backward")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("name", registry.OPS)
 def test_opcheck(name, backend):
-    skip_unless_it_runs(name.removesuffix("_backward"), backend)
-    overload = getattr(torch.ops.route_kernels, name).default
+    skip_unless_it_runs(public_name(name), backend)
     for args, kwargs in recorded_calls(backend)[name][: 1 if backend == "triton" else None]:
-        differentiable = not name.endswith("_backward")
+        differentiable = "_backward" not in name
 
         def fresh(argument, differentiable=differentiable):
             if not isinstance(argument, torch.Tensor):
                 return argument
             return argument.detach().clone().requires_grad_(argument.requires_grad and differentiable)
 
-        torch.library.opcheck(overload, tuple(map(fresh, args)), kwargs)
+        torch.library.opcheck(overload(name), tuple(map(fresh, args)), kwargs)
 
 
 # ---- every public op -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 from .. import backends
 from ..ops.contract import expect_floating, expect_same_device, expect_shape, expect_tensors
-from ..ops.levels import LevelStarts, SpatialShapes, flat_level_starts, flat_spatial_shapes
+from ..ops.levels import LevelStarts, SpatialShapes, level_arguments, overload
 from ..ops.ms_deform_attn import OP, check, ms_deform_attn
 from .deformable_attention import plain_or_original
 from .report import Report
@@ -73,8 +73,7 @@ def ms_deform_attn_backward(
     """
     tensors = (value, sampling_locations, attention_weights)
     expect_tensors(BACKWARD, value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
-    sizes = flat_spatial_shapes(BACKWARD, spatial_shapes)
-    starts = flat_level_starts(BACKWARD, level_start_index)
+    sizes, starts, _ = level_arguments(BACKWARD, spatial_shapes, level_start_index, None)
     check(value, sizes, starts, sampling_locations, attention_weights, None)
     batch, _, heads, channels = value.shape
     queries = ("N", sampling_locations.shape[1])
@@ -83,16 +82,8 @@ def ms_deform_attn_backward(
     expect_same_device(BACKWARD, ("value", value), grad_output=grad_output)
 
     chosen = backends.resolve(OP, backends.requested_backend(), *tensors, grad_output)
-    if chosen != "reference":
-        return list(
-            torch.ops.route_kernels.ms_deform_attn_backward(
-                grad_output, value, sizes, starts, sampling_locations, attention_weights, None, chosen
-            )
-        )
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    with torch.enable_grad():
-        output = ms_deform_attn_forward(leaves[0], spatial_shapes, level_start_index, *leaves[1:])
-    return list(torch.autograd.grad(output, leaves, grad_output))
+    inputs = (grad_output, value, sizes, starts, sampling_locations, attention_weights, None, chosen)
+    return list(overload(BACKWARD, sizes)(*inputs))
 
 
 def is_not_compiled(package: str, extension: str) -> bool:

@@ -1,14 +1,18 @@
 """The L feature levels that deformable attention samples: sizes and starts within the S flattened positions.
 
-Inside the torch ops they are flat lists of ints: (h_1, w_1, ..., h_L, w_L) and (start_1, ..., start_L).
+Inside the torch ops they are flat lists of ints: (h_1, w_1, ..., h_L, w_L) and (start_1, ..., start_L). Where a tensor
+has no numbers yet (torch.compile, torch.export, fake tensors), each op's overload `tensor` takes it as it is, and reads
+it where its kernel runs.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -27,11 +31,7 @@ def flat_spatial_shapes(op: str, spatial_shapes: SpatialShapes) -> list[int]:
         TypeError, ValueError: not integers, not pairs.
     """
     if isinstance(spatial_shapes, torch.Tensor):
-        if spatial_shapes.dtype not in _INTEGERS:
-            raise TypeError(f"{op}: spatial_shapes: expected integers, got dtype {spatial_shapes.dtype}")
-        if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
-            raise ValueError(f"{op}: spatial_shapes: expected shape [L, 2], got {list(spatial_shapes.shape)}")
-        return spatial_shapes.flatten().tolist()
+        return _expect_pairs(op, spatial_shapes).flatten().tolist()
     if not isinstance(spatial_shapes, Sequence):
         raise TypeError(
             f"{op}: spatial_shapes: expected a tensor [L, 2] or a sequence of (h, w), "
@@ -54,11 +54,7 @@ def flat_integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] 
     if numbers is None:
         return None
     if isinstance(numbers, torch.Tensor):
-        if numbers.dtype not in _INTEGERS:
-            raise TypeError(f"{op}: {argument}: expected integers, got dtype {numbers.dtype}")
-        if numbers.dim() != 1:
-            raise ValueError(f"{op}: {argument}: expected shape [L], got {list(numbers.shape)}")
-        return numbers.tolist()
+        return _expect_integers(op, argument, numbers).tolist()
     if not isinstance(numbers, Sequence):
         raise TypeError(
             f"{op}: {argument}: expected a sequence of ints, a tensor [L] or None, got {type(numbers).__name__}"
@@ -66,9 +62,59 @@ def flat_integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] 
     return [_integer(op, argument, number) for number in numbers]
 
 
-def flat_level_starts(op: str, level_start_index: LevelStarts) -> list[int] | None:
-    """Where each level starts, as a list; None (one level after the other) stays None."""
-    return flat_integers(op, "level_start_index", level_start_index)
+def level_arguments(
+    op: str, spatial_shapes: SpatialShapes, level_start_index: LevelStarts, points: PointCounts
+) -> tuple[list[int] | torch.Tensor, list[int] | torch.Tensor | None, list[int] | torch.Tensor | None]:
+    """The three arguments as `overload` takes them: flat lists of ints, or all tensors where one cannot be read yet.
+
+    Raises:
+        TypeError, ValueError: not integers, or not of these shapes.
+    """
+    if not (_has_no_numbers(spatial_shapes) or _has_no_numbers(level_start_index) or _has_no_numbers(points)):
+        starts = flat_integers(op, "level_start_index", level_start_index)
+        return flat_spatial_shapes(op, spatial_shapes), starts, flat_integers(op, "points", points)
+    if isinstance(spatial_shapes, torch.Tensor):
+        sizes = _on_host(_expect_pairs(op, spatial_shapes))
+    else:
+        sizes = _tensor_of(flat_spatial_shapes(op, spatial_shapes)).view(-1, 2)
+    return sizes, _integers(op, "level_start_index", level_start_index), _integers(op, "points", points)
+
+
+def _integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] | None) -> torch.Tensor | None:
+    if isinstance(numbers, torch.Tensor):
+        return _on_host(_expect_integers(op, argument, numbers))
+    return None if numbers is None else _tensor_of(flat_integers(op, argument, numbers))
+
+
+def _has_no_numbers(argument: object) -> bool:
+    if not isinstance(argument, torch.Tensor):
+        return False
+    return torch.compiler.is_compiling() or argument.is_meta or type(argument) is not torch.Tensor and is_fake(argument)
+
+
+def _on_host(numbers: torch.Tensor) -> torch.Tensor:
+    """Read from a GPU once for all calls of a graph, which has equal copies made once, and for their backward."""
+    return numbers.cpu() if numbers.is_cuda else numbers
+
+
+def _tensor_of(numbers: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _expect_pairs(op: str, spatial_shapes: torch.Tensor) -> torch.Tensor:
+    if spatial_shapes.dtype not in _INTEGERS:
+        raise TypeError(f"{op}: spatial_shapes: expected integers, got dtype {spatial_shapes.dtype}")
+    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
+        raise ValueError(f"{op}: spatial_shapes: expected shape [L, 2], got {list(spatial_shapes.shape)}")
+    return spatial_shapes
+
+
+def _expect_integers(op: str, argument: str, numbers: torch.Tensor) -> torch.Tensor:
+    if numbers.dtype not in _INTEGERS:
+        raise TypeError(f"{op}: {argument}: expected integers, got dtype {numbers.dtype}")
+    if numbers.dim() != 1:
+        raise ValueError(f"{op}: {argument}: expected shape [L], got {list(numbers.shape)}")
+    return numbers
 
 
 def _integer(op: str, argument: str, number: object) -> int:
@@ -96,25 +142,42 @@ def level_starts(spatial_shapes: Sequence[int], level_start_index: Sequence[int]
     return tuple(starts)
 
 
-def check_points(op: str, points: Sequence[int], levels: int, total: int) -> None:
-    """Raises ValueError unless `points` are counts >= 0, one a level, that sum to `total` = K."""
+def level_count(spatial_shapes: Sequence[int] | torch.Tensor) -> int:
+    """L of [h_1, w_1, ..., h_L, w_L], or of a tensor [L, 2]."""
+    return spatial_shapes.shape[0] if isinstance(spatial_shapes, torch.Tensor) else len(spatial_shapes) // 2
+
+
+def check_points(op: str, points: Sequence[int] | torch.Tensor, levels: int, total: int) -> None:
+    """Raises ValueError unless `points` are counts >= 0, one a level, that sum to `total` = K.
+
+    A tensor is a fake one here: its kernel checks the numbers.
+    """
     if len(points) != levels:
         raise ValueError(f"{op}: points: expected L={levels} counts like spatial_shapes, got {list(points)}")
+    if isinstance(points, torch.Tensor):
+        return
     if any(count < 0 for count in points) or sum(points) != total:
         raise ValueError(f"{op}: points: expected counts >= 0 that sum to K={total}, got {list(points)}")
 
 
 def check_levels(
-    op: str, spatial_shapes: Sequence[int], level_start_index: Sequence[int] | None, positions: int
+    op: str,
+    spatial_shapes: Sequence[int] | torch.Tensor,
+    level_start_index: Sequence[int] | torch.Tensor | None,
+    positions: int,
 ) -> None:
-    """Raises ValueError unless there is a level and each lies within the `positions` = S of value.
+    """Raises ValueError unless each level lies within the `positions` = S of value.
 
-    Without starts the levels must fill value exactly; with starts they may lie anywhere in it, even overlap.
+    Without starts the levels must fill value exactly; with starts they may lie anywhere in it, even overlap. Tensors
+    are fake ones here: their kernel checks the numbers.
     """
-    if len(spatial_shapes) == 0 or len(spatial_shapes) % 2 != 0:
+    levels = level_count(spatial_shapes)
+    if level_start_index is not None and len(level_start_index) != levels:
         raise ValueError(
-            f"{op}: spatial_shapes: expected at least one level, each as (h, w), got {list(spatial_shapes)}"
+            f"{op}: level_start_index: expected L={levels} starts like spatial_shapes, got {len(level_start_index)}"
         )
+    if isinstance(spatial_shapes, torch.Tensor):
+        return
     pairs = level_pairs(spatial_shapes)
     for height, width in pairs:
         if height < 0 or width < 0:
@@ -129,13 +192,54 @@ def check_levels(
                 f"got {positions}"
             )
         return
-    if len(level_start_index) != len(pairs):
-        raise ValueError(
-            f"{op}: level_start_index: expected L={len(pairs)} starts like spatial_shapes, got {len(level_start_index)}"
-        )
     for (height, width), start in zip(pairs, level_start_index, strict=True):
         if start < 0 or start + height * width > positions:
             raise ValueError(
                 f"{op}: level_start_index: expected a level of {height} x {width} to lie within the S={positions} "
                 f"positions of value, got start {start}"
             )
+
+
+# ---- registration: every op with levels has two overloads -----------------------------------------------------------
+
+_READERS = {
+    "spatial_shapes": flat_spatial_shapes,
+    "level_start_index": lambda op, numbers: flat_integers(op, "level_start_index", numbers),
+    "points": lambda op, numbers: flat_integers(op, "points", numbers),
+}
+
+
+def register_with_levels(register: Callable, op: str, schema: str, kernel: Callable, *functions, **autograd) -> None:
+    """`register(schema, kernel, ...)` for levels as numbers, and again as overload `tensor` for levels as tensors.
+
+    The kernel is one: the overload reads the tensors first, which a CUDA graph must not record.
+    """
+    register(schema, kernel, *functions, **autograd)
+    name, _, arguments = schema.partition("(")
+    parameters = tuple(inspect.signature(kernel).parameters)
+
+    def reading(*inputs):
+        pairs = zip(parameters, inputs, strict=True)
+        return kernel(*(_READERS[name](op, given) if name in _READERS else given for name, given in pairs))
+
+    of_tensors = f"{name}.tensor({arguments.replace('SymInt[]', 'Tensor')}"
+    register(of_tensors, reading, *functions, tags=(torch.Tag.cudagraph_unsafe,), **autograd)
+
+
+def overload(name: str, spatial_shapes: Sequence[int] | torch.Tensor) -> Callable:
+    """The registered op of that name that takes such levels."""
+    packet = getattr(torch.ops.route_kernels, name)
+    return packet.tensor if isinstance(spatial_shapes, torch.Tensor) else packet
+
+
+def keep_for_backward(ctx, tensors: Sequence[torch.Tensor | None], *levels: Sequence[int] | torch.Tensor | None):
+    """`ctx.save_for_backward`, with the levels, which are numbers or tensors."""
+    are_tensors = isinstance(levels[0], torch.Tensor)
+    ctx.levels = None if are_tensors else levels
+    ctx.save_for_backward(*tensors, *(levels if are_tensors else ()))
+
+
+def kept_for_backward(ctx, count: int) -> tuple[Sequence[torch.Tensor | None], Sequence]:
+    """The `count` tensors and the levels that `keep_for_backward` kept."""
+    saved = ctx.saved_tensors
+    return saved[:count], saved[count:] if ctx.levels is None else ctx.levels

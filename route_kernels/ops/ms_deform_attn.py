@@ -9,6 +9,8 @@ points over all levels.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .. import backends, reference
@@ -27,13 +29,16 @@ from .levels import (
     SpatialShapes,
     check_levels,
     check_points,
-    flat_integers,
-    flat_level_starts,
-    flat_spatial_shapes,
+    keep_for_backward,
+    kept_for_backward,
+    level_arguments,
+    level_count,
     level_pairs,
     level_starts,
+    overload,
+    register_with_levels,
 )
-from .registry import register, register_backward
+from .registry import gradients, register, register_backward
 
 OP = "ms_deform_attn"
 
@@ -51,8 +56,8 @@ def ms_deform_attn(
 
     Args:
         value: [B, S, H, D], float16, bfloat16, float32 or float64, any strides.
-        spatial_shapes: the (h, w) of each level: a sequence of pairs of ints, or an integer tensor [L, 2] (which is
-            read: it synchronises a GPU and does not compile).
+        spatial_shapes: the (h, w) of each level: a sequence of pairs of ints, or an integer tensor [L, 2], which is
+            read: that synchronises a GPU. In a graph of torch.compile or torch.export the kernel reads it.
         level_start_index: where each level starts in S: a sequence of ints, an integer tensor [L], or None for one
             level after the other.
         sampling_locations: [B, N, H, L, P, 2] as (x, y), 0 to 1 over a level. Floating; float64 only with a float64
@@ -74,27 +79,27 @@ def ms_deform_attn(
         RuntimeError: a second derivative was asked of a fused kernel.
     """
     expect_tensors(OP, value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
-    sizes = flat_spatial_shapes(OP, spatial_shapes)
-    starts = flat_level_starts(OP, level_start_index)
-    counts = flat_integers(OP, "points", points)
+    sizes, starts, counts = level_arguments(OP, spatial_shapes, level_start_index, points)
     value = autocast_value(value)
     chosen = backends.choose(OP, value, sampling_locations, attention_weights)
     inputs = (value, sizes, starts, sampling_locations, attention_weights, counts)
-    if chosen == "reference":
+    if isinstance(sizes, torch.Tensor):
+        chosen = backends.requested_backend() if chosen == "reference" else chosen  # exported: chosen where it runs
+    elif chosen == "reference":
         check(*inputs)
         return reference.ms_deform_attn(
             value, level_pairs(sizes), level_starts(sizes, starts), sampling_locations, attention_weights,
             None if counts is None else tuple(counts),
         )  # fmt: skip
-    return torch.ops.route_kernels.ms_deform_attn(*inputs, chosen)
+    return overload(OP, sizes)(*inputs, chosen)
 
 
 def check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points) -> None:
-    """The contract, for real and fake tensors alike; the levels as flat lists of ints."""
+    """The contract, for real and fake tensors alike; the levels as flat lists of ints, or as fake tensors."""
     expect_shape(OP, "value", value, "B", "S", "H", "D")
     batch, positions, heads, _ = value.shape
     check_levels(OP, spatial_shapes, level_start_index, positions)
-    levels = len(spatial_shapes) // 2
+    levels = level_count(spatial_shapes)
     samples = (("L", levels), "P") if points is None else ("K",)
     expect_shape(OP, "sampling_locations", sampling_locations, ("B", batch), "N", ("H", heads), *samples, ("", 2))
     queries, last = sampling_locations.shape[1], sampling_locations.shape[-2]
@@ -171,6 +176,18 @@ def _backward_fake(
     return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
 
 
+def _reference_forward(value, spatial_shapes, starts, locations, weights, points):
+    return reference.ms_deform_attn(value, level_pairs(spatial_shapes), starts, locations, weights, tuple(points))
+
+
+def _reference_backward(grad_output, value, spatial_shapes, starts, locations, weights, points, *grads):
+    def forward(value, locations, weights):
+        return _reference_forward(value, spatial_shapes, starts, locations, weights, points)
+
+    for grad, found in zip(grads, gradients(forward, (value, locations, weights), grad_output), strict=True):
+        grad.copy_(found)
+
+
 def _native_forward(value, spatial_shapes, starts, locations, weights, points):
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, locations.shape[1], heads * channels)
@@ -202,19 +219,23 @@ def _triton_backward(grad_output, *inputs_and_grads):
     backward(grad_output, *inputs_and_grads)
 
 
-_FORWARD = {"cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward}
-_BACKWARD = {"cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward}
+_FORWARD = {
+    "reference": _reference_forward, "cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward,
+}  # fmt: skip
+_BACKWARD = {
+    "reference": _reference_backward, "cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward,
+}  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.points, ctx.backend = inputs
-    ctx.save_for_backward(value, locations, weights)
+    value, spatial_shapes, level_start_index, locations, weights, points, ctx.backend = inputs
+    keep_for_backward(ctx, (value, locations, weights), spatial_shapes, level_start_index, points)
 
 
 def _backward(ctx, grad_output):
-    value, locations, weights = ctx.saved_tensors
-    grad_value, grad_locations, grad_weights = torch.ops.route_kernels.ms_deform_attn_backward(
-        grad_output, value, ctx.spatial_shapes, ctx.level_start_index, locations, weights, ctx.points, ctx.backend
+    (value, locations, weights), (sizes, starts, points) = kept_for_backward(ctx, 3)
+    grad_value, grad_locations, grad_weights = overload("ms_deform_attn_backward", sizes)(
+        grad_output, value, sizes, starts, locations, weights, points, ctx.backend
     )
     return grad_value, None, None, grad_locations, grad_weights, None, None
 
@@ -224,14 +245,17 @@ _INPUTS = (
     "Tensor attention_weights, SymInt[]? points, str? backend"
 )
 
-register(
+register_with_levels(
+    register,
+    OP,
     f"ms_deform_attn({_INPUTS}) -> Tensor",
     _kernel,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
 )
-register_backward(
+register_with_levels(
+    partial(register_backward, OP),
     OP,
     f"ms_deform_attn_backward(Tensor grad_output, {_INPUTS}) -> (Tensor value, Tensor locations, Tensor weights)",
     _backward_kernel,

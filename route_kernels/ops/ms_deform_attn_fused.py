@@ -12,6 +12,7 @@ K points over all levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -28,13 +29,17 @@ from .levels import (
     SpatialShapes,
     check_levels,
     check_points,
-    flat_integers,
-    flat_spatial_shapes,
+    keep_for_backward,
+    kept_for_backward,
+    level_arguments,
+    level_count,
     level_pairs,
     level_starts,
+    overload,
+    register_with_levels,
 )
 from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums
-from .registry import register, register_backward
+from .registry import gradients, register, register_backward
 
 OP = "ms_deform_attn_fused"
 
@@ -53,8 +58,8 @@ def ms_deform_attn_fused(
 
     Args:
         value: [B, S, H, D], float16, bfloat16, float32 or float64, any strides; the levels one after the other.
-        spatial_shapes: the (h, w) of each level: a sequence of pairs of ints, or an integer tensor [L, 2] (which is
-            read: it synchronises a GPU and does not compile).
+        spatial_shapes: the (h, w) of each level: a sequence of pairs of ints, or an integer tensor [L, 2], which is
+            read: that synchronises a GPU. In a graph of torch.compile or torch.export the kernel reads it.
         reference_points: [B, N, L or 1, 2] as (x, y) or [B, N, L or 1, 4] as (cx, cy, w, h), 0 to 1 over a level.
             Floating; float64 only with a float64 value.
         sampling_offsets: [B, N, H, K, 2] in pixels of the level (2) or in half boxes over P_l (4); dtypes as
@@ -78,32 +83,33 @@ def ms_deform_attn_fused(
         OP, value=value, reference_points=reference_points, sampling_offsets=sampling_offsets,
         attention_logits=attention_logits, **({} if value_mask is None else {"value_mask": value_mask}),
     )  # fmt: skip
-    sizes = flat_spatial_shapes(OP, spatial_shapes)
+    sizes, _, points = level_arguments(OP, spatial_shapes, None, points)
     value = autocast_value(value)
     tensors = (reference_points, sampling_offsets, attention_logits)
     chosen = backends.choose(OP, value, *tensors, value_mask)
-    points = flat_integers(OP, "points", points)
-    if chosen == "reference":
+    if isinstance(sizes, torch.Tensor):
+        chosen = backends.requested_backend() if chosen == "reference" else chosen  # exported: chosen where it runs
+    elif chosen == "reference":
         check(value, sizes, *tensors, points, value_mask)
         return reference.ms_deform_attn_fused(
             value, level_pairs(sizes), level_starts(sizes, None), *tensors,
             _points(sizes, attention_logits, points), value_mask,
         )  # fmt: skip
-    return torch.ops.route_kernels.ms_deform_attn_fused(value, sizes, *tensors, points, value_mask, chosen)
+    return overload(OP, sizes)(value, sizes, *tensors, points, value_mask, chosen)
 
 
 def check(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask) -> None:
-    """The contract, for real and fake tensors alike; the levels as a flat list of ints."""
+    """The contract, for real and fake tensors alike; the levels as flat lists of ints, or as fake tensors."""
     expect_shape(OP, "value", value, "B", "S", "H", "D")
     batch, positions, heads, _ = value.shape
     check_levels(OP, spatial_shapes, None, positions)
     expect_shape(OP, "sampling_offsets", sampling_offsets, ("B", batch), "N", ("H", heads), "K", ("", 2))
     queries, total = sampling_offsets.shape[1], sampling_offsets.shape[3]
     expect_shape(OP, "attention_logits", attention_logits, ("B", batch), ("N", queries), ("H", heads), ("K", total))
-    levels = len(spatial_shapes) // 2
+    levels = level_count(spatial_shapes)
     if points is not None:
         check_points(OP, points, levels, total)
-    elif total % levels != 0:
+    elif total % levels != 0 if levels else total != 0:
         raise ValueError(
             f"{OP}: points: expected the points of each level, as K={total} is no multiple of L={levels}, got None"
         )
@@ -133,7 +139,7 @@ def _check_reference_points(reference_points: torch.Tensor, batch: int, queries:
 
 def _points(spatial_shapes: Sequence[int], attention_logits: torch.Tensor, points: Sequence[int] | None):
     levels = len(spatial_shapes) // 2
-    return (attention_logits.shape[3] // levels,) * levels if points is None else tuple(points)
+    return (attention_logits.shape[3] // max(levels, 1),) * levels if points is None else tuple(points)
 
 
 def _native_inputs(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask):
@@ -187,6 +193,22 @@ def _new_grads(value, sampling_offsets, attention_logits, reference_points, refe
     return [x.new_empty(x.shape) for x in wanted]
 
 
+def _reference_forward(value, spatial_shapes, *inputs):
+    *tensors, points, value_mask = inputs[1:]
+    pairs = level_pairs(spatial_shapes)
+    return reference.ms_deform_attn_fused(value, pairs, inputs[0], *tensors, tuple(points), value_mask)
+
+
+def _reference_backward(
+    grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, reference_grad
+):  # fmt: skip
+    def forward(value, offsets, logits, reference_points=reference_points):
+        return _reference_forward(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask)
+
+    inputs = (value, offsets, logits, *((reference_points,) if reference_grad else ()))
+    return [grad.contiguous() for grad in gradients(forward, inputs, grad_output)]
+
+
 def _native_forward(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask):
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, offsets.shape[1], heads * channels)
@@ -225,21 +247,24 @@ def _triton_backward(grad_output, *inputs):
     return backward(grad_output, *inputs)
 
 
-_FORWARD = {"cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward}
-_BACKWARD = {"cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward}
+_FORWARD = {
+    "reference": _reference_forward, "cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward,
+}  # fmt: skip
+_BACKWARD = {
+    "reference": _reference_backward, "cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward,
+}  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    value, ctx.spatial_shapes, references, offsets, logits, ctx.points, value_mask, ctx.backend = inputs
-    ctx.save_for_backward(value, references, offsets, logits, value_mask)
+    value, spatial_shapes, references, offsets, logits, points, value_mask, ctx.backend = inputs
+    keep_for_backward(ctx, (value, references, offsets, logits, value_mask), spatial_shapes, points)
 
 
 def _backward(ctx, grad_output):
-    value, references, offsets, logits, value_mask = ctx.saved_tensors
-    grads = torch.ops.route_kernels.ms_deform_attn_fused_backward(
-        grad_output, value, ctx.spatial_shapes, references, offsets, logits, ctx.points, value_mask,
-        ctx.needs_input_grad[2], ctx.backend,
-    )  # fmt: skip
+    (value, references, offsets, logits, value_mask), (sizes, points) = kept_for_backward(ctx, 5)
+    grads = overload("ms_deform_attn_fused_backward", sizes)(
+        grad_output, value, sizes, references, offsets, logits, points, value_mask, ctx.needs_input_grad[2], ctx.backend
+    )
     grad_value, grad_offsets, grad_logits, *grad_reference = grads
     return grad_value, None, grad_reference[0] if grad_reference else None, grad_offsets, grad_logits, None, None, None
 
@@ -249,14 +274,17 @@ _INPUTS = (
     "SymInt[]? points, Tensor? value_mask"
 )
 
-register(
+register_with_levels(
+    register,
+    OP,
     f"ms_deform_attn_fused({_INPUTS}, str? backend) -> Tensor",
     _kernel,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
 )
-register_backward(
+register_with_levels(
+    partial(register_backward, OP),
     OP,
     f"ms_deform_attn_fused_backward(Tensor grad_output, {_INPUTS}, bool reference_grad, str? backend) -> Tensor[]",
     _backward_kernel,

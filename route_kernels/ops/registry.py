@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,16 +19,18 @@ def register(
     kernel: Callable,
     fake: Callable,
     *,
+    tags: Sequence[torch.Tag] = (),
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
     """Defines `route_kernels::<schema>` with its real kernel, its fake (shapes only) and its autograd formula."""
     name = schema[: schema.index("(")]
     qualified = f"route_kernels::{name}"
-    _library.define(schema)
+    _library.define(schema, tags=tags)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
-    overload = getattr(torch.ops.route_kernels, name).default
+    packet, _, overload_name = name.partition(".")
+    overload = getattr(getattr(torch.ops.route_kernels, packet), overload_name or "default")
     torch.library.register_vmap(qualified, _one_call_each(overload), lib=_library)
     if _returns_list(overload):
         _library.impl(name, _refusal(overload), "Batched")
@@ -37,13 +39,15 @@ def register(
     OPS.append(name)
 
 
-def register_backward(op: str, schema: str, kernel: Callable, fake: Callable) -> None:
+def register_backward(
+    op: str, schema: str, kernel: Callable, fake: Callable, *, tags: Sequence[torch.Tag] = ()
+) -> None:
     """Defines the backward op of `op`; differentiating it again is a clear error instead of a silent zero."""
 
     def backward(ctx, *grads):
         raise RuntimeError(unsupported(op, "second derivatives are"))
 
-    register(schema, kernel, fake, setup_context=lambda ctx, inputs, output: None, backward=backward)
+    register(schema, kernel, fake, tags=tags, setup_context=lambda ctx, inputs, output: None, backward=backward)
 
 
 def _name(overload: torch._ops.OpOverload) -> str:
@@ -143,3 +147,16 @@ def _refusal(overload: torch._ops.OpOverload) -> Callable:
         )
 
     return refuse
+
+
+_AUTOGRAD = ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView")
+
+
+def gradients(function: Callable, inputs: Sequence[torch.Tensor], grad_output: torch.Tensor) -> list[torch.Tensor]:
+    """The gradients of `function(*inputs)`, inside a kernel: PyTorch runs those with autograd out of its dispatch."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD:
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        return list(torch.autograd.grad(function(*leaves), leaves, grad_output))

@@ -154,7 +154,6 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ("3 dimensions", "value", lambda v: v[0], _VALUE, r"value: expected shape \[B, S, H, D\], got \[48, 2, 8\]"),
         ("too short", "value", _without_last(1), _VALUE, r"value: expected S = 48 positions, .* got 47"),
         ("integers", "value", _to(torch.int64), _TYPE, r"value: expected dtype .*, got torch.int64"),
-        ("no level", "spatial_shapes", _constant(()), _VALUE, r"spatial_shapes: expected at least one level"),
         ("flat", "spatial_shapes", _constant((5, 7)), _VALUE, r"spatial_shapes: expected \(h, w\) pairs, got 5"),
         ("fractions", "spatial_shapes", _constant(((4.5, 2),)), _TYPE, r"spatial_shapes: expected ints, got 4.5"),
         ("negative", "spatial_shapes", _constant(((-1, 2),)), _VALUE, r"spatial_shapes: expected sizes >= 0, got \(-1"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..ops.levels import flat_level_starts, flat_spatial_shapes, level_pairs, level_starts
+from ..ops.levels import flat_integers, flat_spatial_shapes, level_pairs, level_starts
 from ..reference.routed_attention import visible_keys
 
 
@@ -76,7 +76,7 @@ def ms_deform_attn_fused(
 
 def _sampled(value, spatial_shapes, level_start_index, locations, weights) -> torch.Tensor:
     sizes = flat_spatial_shapes("ms_deform_attn", spatial_shapes)
-    starts = level_starts(sizes, flat_level_starts("ms_deform_attn", level_start_index))
+    starts = level_starts(sizes, flat_integers("ms_deform_attn", "level_start_index", level_start_index))
     batch, _, heads, channels = value.shape
     queries = locations[0].shape[1]
     output = value.new_zeros(batch * heads, channels, queries)
