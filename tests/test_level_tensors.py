@@ -159,13 +159,11 @@ def test_shapes_and_dtypes_are_checked_while_the_graph_is_made(op, change, error
 
 
 @each_op
-@pytest.mark.parametrize("device", ["fake", "meta"])
-def test_tensors_that_hold_nothing(op, device):
+def test_fake_tensors(op):
     given = arguments(op, SIZES[0])
     mode = FakeTensorMode()
-    emptied = map_tensors(given, mode.from_tensor if device == "fake" else lambda tensor: tensor.to("meta"))
-    output, shape = call(op, emptied), call(op, given).shape
-    assert output.shape == shape and output.device.type == ("cpu" if device == "fake" else "meta")
+    output, shape = call(op, map_tensors(given, mode.from_tensor)), call(op, given).shape
+    assert output.shape == shape
 
 
 @each_op

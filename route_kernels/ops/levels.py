@@ -89,7 +89,9 @@ def _integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] | No
 def _has_no_numbers(argument: object) -> bool:
     if not isinstance(argument, torch.Tensor):
         return False
-    return torch.compiler.is_compiling() or argument.is_meta or type(argument) is not torch.Tensor and is_fake(argument)
+    return (
+        torch.compiler.is_compiling() or argument.is_meta or (type(argument) is not torch.Tensor and is_fake(argument))
+    )
 
 
 def _on_host(numbers: torch.Tensor) -> torch.Tensor:
