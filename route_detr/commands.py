@@ -270,7 +270,8 @@ def _val_set(paths: dict[str, str], trained: Trained, option: str) -> CocoDetect
     """``option`` gives what is asked for where the checkpoint knows of no data."""
     if "val_json" not in paths:
         raise UsageError(f"{option}: expected, since the checkpoint was not trained here and names no data set")
-    dataset = CocoDetection(paths["val_json"], paths["val_images"], trained.config.transforms)
+    masks = trained.config.detector.masks
+    dataset = CocoDetection(paths["val_json"], paths["val_images"], trained.config.transforms, masks=masks)
     known = dict(zip(trained.category_ids, trained.category_names, strict=True))
     for number, name in zip(dataset.category_ids, dataset.category_names, strict=True):
         if known.get(number) != name:

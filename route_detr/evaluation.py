@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from route_detr.data.report import DatasetError, Report
+from route_detr.data.segmentations import compress_masks
 from route_detr.errors import NoGroundTruth
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -46,20 +47,22 @@ def coco_results(
     return results
 
 
-def _result_set(ground_truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCO:
-    """What ``COCO.loadRes`` builds, for an empty list too."""
-    annotations = []
-    for number, result in enumerate(results, start=1):
-        area = result["bbox"][2] * result["bbox"][3] if kind == "bbox" else float(rle.area(result["segmentation"]))
-        annotations.append({**result, "id": number, "area": area, "iscrowd": 0})
-    detected = COCO()
-    detected.dataset = {
-        "images": ground_truth.dataset["images"],
-        "categories": copy.deepcopy(ground_truth.dataset["categories"]),
-        "annotations": annotations,
+def _numbered(ground_truth: COCO, entries: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> COCO:
+    """The entries of these images, for pycocotools: it loses ids that its arrays cannot hold, so all count from 1."""
+    images = {number: count for count, number in enumerate(sorted({*image_ids}), start=1)}
+    categories = {number: count for count, number in enumerate(sorted(ground_truth.cats), start=1)}
+    known = [each for each in entries if each["image_id"] in images and each["category_id"] in categories]
+    coco = COCO()
+    coco.dataset = {
+        "images": [{**ground_truth.imgs[number], "id": count} for number, count in images.items()],
+        "categories": [{"id": count} for count in categories.values()],
+        "annotations": [
+            {**each, "id": n, "image_id": images[each["image_id"]], "category_id": categories[each["category_id"]]}
+            for n, each in enumerate(known, start=1)
+        ],
     }
-    detected.createIndex()
-    return detected
+    coco.createIndex()
+    return coco
 
 
 def check_ground_truth(ground_truth: COCO, image_ids: Sequence[int], masks: bool = False) -> None:
@@ -79,17 +82,33 @@ def average_precision(
 ) -> dict[str, float | None]:
     """AP, AP50, AP75, APs, APm and APl of boxes (COCO protocol, at most 100 an image); with `masks` mask_AP, ... too.
 
-    No detections give 0. A size class without any object gives None.
+    No detections give 0. A size class without any object gives None. Ids are any integers. What lies in a crowd region
+    is ignored; one without a segmentation is its box.
 
     Raises:
         NoGroundTruth: no object is annotated in these images, or one has no mask to compare with.
+        DatasetError: a segmentation of the ground truth cannot be read; names its annotation.
     """
     check_ground_truth(ground_truth, image_ids, masks)
+    truth = [dict(each) for number in sorted({*image_ids}) for each in ground_truth.imgToAnns.get(number, ())]
+    if masks:
+        sizes, faults = (
+            {n: (ground_truth.imgs[n]["width"], ground_truth.imgs[n]["height"]) for n in image_ids},
+            Report(),
+        )
+        compress_masks(truth, sizes, faults, Report())
+        if faults:
+            raise DatasetError(f"ground truth of masks: {faults}")
     metrics: dict[str, float | None] = {}
     for kind, names in (("bbox", METRICS), ("segm", MASK_METRICS))[: 1 + masks]:
+        areas = (
+            each["bbox"][2] * each["bbox"][3] if kind == "bbox" else float(rle.area(each["segmentation"]))
+            for each in results
+        )
+        found = [{**each, "area": area, "iscrowd": 0} for each, area in zip(results, areas, strict=True)]
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(ground_truth, _result_set(ground_truth, results, kind), kind)
-            evaluation.params.imgIds = sorted(image_ids)
+            sets = (_numbered(ground_truth, entries, image_ids) for entries in (truth, found))
+            evaluation = COCOeval(*sets, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

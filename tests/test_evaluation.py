@@ -8,6 +8,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from route_detr.data import DatasetError
 from route_detr.errors import NoGroundTruth
 from route_detr.evaluation import MASK_METRICS, METRICS, average_precision, coco_results, in_words, table
 
@@ -174,3 +175,64 @@ def test_precision_in_words():
     boxes = {"AP": 0.1234, "AP50": 0.5, "APs": None}
     assert in_words(boxes) == "AP 0.123  AP50 0.500"
     assert in_words({**boxes, "mask_AP": 0.25, "mask_AP50": 0.75}).endswith("  mask AP 0.250  mask AP50 0.750")
+
+
+HASHES = [2**64 - 1, 2**63 + 11, 2**63 + 12, 2**53, 2**53 + 1, -(2**63), -7, 0, 10**30]
+
+
+@pytest.mark.parametrize("numbers", [HASHES, HASHES[::-1], [10**18 + n for n in range(9)], [-n for n in range(9)]])
+@pytest.mark.parametrize("masks", [False, True])
+def test_ids_are_any_integers(numbers, masks):
+    """Every image holds an object of each category, found in the first two images and missed in the third."""
+    images, categories, names = numbers[:3], sorted(numbers[3:5]), numbers[3:9]
+    found, truth = [], []
+    for image, number in enumerate(images):
+        corners = [[10.0, 10.0, 30.0, 40.0], [50.0, 50.0, 90.0, 80.0]]
+        seen = torch.zeros(2, 100, 100, dtype=torch.bool)
+        for label, (x0, y0, x1, y1) in enumerate(corners):
+            polygon = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+            truth.append(box(names[2 * image + label], number, categories[label], x0, y0, x1 - x0, y1 - y0))
+            truth[-1]["segmentation"] = polygon
+            seen[label, int(y0) : int(y1), int(x0) : int(x1)] = True
+        one = {"scores": torch.ones(2), "labels": torch.arange(2), "boxes": torch.tensor(corners), "masks": seen}
+        found.append(one if image < 2 else {name: value[:0] for name, value in one.items()})
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": number, "width": 100, "height": 100} for number in images],
+        "categories": [{"id": number, "name": "?"} for number in categories],
+        "annotations": truth,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    results = coco_results(found, images, categories)
+    assert [each["image_id"] for each in results] == [number for number in images[:2] for _ in categories]
+    assert [each["category_id"] for each in results] == categories * 2
+    ap = average_precision(coco, results, images, masks=masks)
+    assert ap["AP"] == pytest.approx(67 / 101) and (not masks or ap["mask_AP"] == pytest.approx(67 / 101))
+    assert average_precision(coco, results, images[:2], masks=masks)["AP"] == pytest.approx(1)
+
+
+def test_what_is_found_in_a_crowd_region_is_ignored_with_or_without_its_mask():
+    truth, masks = with_discs(TRUTH)
+    region = box(9, 2, 7, 40, 40, 30, 30, crowd=1)
+    found = [{**found_exactly(TRUTH, i), "masks": masks[i]} for i in (1, 2, 3)]
+    inside = torch.zeros(1, 100, 100, dtype=torch.bool)
+    inside[:, 45:60, 45:60] = True
+    extra = {"scores": [1.0], "labels": [0], "boxes": [[45.0, 45.0, 60.0, 60.0]]}
+    found[1] = {name: torch.cat([torch.tensor(extra[name]), found[1][name]]) for name in extra} | {
+        "masks": torch.cat([inside, found[1]["masks"]])
+    }
+    results = coco_results(found, [1, 2, 3], CATEGORY_IDS)
+    given = {"segmentation": [[40, 40, 70, 40, 70, 70, 40, 70]]}
+    for crowd in ({}, {"segmentation": None}, {"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, given):
+        ap = average_precision(ground_truth([*truth, {**region, **crowd}]), results, [1, 2, 3], masks=True)
+        assert ap["AP"] == ap["mask_AP"] == pytest.approx(1)
+    assert average_precision(ground_truth(truth), results, [1, 2, 3], masks=True)["mask_AP"] < 0.9
+
+
+def test_a_mask_that_pycocotools_would_misread_is_an_error_that_names_it():
+    truth, _ = with_discs(TRUTH)
+    truth[1]["segmentation"] = {"size": [100, 100], "counts": truth[1]["segmentation"]["counts"][:-3]}
+    with pytest.raises(DatasetError, match="annotation 2 of image 1"):
+        average_precision(ground_truth(truth), [], [1, 2, 3], masks=True)
+    assert average_precision(ground_truth(truth), [], [1, 2, 3])["AP"] == 0

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from route_detr.config import TrainConfig
 from route_detr.criterion import Criterion
-from route_detr.data import DatasetError
 from route_detr.detector import detections
 from route_detr.masks import (
     MaskTargets,
@@ -211,23 +210,3 @@ def test_an_image_without_objects_has_no_masks_and_a_set_opened_without_has_none
     assert opened(folder)[0][1].masks is None
     with pytest.raises(ValueError, match="masks=True"):
         opened(folder).masks(0)
-
-
-@pytest.mark.parametrize(
-    "segmentation",
-    [
-        None,
-        [],
-        [[1, 2, 3, 4]],
-        "text",
-        {"size": [60, 40], "counts": [2400]},
-        {"counts": [2400]},
-        [["a"] * 6],
-        {},
-        {"size": [40, 60], "counts": [9]},
-    ],
-)
-def test_a_segmentation_that_is_no_mask_of_its_image_is_a_clear_error(folder, segmentation):
-    more = {} if segmentation is None else {"segmentation": segmentation}
-    with pytest.raises(DatasetError, match=r"instances\.json: annotation 7: expected a segmentation: polygons"):
-        opened(folder, content(annotations=[annotation(7, **more)]), masks=True)

@@ -55,4 +55,5 @@ def test_data_without_masks_are_refused_before_training(run, tmp_path, capsys):
     broken.write_text(json.dumps(content))
     words = ["--data", str(run.parent / "digits"), "--val-json", str(broken), "--out", str(tmp_path / "run")]
     assert main(["train", *words, "--device", "cpu", *options(MASKS)]) == 2
-    assert "val.json: annotation 1: expected a segmentation" in capsys.readouterr().err
+    assert "val.json: expected a segmentation: polygons" in (told := capsys.readouterr().err)
+    assert "of each object: 1 (annotation 1 of image 1: None)" in told

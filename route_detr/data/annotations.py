@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pycocotools import mask as rle
 from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import NotRequired, TypedDict
 
 from route_detr.data.report import DatasetError, Report
+from route_detr.data.segmentations import compress_masks
 
 ROUNDING = 1.0  # pixels by which a box may stick out of its image
 LARGEST = 2.0**53
@@ -51,11 +54,12 @@ SECTIONS = tuple(_Content.__annotations__)
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """The content of an annotation file, without what is at fault.
+    """The content of an annotation file, without entries that have not the right form or name no other.
 
     images       its ``images``
     annotations  its ``annotations`` without those that had no area inside their image; ``bbox`` sticks out by less than
-                 `ROUNDING` pixels; ``area`` and ``iscrowd`` are always there
+                 `ROUNDING` pixels; ``area`` and ``iscrowd`` are always there; where masks were asked for,
+                 ``segmentation`` is run lengths that fill the image
     categories   its ``categories``, by id, each with a ``name``
     report       what was corrected or dropped
     faults       what makes the file unfit for training
@@ -76,13 +80,26 @@ def read_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
     return content
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection: nothing that is read from a file is in a cycle, and each would walk through all of it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_without_collections()
 def inspect_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
     """Reads and judges a COCO detection file in one pass, whatever is in it.
 
     ``faults`` has everything of these kinds: the file is not JSON, a section or key is missing or of the wrong type, an
-    id occurs twice, an annotation names an unknown image or category, boxes are given in fractions, and with `masks` an
-    object has no segmentation that can be drawn. ``report`` has boxes cut at the image's border, and boxes dropped
-    because no area is left. Raises DatasetError where there is no file.
+    id occurs twice, an annotation names an unknown image or category, boxes are given in fractions. ``report`` has
+    boxes cut at the image's border, and boxes dropped because no area is left. With `masks`, each ``segmentation``
+    becomes run lengths and is judged too, see `compress_masks`. Raises DatasetError where there is no file.
     """
     if not file.is_file():
         raise DatasetError(f"{file}: expected a COCO annotation file, found {'a folder' if file.is_dir() else 'none'}")
@@ -119,13 +136,8 @@ def inspect_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
     if 2 * sum(map(len, report.values())) > len(usable):
         hint = "are they x0, y0, x1, y1 rather than COCO's x, y, width, height?"
         report.add("more than half of the boxes do not fit their image", hint)
-    for annotation in kept if masks else ():
-        image = images[annotation["image_id"]]
-        try:
-            if not annotation["iscrowd"]:
-                compressed_mask(annotation, (image["width"], image["height"]))
-        except ValueError as error:
-            faults.add("objects without a usable segmentation", str(error))
+    if masks:
+        compress_masks(kept, {n: (image["width"], image["height"]) for n, image in images.items()}, faults, report)
     for annotation in kept:
         if annotation["id"] == 0:  # pycocotools' evaluation takes a match with id 0 for no match
             annotation["id"] = 1 + max(other["id"] for other in kept)
@@ -189,26 +201,3 @@ def box_inside(bbox: list[float], size: tuple[int, int]) -> tuple[float, float, 
     """COCO's (x, y, width, height) as (x0, y0, x1, y1), cut at the border of an image of `size` = (width, height)."""
     x, y, w, h = bbox
     return max(x, 0.0), max(y, 0.0), min(x + w, size[0]), min(y + h, size[1])
-
-
-def compressed_mask(annotation: dict, size: tuple[int, int]) -> bytes:
-    """The run lengths of an annotation's ``segmentation``, polygons or RLE, in an image of `size` = (width, height).
-
-    Raises ValueError for one that is missing, malformed or of another size.
-    """
-    found, shape = annotation.get("segmentation"), [size[1], size[0]]
-    try:
-        if isinstance(found, list) and min(map(len, found)) >= 6:
-            found = rle.merge(rle.frPyObjects(found, *shape))
-        elif list(found["size"]) != shape:
-            raise ValueError("another size")
-        elif isinstance(found["counts"], list):
-            if sum(found["counts"]) != shape[0] * shape[1]:
-                raise ValueError("lengths that are not the image's")
-            found = rle.frPyObjects(found, *shape)
-        return found["counts"].encode() if isinstance(found["counts"], str) else found["counts"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"annotation {annotation['id']}: expected a segmentation: polygons of three or more points, or run lengths "
-            f"of size {shape}, for training masks"
-        ) from error

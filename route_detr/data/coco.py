@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from route_detr.data.annotations import box_inside, compressed_mask, read_annotations
+from route_detr.data.annotations import box_inside, read_annotations
 from route_detr.data.batch import Target
 from route_detr.data.images import cached_rgb, image_file, judged, note_verdicts, read_rgb
 from route_detr.data.report import DatasetError, DatasetWarning, Report
@@ -69,7 +69,7 @@ class CocoDetection(Dataset):
             raise DatasetError(f"{image_dir}: expected the folder of the images of {annotation_file}, found none")
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DatasetError(f"cache: expected a folder, {cache} is a file")
-        content = read_annotations(self.annotation_file)
+        content = read_annotations(self.annotation_file, masks)
         self.report = content.report
         self.category_ids: list[int] = [category["id"] for category in content.categories]
         self.category_names: list[str] = [str(category["name"]) for category in content.categories]
@@ -99,10 +99,7 @@ class CocoDetection(Dataset):
         self._labels = np.array([label_of[each["category_id"]] for each, _ in objects], dtype=np.int64)
         self._masks = None
         if masks:
-            try:
-                encoded = [compressed_mask(*each) for each in objects]
-            except ValueError as error:
-                raise DatasetError(f"{self.annotation_file}: {error}") from error
+            encoded = [each["segmentation"]["counts"] for each, _ in objects]
             self._masks = np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)])
 
     def _check_files(self, headers: bool) -> None:
@@ -194,7 +191,7 @@ class CocoDetection(Dataset):
 
         Read from the file on first use: a training set that is never evaluated does not hold it in memory.
         """
-        content = read_annotations(self.annotation_file)
+        content = read_annotations(self.annotation_file, masks=self._masks is not None)
         ground_truth = COCO()
         ground_truth.dataset = {
             "info": {},
