@@ -177,7 +177,7 @@ def test_precision_in_words():
     assert in_words({**boxes, "mask_AP": 0.25, "mask_AP50": 0.75}).endswith("  mask AP 0.250  mask AP50 0.750")
 
 
-HASHES = [2**64 - 1, 2**63 + 11, 2**63 + 12, 2**53, 2**53 + 1, -(2**63), -7, 0, 10**30]
+HASHES = [2**64 - 1, 7, 2**53 + 1, 2**63 + 12, 2**53, 2**63 + 11, -(2**63), 0, 10**30]
 
 
 @pytest.mark.parametrize("numbers", [HASHES, HASHES[::-1], [10**18 + n for n in range(9)], [-n for n in range(9)]])
