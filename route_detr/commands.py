@@ -290,7 +290,7 @@ def evaluate(args: argparse.Namespace) -> int:
     paths = _data_paths(args, ("val",)) or trained.data
     dataset = _val_set(paths, trained, "--data ROOT, or --val-json and --val-images")
     main = accelerator.is_main_process
-    with tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=not main) as bar:
+    with tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None if main else True) as bar:
         try:
             metrics = evaluate_detector(
                 *(trained.detector, dataset, trained.config.train, accelerator, trained.category_ids),

@@ -51,6 +51,7 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
     Raises:
         UsageError: another kind of file is asked for, another program wrote what is there, or what computes ONNX models
             is not installed.
+        FloatingPointError: what the trained detector computes is NaN or infinite.
         RuntimeError: what was exported computes something else; nothing is written.
     """
     if path.suffix not in (".onnx", ".pt2"):
@@ -63,13 +64,15 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
     if missing:
         raise UsageError(f"--out {path.name}: {missing[0]} is not installed (pip install onnx onnxscript onnxruntime)")
     model, images = Inference(trained.detector), torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        expected = model(images[:1])
+    if not all(output.isfinite().all() for output in expected):
+        raise FloatingPointError(f"{path}: not written, what the trained detector computes is not finite")
     with torch.no_grad(), sampling_by_grid():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / path.name
         found = (_onnx_outputs if path.suffix == ".onnx" else _program_outputs)(program, written, images[:1])
-        with torch.no_grad():
-            expected = model(images[:1])
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
         if not worst <= TOLERANCE:
             raise RuntimeError(f"{path}: the exported detector differs from the trained one by {worst:.1e}")

@@ -20,7 +20,14 @@ from torch import Tensor
 import route_kernels as rk
 from route_detr.backbone import known_settings
 from route_detr.boxes import corners
-from route_detr.checkpoint import SOFTWARE, check_replaceable, load_checkpoint, write_atomically, write_text
+from route_detr.checkpoint import (
+    SOFTWARE,
+    check_replaceable,
+    load_checkpoint,
+    remove_abandoned,
+    write_atomically,
+    write_text,
+)
 from route_detr.config import Config
 from route_detr.data import DatasetError, eval_view, image_pixels, normalised, read_rgb
 from route_detr.detector import Detector, detections
@@ -64,8 +71,11 @@ class Trained:
         layers = {}
         for layer, view in self.detector.routing_factors(self.input_of(image), None).items():
             gate = (view.factors.gate_q @ view.factors.gate_k.transpose(-1, -2)).sigmoid()
+            bias = rk.routing_bias(view.factors)
+            if not bias.isfinite().all():
+                raise FloatingPointError(f"the routing bias of decoder layer {layer} is not finite")
             layers[layer] = {
-                "bias": rk.routing_bias(view.factors)[0].cpu(),
+                "bias": bias[0].cpu(),
                 "gate": gate[0].cpu(),
                 "boxes": corners(view.boxes[0]).cpu() * size,
                 "confidence": view.confidence[0].cpu(),
@@ -148,8 +158,10 @@ def predict_files(
 
     Raises:
         UsageError: another program wrote a file of such a name.
+        FloatingPointError: what the detector computes for a file is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out)
     names = dict(zip(trained.category_ids, trained.category_names, strict=True))
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
@@ -163,7 +175,10 @@ def predict_files(
             except DatasetError as error:
                 yield error
                 continue
-            found = trained.detect(image, score_threshold)
+            try:
+                found = trained.detect(image, score_threshold)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{file}: {error}") from error
             for result in coco_results([found], [number], trained.category_ids):
                 category = result.pop("category_id")
                 named = {"file_name": str(file), "category_id": category, "category_name": names[category]}

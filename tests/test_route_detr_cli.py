@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -381,8 +382,6 @@ def test_without_data_the_bundled_digits_are_made_once(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, arguments, message):
-    import re
-
     line = fails(capsys, "train", "--data", data, "--out", tmp_path / "run", *arguments)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
@@ -599,6 +598,43 @@ def test_a_loss_that_is_not_finite_ends_with_exit_code_1(data, tmp_path, capsys)
     assert errors.startswith("route-detr: error: ") and "at step 1" in errors and "/l1 = inf" in errors
     assert f"{tmp_path / 'run' / 'last.pt'} holds the run as it was before" in errors
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["step"] == 0
+
+
+def use(run, data, out):
+    """Every command that reads a checkpoint of ``run``, but `train`."""
+    return [
+        ["eval", run],
+        ["predict", run, data / "val2017", "--out", out],
+        ["export", run, "--out", f"{out}.onnx"],
+        ["inspect", "routing", run, "--out", f"{out}.png"],
+    ]
+
+
+def test_a_model_that_is_not_finite_is_of_no_use(run, data, tmp_path, capsys):
+    state = torch.load(run / "best.pt", weights_only=True)
+    next(value for name, value in state["model"].items() if name.endswith("running_var"))[1] = float("nan")
+    for name in ("best.pt", "last.pt"):
+        torch.save(state, tmp_path / name)
+    train = [["train", "--resume", "--out", tmp_path], train_arguments(data, tmp_path / "new", "--init", str(tmp_path))]
+    for command in [*use(tmp_path, data, tmp_path / "x"), *train]:
+        assert re.search(r"(best|last)\.pt: its model has diverged: 1 of \d+ tensors hold NaN", fails(capsys, *command))
+    assert {file.name for file in tmp_path.iterdir()} == {"best.pt", "last.pt"}
+
+
+def test_a_model_that_overflows_is_told(run, data, tmp_path, capsys):
+    state = torch.load(run / "best.pt", weights_only=True)
+    for name, value in state["model"].items():
+        if "classify.weight" in name or "routers" in name:
+            value.fill_(3e38)
+    torch.save(state, tmp_path / "best.pt")
+    told = [
+        r"no average precision of the images with the ids \[1, 2\]: what the detector computes for image 1 of 2 is not",
+        r"val2017/1\.png: what the detector computes for image 1 of 1 is not finite",
+        r"x\.onnx: not written, what the trained detector computes is not finite",
+        r"the routing bias of decoder layer 1 is not finite",
+    ]
+    for command, message in zip(use(tmp_path, data, tmp_path / "x"), told, strict=True):
+        assert re.search(message, fails(capsys, *command, code=1))
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
