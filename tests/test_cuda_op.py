@@ -109,7 +109,14 @@ def test_references_of_every_shape(coordinates, reference_levels, masked, determ
     check_accuracy("ms_deform_attn_fused", ms_deform_attn_fused_arguments(dtype=torch.float32, **sizes))
 
 
-EMPTY = [dict(batch=0), dict(queries=0), dict(points=0), dict(channels=0), dict(levels=((0, 3), (2, 0)))]
+EMPTY = [
+    dict(batch=0),
+    dict(queries=0),
+    dict(points=0),
+    dict(channels=0),
+    dict(levels=((0, 3), (2, 0))),
+    dict(levels=()),
+]
 
 
 @pytest.mark.parametrize("empty", EMPTY, ids=str)

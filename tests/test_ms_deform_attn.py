@@ -254,14 +254,14 @@ def test_incoming_gradient_of_any_strides(grad_output):
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "channels", "points"])
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "channels", "points", "levels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_empty_dimensions(empty, dtype, backend):
-    arguments = ms_deform_attn_arguments(dtype=dtype, **{empty: 0})
+    arguments = ms_deform_attn_arguments(dtype=dtype, **{empty: () if empty == "levels" else 0})
     with rk.backend(backend):
         results = outcome(rk.ms_deform_attn, arguments, torch.ones(()).expand_as(rk.ms_deform_attn(**arguments)))
     assert results["output"].shape == {"batch": (0, 9, 16), "queries": (2, 0, 16)}.get(
-        empty, (2, 9, 16 if empty == "points" else 0)
+        empty, (2, 9, 16 if empty in ("points", "levels") else 0)
     )
     assert all((tensor == 0).all() for tensor in results.values())
 

@@ -290,10 +290,11 @@ def test_references_shared_by_queries_and_images():
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("coordinates", [2, 4])
-@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "channels", "points"])
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "channels", "points", "levels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_empty_dimensions(empty, coordinates, dtype, backend):
-    arguments = ms_deform_attn_fused_arguments(dtype=dtype, coordinates=coordinates, **{empty: 0})
+    sizes = {empty: () if empty == "levels" else 0}
+    arguments = ms_deform_attn_fused_arguments(dtype=dtype, coordinates=coordinates, **sizes)
     with rk.backend(backend):
         output = rk.ms_deform_attn_fused(**arguments)
         results = outcome(rk.ms_deform_attn_fused, arguments, torch.ones_like(output))

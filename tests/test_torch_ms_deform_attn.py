@@ -26,13 +26,17 @@ def arguments():
 
 
 @pytest.fixture(params=["formula", "package"])
-def expected(request, arguments):
+def peer(request):
+    if request.param == "formula":
+        return EAGER["ms_deform_attn"]
+    reason = "torch-ms-deform-attn is not installed: pip install -r benchmarks/requirements.txt"
+    return pytest.importorskip("torch_ms_deform_attn", reason=reason, exc_type=ImportError).ms_deform_attn
+
+
+@pytest.fixture
+def expected(peer, arguments):
     """The output, and the gradients of its sum of squares."""
-    op = EAGER["ms_deform_attn"]
-    if request.param == "package":
-        reason = "torch-ms-deform-attn is not installed: pip install -r benchmarks/requirements.txt"
-        op = pytest.importorskip("torch_ms_deform_attn", reason=reason, exc_type=ImportError).ms_deform_attn
-    return outcome(op(*arguments.values()), arguments)
+    return outcome(peer(*arguments.values()), arguments)
 
 
 def outcome(output, arguments):
@@ -45,6 +49,7 @@ CALLS = {
     "by keyword": lambda arguments: rk.ms_deform_attn(**arguments),
     "im2col_step by position": lambda arguments: ms_deform_attn_forward(*arguments.values(), 2),
     "im2col_step by keyword": lambda arguments: ms_deform_attn_forward(**arguments, im2col_step=64),
+    "check_cuda_metadata": lambda arguments: ms_deform_attn_forward(*arguments.values(), 64, check_cuda_metadata=True),
 }
 
 
@@ -54,3 +59,25 @@ def test_calls(call, arguments, expected):
         found = outcome(call(arguments), arguments)
     assert counts == {"ms_deform_attn": 1}
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("peer", ["package"], indirect=True)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_no_levels_give_zeros(call, peer, arguments):
+    arguments |= {"spatial_shapes": SHAPES[:0], "level_start_index": STARTS[:0]}
+    for name in ("sampling_locations", "attention_weights"):
+        arguments[name] = arguments[name].detach()[:, :, :, :0].requires_grad_()
+    found = outcome(call(arguments), arguments)
+    assert found[0].shape == (3, 5, 16) and not any(tensor.any() for tensor in found)
+    torch.testing.assert_close(found, outcome(peer(*arguments.values()), arguments))
+
+
+@pytest.mark.parametrize("peer", ["package"], indirect=True)
+def test_dtypes_under_autocast(peer, arguments):
+    """As docs/deformable_detr.md says."""
+    arguments = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments["value"] = arguments["value"].to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [op(*arguments.values()).dtype for op in (peer, ms_deform_attn_forward, rk.ms_deform_attn)]
+        assert found == [torch.float32, dtype, torch.bfloat16]

@@ -256,10 +256,10 @@ def test_views(op, view, deterministic):
         torch.testing.assert_close(result, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "channels", "points", "pixels"])
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "channels", "points", "pixels", "levels"])
 @each_op
 def test_empty_dimensions(op, empty, deterministic):
-    sizes = {"levels": ((0, 0), (3, 0), (0, 2))} if empty == "pixels" else {empty: 0}
+    sizes = {"levels": ((0, 0), (3, 0), (0, 2))} if empty == "pixels" else {empty: () if empty == "levels" else 0}
     arguments = ARGUMENTS[op](**sizes, dtype=torch.bfloat16)
     results = outcome(on_triton(op), arguments, torch.ones(()).expand_as(on_triton(op)(**arguments)))
     assert results["grad value"].shape == arguments["value"].shape

@@ -29,16 +29,19 @@ def ms_deform_attn_forward(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
     im2col_step: int = 64,
+    *,
+    check_cuda_metadata: bool = False,
 ) -> torch.Tensor:
     """`ms_deform_attn` under the name and with the arguments of the extension.
 
     Args:
         value: [B, S, H, D], float16, bfloat16, float32 or float64. Autocast does not change it, nor did it there.
-        spatial_shapes: [L, 2] integers, (h, w) of each level.
+        spatial_shapes: [L, 2] integers, (h, w) of each level; with L = 0 the result is 0.
         level_start_index: [L] integers.
         sampling_locations: [B, N, H, L, P, 2].
         attention_weights: [B, N, H, L, P].
         im2col_step: accepted and ignored: any batch size runs, and nothing is worked off in steps.
+        check_cuda_metadata: accepted and ignored: sizes and starts are always checked, on every device.
 
     Returns:
         [B, N, H * D] in the dtype of value; differentiable, too, where it is called outside an autograd function.

@@ -105,7 +105,7 @@ def _locations(
 ) -> torch.Tensor:
     """Reference point plus scaled offset, NaN (a sample that is nowhere) where not finite: [B, N, H, K, 2]."""
     references = reference_points.expand(-1, -1, len(shapes), -1)
-    located = [offsets[:, :, :, :0]]
+    located = [] if shapes else [offsets + reference_points[:, :, :0].sum()]  # no level: K = 0, yet differentiable
     for level, (size, offset) in enumerate(zip(shapes, offsets.split(points, dim=3), strict=True)):
         reference = references[:, :, level, None, None].expand(*offset.shape[:-1], -1)  # [B, N, H, P, 2 or 4]
         height, width = size
