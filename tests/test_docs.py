@@ -9,8 +9,6 @@ import sys
 import pytest
 from markdown_pages import ROOT, blocks, commands, dead_links, imports, missing_packages, names_of_the_reader
 
-import route_detr.cli
-from route_detr.cli import parsed as route_detr_words
 from route_kernels.integrations import CODEBASES
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -80,23 +78,6 @@ def test_python_blocks_run(page, said):
 @each_page
 def test_links_lead_somewhere(page):
     assert dead_links(page) == []
-
-
-@each_page
-def test_commands_of_ours_exist(page):
-    for words in commands(page.read_text()):
-        if words[:2] == ["python", "-m"] and words[2].startswith("route_kernels."):
-            done = subprocess.run([sys.executable, "-c", f"import {words[2]}"], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-        if "route_detr" in words:  # python, torchrun or accelerate launch ... -m route_detr ...
-            words = ["route-detr", *words[words.index("route_detr") + 1 :]]
-        if words[0] == "route-detr":
-            assert route_detr_words(words[1:]).command == words[1]
-        if words[0] == "route-kernels":
-            assert words[1] in ("info", "bench", "doctor", "tune", "memory")
-        elif "route-detr" in words or "route_detr" in words:
-            ours = next(index for index, word in enumerate(words) if word in ("route-detr", "route_detr"))
-            assert route_detr.cli.parsed(words[ours + 1 :])
 
 
 @pytest.mark.parametrize("codebase", [*CODEBASES, "add_routing"])

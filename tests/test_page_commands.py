@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +112,7 @@ def test_other_commands_are_understood(name, only_parsed):
         entry, options = import_module(words[2]).main, words[3:]
     else:
         assert reason(words), "a command that no test knows"
+        assert words[:2] != ["python", "-m"] or find_spec(words[2])
         return
     if options:
         with pytest.raises(Understood):

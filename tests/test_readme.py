@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 
@@ -10,7 +9,6 @@ import pytest
 from markdown_pages import ROOT, blocks, commands, dead_links
 
 from benchmarks import report
-from route_detr.cli import parser as route_detr_parser
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -36,11 +34,6 @@ def test_make_targets_exist(page):
     named = set(re.findall(r"`make ([\w-]+)", page)) | {words[1] for words in commands(page) if words[0] == "make"}
     assert named
     assert named <= make_targets()
-
-
-@pytest.mark.parametrize("words", [words for words in commands(README) if words[0] == "route-detr"], ids=shlex.join)
-def test_route_detr_command_is_understood(words):
-    assert route_detr_parser().parse_args(words[1:]).command == words[1]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -4,7 +4,9 @@ import pytest
 import torch
 from small_detector import SMALL, VARIANTS, assert_close, resnet, small_batch, small_detector, trained_step
 from torch import nn
+from transformers import ResNetConfig, ResNetModel
 
+from route_detr.backbone import Backbone, self_contained
 from route_detr.config import PRESETS, BackboneConfig, DetectorConfig, preset
 from route_detr.criterion import Criterion
 from route_detr.data import collate
@@ -12,6 +14,7 @@ from route_detr.data.digits import write_digits
 from route_detr.data.layout import coco_layout, open_splits
 from route_detr.detector import Detector, parameter_groups
 from route_detr.matcher import padded_targets
+from route_detr.prediction import stored_config
 
 CONTENTS = {content: {"query_content": content} for content in ("encoded", "box", "joint")}
 ALL = {**VARIANTS, **CONTENTS}
@@ -97,12 +100,42 @@ def _saved_resnet(folder):
     [
         ({"model": "rosnet"}, "backbone: expected a model of transformers with an AutoBackbone"),
         ({"model": "bert"}, "backbone: expected a model of transformers with an AutoBackbone"),
+        ({"model": "swim"}, "AutoBackbone: unknown key 'swim'; did you mean 'swin'"),
+        (
+            {"settings": {"embeding_size": 8}},
+            "unknown key 'detector.backbone.settings.embeding_size'; did you mean "
+            "'detector.backbone.settings.embedding_size'",
+        ),
+        ({"model": "swin", "settings": {"depth": [2]}}, "did you mean 'detector.backbone.settings.depths'"),
+        ({"settings": {"out_features": ["stage1"]}}, "unknown key 'detector.backbone.settings.out_features'"),
+        ({"settings": {"depths": "many"}}, "detector.backbone.settings: Validation error for field 'depths'"),
+        ({"settings": {"hidden_sizes": [8]}}, "detector.backbone.settings: no resnet can be built of"),
+        ({"weights": "no/such/folder/here"}, "detector.backbone.weights: no/such/folder/here: "),
         ({"settings": resnet(4, [4, 8])}, "used_stages: expected at most 2 for resnet, got 3"),
     ],
 )
 def test_a_backbone_that_cannot_be_is_a_clear_error(backbone, message):
     with pytest.raises(ValueError, match=message):
         small_detector(backbone=BackboneConfig(**backbone))
+
+
+def test_a_backbone_of_given_weights_can_be_built_without_them(tmp_path):
+    """As its checkpoint needs it: the settings are those of the weights, not those of the preset."""
+    config = ResNetConfig(**resnet(4, [4, 8, 8]), hidden_act="gelu", id2label={0: "x"})
+    ResNetModel(config).save_pretrained(tmp_path)
+    given = BackboneConfig(weights=str(tmp_path), used_stages=2)
+    alone = dataclasses.replace(self_contained(given), weights=None)
+    assert alone.settings == {**resnet(4, [4, 8, 8]), "hidden_act": "gelu"}
+    shapes = [{n: p.shape for n, p in Backbone(each, 2).state_dict().items()} for each in (given, alone)]
+    assert shapes[0] == shapes[1]
+    assert self_contained(alone) is alone
+
+
+def test_a_setting_that_never_was_is_left_out_of_an_old_checkpoint(tmp_path):
+    config = preset("tiny").updated({"detector.backbone.settings.path_norm": True})
+    with pytest.raises(ValueError, match="path_norm"):
+        Detector(config.detector)
+    assert stored_config({"config": config.to_dict()}, tmp_path) == preset("tiny")
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
