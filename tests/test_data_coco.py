@@ -227,6 +227,16 @@ def test_a_box_that_does_not_fit_is_cut_or_dropped_and_counted(folder, name):
         assert dataset.coco.anns[7]["area"] == (x1 - x0) * (y1 - y0)
 
 
+def test_ids_are_any_integers(folder):
+    images = [each | {"id": n} for each, n in zip(content()["images"], (2**64 - 1, -(2**63)), strict=True)]
+    objects = [annotation(2**63 + n, image=each["id"], category=10**30) for n, each in enumerate(images)]
+    dataset = opened(folder, content(images=images, annotations=objects, categories=[{"id": -1}, {"id": 10**30}]))
+    (batch,) = pickle.loads(pickle.dumps(list(DataLoader(dataset, batch_size=2, collate_fn=collate))))
+    assert [target.image_id for target in batch.targets] == [2**64 - 1, -(2**63)]
+    assert [target.labels.tolist() for target in batch.targets] == [[1], [1]]
+    assert dataset.category_ids == [-1, 10**30] and [*dataset.coco.anns] == [2**63, 2**63 + 1]
+
+
 def test_less_than_a_pixel_outside_is_rounding_cut_for_training_and_kept_for_evaluation(folder):
     dataset = opened(folder, content(annotations=[annotation(1, bbox=[-0.5, 10, 20, 30.4])]))
     assert not dataset.report

@@ -40,7 +40,7 @@ class CocoDetection(Dataset):
         image_dir: folder that its ``file_name`` entries are relative to (see ``images.image_file``).
         config: sizes and augmentation.
         train: whether to augment, with ``seed``.
-        masks: whether targets have masks, from the annotations' polygons or run lengths.
+        masks: whether targets have masks, from the annotations' polygons or run lengths, all drawn now.
         cache: folder for decoded images, filled as they are first read; workers, ranks, runs and data sets share it.
         check_headers: whether to compare the size in every image's header with the annotation file's now, by default
             for up to ``HEADERS_CHECKED_UP_TO`` images; else on reading.
