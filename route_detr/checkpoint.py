@@ -31,41 +31,46 @@ TEMPORARY = re.compile(r".+\.(\d+)-[0-9a-f]{8}\.tmp")
 
 SOFTWARE = "route-detr"  # in every file that is written: PNG "Software", JSON "software", ONNX producer, pt2 extra file
 OUR_BEGINNINGS = re.compile(
-    rb"""\Z | \[\]\n\Z  # holds nothing that could be lost
-    | \{\n\ *"software":\ "route-detr"
-    | \{"kind":\ "  # metrics.jsonl
-    | \[\n\ \{\n\ \ "image_id":\ .*\n\ \ "file_name":\ .*\n\ \ "category_id":\ .*\n\ \ "category_name":  # predictions
-    | PK(?s:.*)route_detr\.checkpoint
-    | \x08(?s:.)\x12\x0aroute-detr  # ONNX: its version, then its producer""",
+    rb"""(?P<nothing>\Z | \[\]\n\Z)  # to lose
+    | (?P<JSON>\{\n\ *"software":\ "route-detr")
+    | (?P<metrics>\{"kind":\ ")
+    | (?P<predictions>\[\n\ \{\n\ \ "image_id":\ .*\n\ \ "file_name":\ .*\n\ \ "category_id":\ .*\n\ \ "category_name":)
+    | (?P<checkpoint>PK(?s:.*)route_detr\.checkpoint)
+    | (?P<model>\x08(?s:.)\x12\x0aroute-detr)  # ONNX: its version, then its producer""",
     re.VERBOSE,
 )
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether this program wrote the file, told by what is in it. An empty file holds nothing to lose and counts."""
-    try:
+def kind_of(path: str | Path) -> str | None:
+    """The kind of a file that this program wrote, told by what is in it; None for others' files.
+
+    "picture", "JSON", "metrics", "predictions", "checkpoint", "model" (exported), or "nothing" where nothing is in it.
+    """
+    with suppress(OSError, SyntaxError, ValueError, zipfile.BadZipFile):
         with open(path, "rb") as stream:
             head = stream.read(8192)
         if head.startswith(b"\x89PNG"):
             with Image.open(path) as image:
-                return image.info.get("Software") == SOFTWARE
-        if OUR_BEGINNINGS.match(head) or not zipfile.is_zipfile(path):
-            return OUR_BEGINNINGS.match(head) is not None
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(f"/extra/{SOFTWARE}") for name in archive.namelist())
-    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile):
-        return False
+                return "picture" if image.info.get("Software") == SOFTWARE else None
+        if found := OUR_BEGINNINGS.match(head):
+            return found.lastgroup
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return "model" if any(name.endswith(f"/extra/{SOFTWARE}") for name in archive.namelist()) else None
+    return None
 
 
-def check_replaceable(*paths: str | Path) -> None:
-    """Raise `UsageError` naming the first of ``paths`` that this program did not write, which is never written over, or
-    that cannot be written; folders may be missing (`with_folder`)."""
+def check_replaceable(kind: str, *paths: str | Path) -> None:
+    """Raise `UsageError` naming the first of ``paths`` that cannot be written, or holds anything but a file of this
+    kind that this program wrote (`kind_of`). Folders may be missing (`with_folder`)."""
     for path in map(Path, paths):
         folder = next((each for each in path.absolute().parents if each.exists()), Path("/"))
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UsageError(f"{path}: cannot be written, {folder} is no folder that may be written to")
-        if path.exists() and not (path.is_file() and is_ours(path)):
+        found = kind_of(path) if path.is_file() else None
+        if path.exists() and found not in ("nothing", kind):
             what = "a file that route-detr did not write" if path.is_file() else "no regular file"
+            what = what if found is None else f"route-detr's {found} and no {kind}"
             raise UsageError(f"{path}: is {what} and is not replaced; delete it or choose another name")
 
 

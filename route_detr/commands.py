@@ -284,7 +284,7 @@ def _val_set(paths: dict[str, str], trained: Trained, option: str) -> CocoDetect
 def evaluate(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.trained, args.checkpoint)
     out = args.out or checkpoint.with_name(f"eval-{checkpoint.stem}.json")
-    check_replaceable(out)
+    check_replaceable("JSON", out)
     accelerator = _processes(args)
     trained = load_trained(checkpoint, accelerator.device)
     paths = _data_paths(args, ("val",)) or trained.data
@@ -319,7 +319,8 @@ def predict(args: argparse.Namespace) -> int:
         if args.out.exists() and os.path.isdir(given) and args.out.samefile(given):
             raise UsageError(f"--out: expected another folder than that of the images, got {args.out}")
     files = image_files(args.images)
-    check_replaceable(args.out / PREDICTIONS, *pictures_of(files, args.out))
+    check_replaceable("predictions", args.out / PREDICTIONS)
+    check_replaceable("picture", *pictures_of(files, args.out))
     trained = _load(args, _processes(args).device)
     with closing(predict_files(trained, files, args.out, args.score_threshold)) as prediction:
         done = tqdm(prediction, total=len(files), unit="image", leave=False, disable=None)
@@ -338,7 +339,9 @@ def export(args: argparse.Namespace) -> int:
 
 def import_weights(args: argparse.Namespace) -> int:
     """A public checkpoint as one of ours: eval, predict and export read it, train begins with it (--init)."""
-    check_replaceable(args.out)
+    check_replaceable("checkpoint", args.out)
+    if args.out.is_file() and args.out.with_name("metrics.jsonl").exists():
+        raise UsageError(f"--out: {args.out} is of a run and is not replaced; choose another name")
     state, config, names = read_published(args.source)
     if args.preset or args.config:
         _, config = _configured(args)
@@ -358,7 +361,7 @@ def import_weights(args: argparse.Namespace) -> int:
 def inspect_routing(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.trained, args.checkpoint)
     out = args.out or checkpoint.with_name("routing.png")
-    check_replaceable(out)
+    check_replaceable("picture", out)
     trained = load_trained(checkpoint, _processes(args).device)
     if not trained.config.detector.route:
         raise UsageError(f"{checkpoint}: trained with --no-route, it has no routing to show")
@@ -370,7 +373,7 @@ def inspect_routing(args: argparse.Namespace) -> int:
 
 def inspect_schedule(args: argparse.Namespace) -> int:
     _check_numbers(args, "images")
-    check_replaceable(args.out)
+    check_replaceable("picture", args.out)
     _, config = _configured(args)
     plot_schedule(config, -(-args.images // config.train.batch_size), with_folder(args.out))
     print(f"written to {args.out}")
@@ -378,15 +381,14 @@ def inspect_schedule(args: argparse.Namespace) -> int:
 
 
 def check_data(args: argparse.Namespace) -> int:
-    if args.workers is not None and args.workers < 1:
-        raise UsageError(f"--workers: expected at least 1, got {args.workers}")
+    _check_numbers(args, "workers")
     if args.json is not None:
-        check_replaceable(args.json)
+        check_replaceable("JSON", args.json)
     layout = coco_layout(args.data, **{option: getattr(args, option) for option in DATA_OPTIONS})
     found = check_data_set(layout, args.masks, args.workers)
     print(as_text(found))
     if args.json is not None:
-        write_text(args.json, json.dumps({"software": SOFTWARE, **found}, indent=1) + "\n")
+        write_text(with_folder(args.json), json.dumps({"software": SOFTWARE, **found}, indent=1) + "\n")
         print(f"written to {args.json}")
     return 0 if found["trainable"] else 1
 

@@ -56,7 +56,7 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
     """
     if path.suffix not in (".onnx", ".pt2"):
         raise UsageError(f"--out: expected a name that ends in .onnx or .pt2, got {path}")
-    check_replaceable(path)
+    check_replaceable("model", path)
     height, width = size or (trained.config.transforms.eval_scale,) * 2
     if min(height, width) < 1:
         raise UsageError(f"--size: expected a height and a width of at least 1, got {height} {width}")

@@ -166,10 +166,10 @@ def predict_files(
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     results: list[dict[str, Any]] = []
-    check_replaceable(out / PREDICTIONS)
+    check_replaceable("predictions", out / PREDICTIONS)
     try:
         for number, (file, path) in enumerate(zip(files, pictures_of(files, out), strict=True), start=1):
-            check_replaceable(path)
+            check_replaceable("picture", path)
             try:
                 image = read_rgb(file)
             except DatasetError as error:

@@ -29,7 +29,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-OTHER_FILES = ("config.json", "curves.png", "detections.png", "routing.png")  # beside checkpoints and metrics
+PICTURES = ("curves.png", "detections.png", "routing.png")
 
 
 class Run:
@@ -55,7 +55,8 @@ class Run:
                 raise RunError(
                     f"{self.folder}: already holds a run ({file.name}); use --resume to continue it, or another --name"
                 )
-        check_replaceable(*(self.folder / name for name in OTHER_FILES))
+        check_replaceable("JSON", self.folder / "config.json")
+        check_replaceable("picture", *(self.folder / name for name in PICTURES))
 
     def check_resumable(self) -> None:
         """Raise `RunError` when there is nothing to continue."""

@@ -9,7 +9,7 @@ import torch
 from small_training import SMALL
 from torch import nn
 
-from route_detr.checkpoint import is_ours
+from route_detr.checkpoint import kind_of
 from route_detr.cli import main
 from route_detr.config import preset
 from route_detr.detector import Detector
@@ -42,7 +42,7 @@ def test_a_torch_export_file_holds_pytorchs_operators_alone_and_takes_any_batch(
     model = trained()
     said = export(model, tmp_path / "new" / "detector.pt2", SIZE)
     assert "images [B, 3, 64, 48]" in said
-    assert is_ours(tmp_path / "new" / "detector.pt2")
+    assert kind_of(tmp_path / "new" / "detector.pt2") == "model"
     program = torch.export.load(tmp_path / "new" / "detector.pt2")
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert {getattr(target, "namespace", "aten") for target in targets} <= {"aten", "_operator"}
@@ -60,7 +60,7 @@ def test_an_onnx_file_samples_by_grid_and_agrees_in_onnxruntime(base, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     model = trained(base)
     export(model, tmp_path / "detector.onnx", SIZE)
-    assert is_ours(tmp_path / "detector.onnx")
+    assert kind_of(tmp_path / "detector.onnx") == "model"
     graph = onnx.load(tmp_path / "detector.onnx")
     assert {node.domain for node in graph.graph.node} == {""}
     assert "GridSample" in {node.op_type for node in graph.graph.node}

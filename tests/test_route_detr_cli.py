@@ -315,6 +315,22 @@ def test_no_command_replaces_what_it_did_not_write(run, tmp_path, capsys, comman
     assert f"{file}: is no regular file" in fails(capsys, *words)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("eval RUN --out RUN/best.pt", "best.pt: is route-detr's checkpoint and no JSON"),
+        ("inspect routing RUN --out RUN/config.json", "config.json: is route-detr's JSON and no picture"),
+        ("inspect routing RUN --out RUN/metrics.jsonl", "metrics.jsonl: is route-detr's metrics and no picture"),
+        ("import RUN/last.pt --out RUN/best.pt", "best.pt is of a run and is not replaced"),
+        ("import RUN/last.pt --out RUN/curves.png", "curves.png: is route-detr's picture and no checkpoint"),
+    ],
+)
+def test_a_slip_does_not_cost_a_run_its_files(run, capsys, command, message):
+    before = everything_in(run)
+    assert message in fails(capsys, *command.replace("RUN", str(run)).split())
+    assert everything_in(run) == before
+
+
 def test_folders_are_expanded_in_order(odd_images):
     assert [file.name for file in image_files([odd_images])] == [
         "alpha.png",

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         return _failure(f"needs the detector: pip install 'route-kernels[detr]' ({error})")
     try:
         if options.plot:
-            check_replaceable(options.plot)
+            check_replaceable("picture", options.plot)
         request = _request(options, planner)
         requests = _rows(options, request, planner.LEVELS)
     except ValueError as error:
