@@ -203,6 +203,7 @@ def test_the_largest_batch_is_found(fixed, each):
         (["--memory", "small"], "memory"),
         (["--batch", "0"], "batch"),
         (["detector.num_querys=3"], "num_queries"),
+        (["--preset", "tiny", "detector.backbone.settings.depth=[1]"], "detector.backbone.settings.depths"),
         (["--preset", "tiny-masks", "--public"], "masks"),
         (["--preset", "tiny", "--batch", "1", "--image", "64x64", "--measure"], "GPU"),
     ],

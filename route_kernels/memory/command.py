@@ -79,7 +79,10 @@ def run(options: argparse.Namespace) -> int:
             progress.update()
         return planned[repr(row)]
 
-    rows = {name: plan(row) for name, row in requests.items()}
+    try:
+        rows = {name: plan(row) for name, row in requests.items()}
+    except ValueError as error:  # a detector that cannot be built
+        return _failure(str(error))
     result: dict[str, Any] = {
         "request": _described(request),
         "rows": {n: dataclasses.asdict(p) for n, p in rows.items()},
