@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from . import backends
 
+_OPS = (*backends.OPS, *backends.PRODUCTS)
 SAMPLED = ("ms_deform_attn", "ms_deform_attn_fused", "routed_attention")
 """Ops of this package whose outputs are kept by default: gathers and attention, not linear layers."""
 
@@ -29,6 +30,9 @@ def recomputed(function: Callable[..., Any], *inputs: Any, kept: Sequence[str] =
     Returns:
         What the function returns; the gradients are the same.
     """
+    unknown = [kept] if isinstance(kept, str) else [name for name in kept if name not in _OPS]
+    if unknown:
+        raise ValueError(f"recomputed: kept: expected names out of {', '.join(_OPS)}, got {unknown[0]!r}")
     if not torch.is_grad_enabled():
         return function(*inputs)
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, frozenset(kept)))}

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -9,7 +10,14 @@ from torch._subclasses import FakeTensorMode
 import route_kernels as rk
 from route_kernels import RoutingFactors
 from route_kernels.backends import OPS, PRODUCTS
-from route_kernels.testing import BAD_INPUTS, call, map_tensors, routed_attention_arguments
+from route_kernels.testing import (
+    BAD_INPUTS,
+    call,
+    map_tensors,
+    named_tensors,
+    routed_attention_arguments,
+    sample_arguments,
+)
 
 NAMES = [f"{bad.op} {bad.name}" for bad in BAD_INPUTS]
 FIRST_OF_EACH_OP = [next(bad for bad in BAD_INPUTS if bad.op == op and "dimensions" in bad.name) for op in OPS[:3]]
@@ -19,11 +27,17 @@ def test_every_op_has_bad_inputs():
     assert {bad.op for bad in BAD_INPUTS} == {*OPS, *PRODUCTS}
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", [None, "reference", "triton"])
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=NAMES)
 def test_real(bad, backend):
-    with rk.backend(backend), pytest.raises(bad.error, match=bad.message):
-        call(bad.op, bad.arguments())
+    error, message, arguments = bad.error, bad.message, bad.arguments()
+    if backend == "triton" and bad.op in OPS:
+        judged = [tensor for name, tensor in named_tensors(arguments) if name != "attn_mask"]
+        runs, reason = rk.can_run(bad.op, backend, *judged)
+        if not runs:
+            error, message = rk.BackendUnavailableError, re.escape(reason)
+    with rk.backend(backend), pytest.raises(error, match=message):
+        call(bad.op, arguments)
 
 
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=NAMES)
@@ -35,6 +49,46 @@ def test_fake_gives_the_same_message(bad):
     with mode, pytest.raises(bad.error) as fake:
         call(bad.op, fakes)
     assert str(fake.value) == str(real.value)
+
+
+NUMBERS = [
+    ("routed_attention", "scale", 0.375),
+    ("routed_attention", "routing.limit", 0.5),
+    ("add_layer_norm", "eps", 0.25),
+    ("sigmoid_focal_loss", "alpha", 0.75),
+    ("sigmoid_focal_loss", "gamma", 3),
+]
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "compiled"])
+@pytest.mark.parametrize("op, argument, number", NUMBERS)
+def test_a_tensor_of_no_dimensions_is_a_number(op, argument, number, backend):
+    name, _, field = argument.partition(".")
+    function = lambda arguments: call(op, arguments)  # noqa: E731
+    if backend == "compiled":
+        torch._dynamo.reset()
+        backend, function = None, torch.compile(function, backend="eager")  # breaks the graph where a tensor is read
+    results = []
+    for value in (number, torch.tensor(number), np.float32(number)):
+        arguments = next(iter(sample_arguments(op).values()))
+        arguments[name] = arguments[name]._replace(**{field: value}) if field else value
+        with rk.backend(backend):
+            results.append(function(arguments))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], call(op, next(iter(sample_arguments(op).values()))))
+
+
+def test_a_number_with_a_tangent_is_an_error():
+    arguments = next(iter(sample_arguments("routed_attention").values()))
+    one = torch.ones([])
+    with pytest.raises(TypeError, match=r"^routed_attention: scale: expected no gradient"):
+        torch.func.jvp(lambda scale: rk.routed_attention(**arguments, scale=scale), (one,), (one,))
+
+
+@pytest.mark.parametrize("kept", [("routed_atention",), "routed_attention", ("routed_attention", None), ["linear"]])
+def test_recomputed_names_what_it_does_not_know(kept):
+    with pytest.raises(ValueError, match=r"^recomputed: kept: expected names out of routed_attention, .*linear, got"):
+        rk.recomputed(torch.relu, torch.ones(2, requires_grad=True), kept=kept)
 
 
 @pytest.mark.parametrize("bad", FIRST_OF_EACH_OP, ids=OPS[:3])

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import route_kernels as rk
-from route_kernels import native
+from route_kernels import native, testing
 from route_kernels.backends import OPS, PRODUCTS
 from route_kernels.ops import registry
 from route_kernels.testing import call, converted, map_tensors, named_tensors, outcome, sample_arguments
@@ -52,7 +52,7 @@ def sample(op, label, dtype=torch.float32, **sizes):
 def public_outcome(op, arguments):
     output_shape = call(op, arguments).shape
     generator = torch.Generator().manual_seed(1)
-    grad_output = torch.randn(output_shape, generator=generator)
+    grad_output = torch.randn(output_shape, generator=generator).to(next(named_tensors(arguments))[1].device)
     return outcome(lambda **arguments: call(op, arguments), arguments, grad_output)
 
 
@@ -278,6 +278,61 @@ def test_inference_mode_and_no_grad(op, label, backend):
     assert outside.is_inference() and inside.is_inference()
     for output in (without_grad, outside, inside):
         assert torch.equal(output, expected)
+
+
+EMPTY = {
+    "routed_attention": ("batch", "heads", "queries", "keys", "channels", "rank", "gate_rank"),
+    "query_similarity": ("batch", "queries", "channels"),
+    "ms_deform_attn": ("batch", "queries", "heads", "channels", "points"),
+    "ms_deform_attn_fused": ("batch", "queries", "heads", "channels", "points"),
+    "add_layer_norm": ("batch", "queries", "channels"),
+    "sigmoid_focal_loss": ("batch", "queries", "classes"),
+    "feed_forward": ("batch", "queries", "channels", "hidden", "outputs"),
+    "add_linear": ("batch", "queries", "channels", "outputs"),
+}
+
+
+def empty_arguments(op, dimension):
+    if (op, dimension) == ("feed_forward", "outputs"):
+        arguments = sample(op, "relu")
+        return arguments | {name: arguments[name].detach()[:0].requires_grad_() for name in ("w2", "b2")}
+    if dimension == "classes":
+        arguments = sample(op, "sum")
+        return arguments | {"logits": arguments["logits"].detach()[..., :0].requires_grad_()}
+    options = {"scale": 0.5} if (op, dimension) == ("routed_attention", "channels") else {}
+    return getattr(testing, f"{op}_arguments")(**{dimension: 0}) | options
+
+
+@each_backend
+@pytest.mark.parametrize("op, dimension", [(op, dimension) for op in EMPTY for dimension in EMPTY[op]])
+def test_a_dimension_of_size_0(op, dimension, backend):
+    skip_unless_it_runs(op, backend)
+    arguments = empty_arguments(op, dimension)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with rk.backend("reference"):
+                expected = public_outcome(op, arguments)
+            with rk.backend(backend):
+                results = deterministic_outcome(op, arguments)  # fills what is not written with NaN
+        for name, tensor in expected.items():
+            tolerance = 0.05 if autocast else 1e-5
+            torch.testing.assert_close(results[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@each_sample
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_meta_tensors_have_the_shapes_of_real_ones(op, label, backend):
+    arguments = sample(op, label)
+    with rk.backend(backend):
+        real = public_outcome(op, arguments)
+        for autocast in (False, True):
+            metas = map_tensors(arguments, lambda x: x.detach().to("meta").requires_grad_(x.requires_grad))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # is the CPU's and not theirs
+                results = public_outcome(op, metas)
+            assert results.keys() == real.keys()
+            for name, tensor in results.items():
+                assert (tensor.shape, tensor.dtype) == (real[name].shape, real[name].dtype), name
+                assert tensor.is_meta
 
 
 @each_sample

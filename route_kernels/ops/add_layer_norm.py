@@ -16,14 +16,16 @@ from __future__ import annotations
 import torch
 
 from .. import backends, reference
-from ..reference.precision import accumulate_dtype
+from ..reference.precision import accumulate_dtype, autocast_dtype
 from .contract import (
+    expect_choice,
     expect_floating,
     expect_same_device,
     expect_shape,
     expect_tensors,
     last_dim_contiguous,
     may_be_differentiated,
+    number,
 )
 from .registry import register, register_backward
 
@@ -63,10 +65,10 @@ def add_layer_norm(
         RuntimeError: a second derivative was asked of a fused kernel.
     """
     expect_tensors(OP, x=x, residual=residual, weight=weight, bias=bias)
-    if keep not in KEEP:
-        raise ValueError(f"{OP}: keep: expected one of {', '.join(KEEP)}, got {keep!r}")
+    expect_choice(OP, "keep", keep, KEEP)
     expect_floating(OP, "x", x)
     expect_floating(OP, "residual", residual)
+    eps = number(OP, "eps", eps)
     dtype = _output_dtype(x, residual)
     chosen = backends.choose(OP, x, residual, weight, bias)
     inputs = (x, residual, weight, bias)
@@ -80,8 +82,7 @@ def add_layer_norm(
 
 def _output_dtype(x: torch.Tensor, residual: torch.Tensor) -> torch.dtype:
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return accumulate_dtype(dtype) if autocast else dtype
+    return dtype if autocast_dtype(x.device) is None else accumulate_dtype(dtype)
 
 
 def check(x, residual, weight, bias, eps, dtype) -> None:

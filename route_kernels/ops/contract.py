@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_REAL = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)
 
 Dimension = tuple[str, int] | str
 """A free dimension by its name, or a (name, size) pair that is already bound; a size that has no name has ""."""
@@ -38,12 +43,68 @@ def expect_floating(op: str, argument: str, tensor: torch.Tensor, allowed: Seque
         raise TypeError(f"{op}: {argument}: expected dtype {names}, got {tensor.dtype}")
 
 
+def expect_choice(op: str, argument: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of the choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{op}: {argument}: expected one of {', '.join(choices)}, got {value!r}")
+
+
 def expect_same_device(op: str, first: tuple[str, torch.Tensor], **others: torch.Tensor | None) -> None:
     """Raises ValueError unless every tensor is on the device of the first."""
     name, tensor = first
     for argument, other in others.items():
         if other is not None and other.device != tensor.device:
             raise ValueError(f"{op}: {argument}: expected on {tensor.device} like {name}, got one on {other.device}")
+
+
+def number(op: str, argument: str, value: object) -> float:
+    """`value` as a float, if it is a real number or a tensor of one that has no gradient; such a tensor is read.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0 or value.dtype == torch.bool or value.is_complex():
+            shape, dtype = list(value.shape), value.dtype
+            raise TypeError(f"{op}: {argument}: expected a number, got a tensor of shape {shape} and dtype {dtype}")
+        if value.requires_grad or has_tangent(value):
+            raise TypeError(f"{op}: {argument}: expected no gradient, got a tensor that requires one; detach it")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, _REAL):
+        raise TypeError(f"{op}: {argument}: expected a number, got {_brief(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {argument}: expected a number that a float can hold, got {_brief(value)}") from None
+
+
+def integer(op: str, argument: str, value: object) -> int:
+    """`value` as an int of 64 bits.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is too large.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        try:
+            value = operator.index(None if isinstance(value, bool) else value)
+        except TypeError:
+            raise TypeError(f"{op}: {argument}: expected ints, got {_brief(value)}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {argument}: expected ints of 64 bits, got {_brief(value)}")
+    return value
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    return repr(value)[:60] if isinstance(value, int | float | str) else type(value).__name__
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode differentiation goes through the tensor."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,11 @@ import torch
 from .. import reference
 from ..reference.feed_forward import ACTIVATIONS
 from ..reference.precision import accumulate_dtype
-from .contract import expect_same_device, expect_shape, expect_tensors
+from .contract import expect_choice, expect_same_device, expect_shape, expect_tensors, integer
 from .products import (
     add_product,
     autocast_dtype,
+    count_of_rows,
     expect_dtypes,
     in_dtype,
     linear_into,
@@ -69,6 +70,8 @@ def feed_forward(
     """
     biases = {name: bias for name, bias in (("b1", b1), ("b2", b2)) if bias is not None}
     expect_tensors(OP, x=x, w1=w1, w2=w2, **biases)
+    expect_choice(OP, "activation", activation, ACTIVATIONS)
+    chunks = integer(OP, "chunks", chunks)
     dtype = autocast_dtype(x)
     if plain_form_wanted():
         check(x, w1, b1, w2, b2, activation, chunks, dtype)
@@ -88,8 +91,7 @@ def check(x, w1, b1, w2, b2, activation, chunks, dtype) -> None:
     if b2 is not None:
         expect_shape(OP, "b2", b2, ("O", w2.shape[0]))
     expect_dtypes(OP, dtype, x, w1=w1, b1=b1, w2=w2, b2=b2)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    expect_choice(OP, "activation", activation, ACTIVATIONS)
     if chunks < 1:
         raise ValueError(f"{OP}: chunks: expected a number >= 1, got {chunks}")
     expect_same_device(OP, ("x", x), w1=w1, b1=b1, w2=w2, b2=b2)
@@ -97,7 +99,7 @@ def check(x, w1, b1, w2, b2, activation, chunks, dtype) -> None:
 
 def _forward_parts(x, w1, b1, w2, b2, chunks, dtype):
     """[hidden], and what a cast needs: [x of a chunk], [w1], [b1], [w2], [b2]."""
-    rows = rows_of_chunk(x.numel() // max(x.shape[-1], 1), chunks)
+    rows = rows_of_chunk(count_of_rows(x), chunks)
     parts = [((rows, w1.shape[0]), dtype)]
     if x.dtype != dtype:
         parts.append(((rows, x.shape[-1]), dtype))
@@ -158,7 +160,7 @@ def _backward_kernel(grad_output, x, w1, b1, w2, b2, activation, chunks, dtype):
     if x.numel() == 0:
         workspace.zero_()
     size = max(hidden.shape[0], 1)
-    every = (rows_of(grad_output), rows_of(x), grad_x.view(-1, x.shape[-1]))
+    every = (rows_of(grad_output), rows_of(x), rows_of(grad_x))
     for chunk, (grad_rows, x_rows, grad_x_rows) in enumerate(zip(*(rows.split(size) for rows in every), strict=True)):
         before, after = hidden[: x_rows.shape[0]], activated[: x_rows.shape[0]]
         x_rows = in_dtype(x_rows, buffer)

@@ -8,11 +8,12 @@ it where its kernel runs.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+
+from .contract import integer
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -41,7 +42,7 @@ def flat_spatial_shapes(op: str, spatial_shapes: SpatialShapes) -> list[int]:
     for pair in spatial_shapes:
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"{op}: spatial_shapes: expected (h, w) pairs, got {pair!r}")
-        flat += [_integer(op, "spatial_shapes", size) for size in pair]
+        flat += [integer(op, "spatial_shapes", size) for size in pair]
     return flat
 
 
@@ -59,7 +60,7 @@ def flat_integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] 
         raise TypeError(
             f"{op}: {argument}: expected a sequence of ints, a tensor [L] or None, got {type(numbers).__name__}"
         )
-    return [_integer(op, argument, number) for number in numbers]
+    return [integer(op, argument, number) for number in numbers]
 
 
 def level_arguments(
@@ -117,15 +118,6 @@ def _expect_integers(op: str, argument: str, numbers: torch.Tensor) -> torch.Ten
     if numbers.dim() != 1:
         raise ValueError(f"{op}: {argument}: expected shape [L], got {list(numbers.shape)}")
     return numbers
-
-
-def _integer(op: str, argument: str, number: object) -> int:
-    if isinstance(number, int | torch.SymInt):
-        return number
-    try:
-        return operator.index(number)
-    except TypeError:
-        raise TypeError(f"{op}: {argument}: expected ints, got {number!r}") from None
 
 
 def level_pairs(spatial_shapes: Sequence[int]) -> tuple[tuple[int, int], ...]:

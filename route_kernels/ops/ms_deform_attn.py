@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from .. import backends, reference
-from ..reference.precision import accumulate_dtype
+from ..reference.precision import accumulate_dtype, autocast_dtype
 from .contract import (
     FLOATING,
     expect_floating,
@@ -121,10 +121,8 @@ def not_wider_than_sums(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 def autocast_value(value: torch.Tensor) -> torch.Tensor:
     """value in the autocast dtype where autocast is on; float64 is left alone."""
-    device = value.device.type
-    if not torch.is_autocast_enabled(device) or not value.is_floating_point() or value.dtype == torch.float64:
-        return value
-    return value.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(value.device)
+    return value if dtype is None or not value.is_floating_point() or value.dtype == torch.float64 else value.to(dtype)
 
 
 def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:

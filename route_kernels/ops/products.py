@@ -5,19 +5,18 @@ Such an op runs on every device. It is an op and not a composition so that a com
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import backends
-from ..reference.precision import accumulate_dtype
+from ..reference import precision
 from .contract import FLOATING, expect_floating
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype of products under autocast; None where it is off, and for float64, which autocast leaves alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    return None if x.dtype == torch.float64 else precision.autocast_dtype(x.device)
 
 
 def plain_form_wanted() -> bool:
@@ -36,7 +35,12 @@ def expect_dtypes(op: str, dtype: torch.dtype | None, x: torch.Tensor, **others:
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """[..., C] -> [T, C]; a copy only where the strides leave no other way."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(count_of_rows(x), x.shape[-1])
+
+
+def count_of_rows(x: torch.Tensor) -> int:
+    """T of [..., C], also where C = 0."""
+    return math.prod(x.shape[:-1])
 
 
 def rows_of_chunk(rows: int, chunks: int) -> int:
@@ -70,4 +74,4 @@ def add_product(
 
 def sum_of_rows(x: torch.Tensor) -> torch.Tensor:
     """[T, O] -> [O] in the dtype of sums."""
-    return x.sum(0, dtype=accumulate_dtype(x.dtype))
+    return x.sum(0, dtype=precision.accumulate_dtype(x.dtype))

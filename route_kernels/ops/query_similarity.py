@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends, reference
-from .contract import expect_floating, expect_shape, expect_tensors, last_dim_contiguous
+from .contract import expect_choice, expect_floating, expect_shape, expect_tensors, last_dim_contiguous
 from .registry import register
 
 OP = "query_similarity"
@@ -35,6 +35,7 @@ def query_similarity(x: torch.Tensor, mode: str = "relu") -> torch.Tensor:
         BackendUnavailableError: an explicitly requested backend cannot run.
     """
     expect_tensors(OP, x=x)
+    expect_choice(OP, "mode", mode, MODES)
     chosen = backends.choose(OP, x)
     if mode == "mean" or chosen == "reference":  # O(N C) in plain PyTorch: nothing to fuse, on any backend
         check(x, mode)
@@ -46,8 +47,7 @@ def check(x: torch.Tensor, mode: str) -> None:
     """The contract, for real and fake tensors alike."""
     expect_shape(OP, "x", x, "B", "N", "C")
     expect_floating(OP, "x", x)
-    if mode not in MODES:
-        raise ValueError(f"{OP}: mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    expect_choice(OP, "mode", mode, MODES)
 
 
 def _kernel(x: torch.Tensor, mode: str, backend: str | None) -> torch.Tensor:

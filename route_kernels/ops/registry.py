@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
-from .contract import unsupported
+from ..graphs import not_traced
+from .contract import has_tangent, unsupported
 
 _library = torch.library.Library("route_kernels", "DEF")
 OPS: list[str] = []
@@ -76,10 +77,12 @@ def _autograd(overload: torch._ops.OpOverload, setup_context: Callable, backward
             return tuple(output) if returns_list else output
 
         @staticmethod
+        @not_traced
         def backward(ctx, *grads):
             grads = backward(ctx, *grads)
             return *(grads if isinstance(grads, tuple) else (grads,)), None
 
+    @not_traced  # an op called after a break of a graph is one step
     def kernel(keyset, *args):
         if forward_ad._current_level >= 0:
             _expect_no_tangents(overload, args)
@@ -113,7 +116,7 @@ def _for_the_next_transform() -> Iterator[None]:
 
 def _expect_no_tangents(overload: torch._ops.OpOverload, args: tuple) -> None:
     for argument in args:
-        if isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+        if isinstance(argument, torch.Tensor) and has_tangent(argument):
             raise RuntimeError(unsupported(_name(overload), "forward-mode differentiation is"))
 
 
@@ -137,13 +140,11 @@ def _one_call_each(overload: torch._ops.OpOverload) -> Callable:
 
 
 def _refusal(overload: torch._ops.OpOverload) -> Callable:
-    """Of the older vmap, which takes no op that returns a list."""
+    """The rule of autograd's own, older vmap for an op that returns a list: it has none."""
 
     def refuse(*args):
         raise RuntimeError(
-            unsupported(
-                _name(overload), "is_grads_batched=True of torch.autograd.grad (torch.func.vjp and vmap are) is"
-            )
+            unsupported(_name(overload), "is_grads_batched=True, unlike torch.vmap of torch.func.vjp, is")
         )
 
     return refuse

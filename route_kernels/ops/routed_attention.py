@@ -17,13 +17,15 @@ from typing import NamedTuple
 import torch
 
 from .. import backends, reference
-from ..reference.precision import accumulate_dtype
+from ..reference.precision import accumulate_dtype, autocast_dtype
 from .contract import (
+    FLOATING,
     expect_floating,
     expect_same_device,
     expect_shape,
     expect_tensors,
     last_dim_contiguous,
+    number,
 )
 from .registry import register, register_backward
 
@@ -84,7 +86,12 @@ def routed_attention(
     masks = {"attn_mask": attn_mask, "key_ranges": key_ranges}
     expect_tensors(OP, query=query, key=key, value=value, **{k: mask for k, mask in masks.items() if mask is not None})
     query, key, value = _autocast(query, key, value)
-    factors: tuple = (None,) * 7 if routing is None else tuple(routing)
+    factors: tuple = (None,) * 7
+    if routing is not None:
+        _expect_factors(OP, routing)
+        limit = None if routing.limit is None else number(OP, "routing.limit", routing.limit)
+        factors = (*routing[:6], limit)
+    scale = None if scale is None else number(OP, "scale", scale)
     chosen = backends.choose(OP, query, key, value, *factors[:6])
     if chosen == "reference":
         check(query, key, value, *factors, attn_mask, key_ranges, scale)
@@ -105,11 +112,13 @@ def routing_bias(routing: RoutingFactors) -> torch.Tensor:
     """
     if not isinstance(routing, RoutingFactors):
         raise TypeError(f"routing_bias: routing: expected RoutingFactors, got {type(routing).__name__}")
+    _expect_factors("routing_bias", routing)
+    limit = None if routing.limit is None else number("routing_bias", "routing.limit", routing.limit)
     expect_shape("routing_bias", "routing.sup_q", routing.sup_q, "B", "N", "R")
     expect_shape("routing_bias", "routing.sup_k", routing.sup_k, "B", "M", "R")
-    _check_factors("routing_bias", *routing.sup_q.shape[:2], routing.sup_k.shape[1], routing)
+    _check_factors("routing_bias", *routing.sup_q.shape[:2], routing.sup_k.shape[1], routing._replace(limit=limit))
     dtype, accumulate = routing.sup_q.dtype, accumulate_dtype(routing.sup_q.dtype)
-    return reference.routing_bias(*(x.to(accumulate) for x in routing[:6]), routing.limit).to(dtype)
+    return reference.routing_bias(*(x.to(accumulate) for x in routing[:6]), limit).to(dtype)
 
 
 def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale) -> None:
@@ -142,9 +151,13 @@ def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, 
     )  # fmt: skip
 
 
+def _expect_factors(op: str, routing: RoutingFactors) -> None:
+    named = zip(RoutingFactors._fields[:6], routing[:6], strict=True)
+    expect_tensors(op, **{f"routing.{name}": factor for name, factor in named})
+
+
 def _check_factors(op: str, b: int, n: int, m: int, routing: RoutingFactors) -> None:
     for name, factor in zip(RoutingFactors._fields[:6], routing[:6], strict=True):
-        expect_tensors(op, **{f"routing.{name}": factor})
         expect_floating(op, f"routing.{name}", factor, (routing.sup_q.dtype,))
     expect_shape(op, "routing.sup_q", routing.sup_q, ("B", b), ("N", n), "R")
     rank = routing.sup_q.shape[2]
@@ -158,8 +171,8 @@ def _check_factors(op: str, b: int, n: int, m: int, routing: RoutingFactors) -> 
 
 
 def _check_attn_mask(attn_mask: torch.Tensor, full: tuple[int, ...]) -> None:
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"{OP}: attn_mask: expected dtype bool or floating, got {attn_mask.dtype}")
+    if attn_mask.dtype not in (torch.bool, *FLOATING):
+        raise TypeError(f"{OP}: attn_mask: expected dtype bool or floating of 16 to 64 bits, got {attn_mask.dtype}")
     if attn_mask.requires_grad:
         raise ValueError(f"{OP}: attn_mask: has no gradient here, expected requires_grad=False; detach it")
     fits = attn_mask.dim() <= 4 and all(
@@ -178,10 +191,10 @@ def _scale(query: torch.Tensor, scale: float | None) -> float:
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k and v in the autocast dtype, as scaled_dot_product_attention; float64 is left alone."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None or any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _kernel_views(query, key, factors, attn_mask, key_ranges):

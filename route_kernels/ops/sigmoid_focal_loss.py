@@ -14,7 +14,15 @@ import torch
 
 from .. import backends, reference
 from ..reference.precision import accumulate_dtype
-from .contract import expect_floating, expect_same_device, expect_tensors, last_dim_contiguous, may_be_differentiated
+from .contract import (
+    expect_choice,
+    expect_floating,
+    expect_same_device,
+    expect_tensors,
+    last_dim_contiguous,
+    may_be_differentiated,
+    number,
+)
 from .registry import register, register_backward
 
 OP = "sigmoid_focal_loss"
@@ -52,8 +60,8 @@ def sigmoid_focal_loss(
         RuntimeError: a second derivative was asked of a fused kernel.
     """
     expect_tensors(OP, logits=logits, targets=targets, **({} if weight is None else {"weight": weight}))
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{OP}: reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    expect_choice(OP, "reduction", reduction, REDUCTIONS)
+    alpha, gamma = number(OP, "alpha", alpha), number(OP, "gamma", gamma)
     chosen = backends.choose(OP, logits)
     check(logits, targets, alpha, gamma)
     if weight is not None:

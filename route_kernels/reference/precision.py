@@ -12,6 +12,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on this device; None where it is off, and for meta tensors, which have no autocast."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off inside; nothing at all where it is not on, so that exported graphs hold nothing for it."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops.routed_attention import RoutingFactors
 from .arguments import Arguments
 from .samples import (
     add_layer_norm_arguments,
@@ -18,6 +19,9 @@ from .samples import (
     routed_attention_arguments,
     sigmoid_focal_loss_arguments,
 )
+
+Row = tuple[str, str, Callable[[Any], Any], type[Exception], str]
+"""Name of the case, argument, what is done to it, error and message."""
 
 
 class BadInput(NamedTuple):
@@ -75,8 +79,90 @@ def _mask(*shape: int, dtype: torch.dtype = torch.bool) -> Callable[[Any], torch
 
 
 _VALUE, _TYPE = ValueError, TypeError
-_TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], str], ...]] = {
+
+
+def _no_numbers(argument: str, optional: bool = False) -> tuple[Row, ...]:
+    """What none of the ops' numbers may be."""
+    rows = (
+        ("a text", argument, _constant("0.5"), _TYPE, rf"{argument}: expected a number, got '0.5'"),
+        ("a bool", argument, _constant(True), _TYPE, rf"{argument}: expected a number, got True"),
+        (
+            "a bool tensor",
+            argument,
+            lambda _: torch.tensor(True),
+            _TYPE,
+            rf"{argument}: expected a number, got a tensor .*torch.bool",
+        ),
+        ("a complex number", argument, _constant(0.5j), _TYPE, rf"{argument}: expected a number, got complex"),
+        (
+            "a vector",
+            argument,
+            lambda _: torch.ones(1),
+            _TYPE,
+            rf"{argument}: expected a number, got a tensor of shape \[1\] and",
+        ),
+        (
+            "with gradient",
+            argument,
+            lambda _: torch.tensor(0.5, requires_grad=True),
+            _TYPE,
+            rf"{argument}: expected no gradient, got a tensor that requires one",
+        ),
+        (
+            "huge",
+            argument,
+            _constant(10**400),
+            _VALUE,
+            rf"{argument}: expected a number that a float can hold, got an int of 1329 bits",
+        ),
+    )
+    return rows if optional else (("none", argument, _constant(None), _TYPE, f"{argument}: .* got NoneType"), *rows)
+
+
+def _no_integers(argument: str, around: Callable[[Any], Any] = lambda number: number) -> tuple[Row, ...]:
+    """What none of the ops' integers may be; `around` puts one where the argument has it."""
+    return (
+        ("none in it", argument, _constant(around(None)), _TYPE, f"{argument}: expected ints, got NoneType"),
+        ("a text in it", argument, _constant(around("2")), _TYPE, f"{argument}: expected ints, got '2'"),
+        ("a bool in it", argument, _constant(around(True)), _TYPE, f"{argument}: expected ints, got True"),
+        ("a fraction in it", argument, _constant(around(2.5)), _TYPE, f"{argument}: expected ints, got 2.5"),
+        (
+            "2^63 in it",
+            argument,
+            _constant(around(2**63)),
+            _VALUE,
+            f"{argument}: .* got .*9223372036854775808",
+        ),
+        ("2^99 in it", argument, _constant(around(2**99)), _VALUE, f"{argument}: .* got an int of 100 bits"),
+        (
+            "-2^64 in it",
+            argument,
+            _constant(around(-(2**64))),
+            _VALUE,
+            f"{argument}: .* got an int of 65 bits",
+        ),
+    )
+
+
+_TABLE: dict[str, tuple[Row, ...]] = {
     "routed_attention": (
+        *_no_numbers("scale", optional=True),
+        *_no_numbers("routing.limit", optional=True),
+        (
+            "of nothing",
+            "routing",
+            _constant(RoutingFactors(*(None,) * 6)),
+            _TYPE,
+            r"routing.sup_q: expected a tensor, got NoneType",
+        ),
+        ("a number", "routing.gate_q", _constant(1.0), _TYPE, r"routing.gate_q: expected a tensor, got float"),
+        (
+            "float8",
+            "attn_mask",
+            _mask(5, 7, dtype=torch.float8_e5m2),
+            _TYPE,
+            r"attn_mask: expected dtype .*, got .*8_e5m2",
+        ),
         ("no tensor", "query", _constant([1.0]), _TYPE, r"query: expected a tensor, got list"),
         ("a list", "attn_mask", _constant([True]), _TYPE, r"attn_mask: expected a tensor, got list"),
         ("no tensor", "key", _constant(None), _TYPE, r"key: expected a tensor, got NoneType"),
@@ -147,9 +233,19 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ("no tensor", "x", _constant([[1.0]]), _TYPE, r"x: expected a tensor, got list"),
         ("2 dimensions", "x", lambda x: x[0], _VALUE, r"x: expected shape \[B, N, C\], got \[5, 8\]"),
         ("integers", "x", _to(torch.int32), _TYPE, r"x: expected dtype .*, got torch.int32"),
+        ("none", "mode", _constant(None), _VALUE, r"mode: expected one of relu, mean, got None"),
         ("unknown", "mode", _constant("max"), _VALUE, r"mode: expected one of relu, mean, got 'max'"),
     ),
     "ms_deform_attn": (
+        *_no_integers("spatial_shapes", lambda size: ((5, 7), (3, size), (1, 1))),
+        *_no_integers("level_start_index", lambda start: (0, start, 47)),
+        (
+            "none",
+            "spatial_shapes",
+            _constant(None),
+            _TYPE,
+            r"spatial_shapes: expected a tensor \[L, 2\] or .* got NoneType",
+        ),
         ("no tensor", "value", _constant(None), _TYPE, r"value: expected a tensor, got NoneType"),
         ("3 dimensions", "value", lambda v: v[0], _VALUE, r"value: expected shape \[B, S, H, D\], got \[48, 2, 8\]"),
         ("too short", "value", _without_last(1), _VALUE, r"value: expected S = 48 positions, .* got 47"),
@@ -190,6 +286,7 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ("fractions", "points", _constant((2.5, 2, 2)), _TYPE, r"points: expected ints, got 2.5"),
     ),
     "ms_deform_attn with points": (
+        *_no_integers("points", lambda count: (3, count, 2)),
         ("other L", "points", _constant((3, 3)), _VALUE, r"points: expected L=3 counts .*, got \[3, 3\]"),
         ("other K", "points", _constant((2, 2, 3)), _VALUE, r"points: expected counts >= 0 that sum to K=6, got"),
         ("negative", "points", _constant((8, -1, -1)), _VALUE, r"points: expected counts >= 0 that sum to K=6, got"),
@@ -210,6 +307,8 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ("other K", "attention_weights", _without_last(3), _VALUE, r"attention_weights: expected shape .*K=6\], got"),
     ),
     "ms_deform_attn_fused": (
+        *_no_integers("spatial_shapes", lambda size: ((size, 7), (3, 4), (1, 1))),
+        *_no_integers("points", lambda count: (2, 2, count)),
         ("no tensor", "sampling_offsets", _constant(2.0), _TYPE, r"sampling_offsets: expected a tensor, got float"),
         ("other S", "value", _without_last(1), _VALUE, r"value: expected S = 48 positions, .* got 47"),
         (
@@ -232,6 +331,10 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ("bytes", "value_mask", _to(torch.uint8), _TYPE, r"value_mask: expected dtype torch.bool, got torch.uint8"),
     ),
     "feed_forward": (
+        *_no_integers("chunks"),
+        ("a list", "activation", _constant(["relu"]), _VALUE, r"activation: expected one of .*, got \['relu'\]"),
+        ("none", "activation", _constant(None), _VALUE, r"activation: expected one of relu, gelu, silu, got None"),
+        ("negative", "chunks", _constant(-3), _VALUE, r"chunks: expected a number >= 1, got -3"),
         ("no tensor", "x", _constant(1.0), _TYPE, r"x: expected a tensor, got float"),
         ("no dimensions", "x", lambda x: x[0, 0, 0], _VALUE, r"x: expected shape \[..., C\], got \[\]"),
         ("no tensor", "w2", _constant(None), _TYPE, r"w2: expected a tensor, got NoneType"),
@@ -263,6 +366,8 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ("elsewhere", "weight", lambda w: w.detach().to("meta"), _VALUE, r"weight: expected on cpu like x, got .*meta"),
     ),
     "add_layer_norm": (
+        *_no_numbers("eps"),
+        ("NaN", "eps", _constant(float("nan")), _VALUE, r"eps: expected a number >= 0, got nan"),
         ("no tensor", "residual", _constant(None), _TYPE, r"residual: expected a tensor, got NoneType"),
         ("no dimensions", "x", lambda x: x[0, 0, 0], _VALUE, r"x: expected shape \[..., C\], got \[\]"),
         ("other N", "residual", _without_last(1), _VALUE, r"residual: expected shape \[2, 9, 24\] like x, got \[2, 8"),
@@ -281,6 +386,9 @@ _TABLE: dict[str, tuple[tuple[str, str, Callable[[Any], Any], type[Exception], s
         ),
     ),
     "sigmoid_focal_loss": (
+        *_no_numbers("alpha"),
+        *_no_numbers("gamma"),
+        ("none", "reduction", _constant(None), _VALUE, r"reduction: expected one of sum, none, got None"),
         ("no tensor", "targets", _constant([1]), _TYPE, r"targets: expected a tensor, got list"),
         ("1 dimension", "logits", lambda x: x[0, 0], _VALUE, r"logits: expected shape \[..., N, K\], got \[7\]"),
         ("one-hot", "targets", lambda t: t[..., None].expand(-1, -1, 7), _VALUE, r"targets: expected shape \[2, 9\],"),
