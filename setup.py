@@ -49,7 +49,7 @@ def sources(pattern):
 
 
 HEADERS = sources("*.h")
-ONCE = ["csrc/registration.cpp", "csrc/common/dispatch.cpp", *sources("op.cpp")]
+ONCE = ["csrc/registration.cpp", *sources("common/*.cpp"), *sources("op.cpp")]
 EVERY_LEVEL = sources("cpu.cpp")
 CUDA_ONCE = ["csrc/registration_cuda.cpp", *sources("cuda_op.cpp")]
 EVERY_STORAGE_TYPE = sources("cuda.cu")
@@ -164,7 +164,7 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(most_jobs()) as pool:
             objects = list(pool.map(lambda job: self._compile(*job), jobs))
         self.compiler.link_shared_object(
-            objects, library, libraries=TORCH_LIBRARIES, library_dirs=library_paths(), target_lang="c++"
+            objects, library, libraries=[*TORCH_LIBRARIES, "pthread"], library_dirs=library_paths(), target_lang="c++"
         )
 
     def _build_cuda(self, library):

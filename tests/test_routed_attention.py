@@ -65,6 +65,46 @@ def test_factors_in_float32_beside_a_short_query(dtype):
     assert grads["grad query"].dtype == dtype and grads["grad routing.sup_q"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_row_of_the_lowest_number_is_the_mean(mask_dtype, dtype, backend):
+    """As models write "hidden": all of a row finite gives the mean of what is highest in it, and its gradients."""
+    able, reason = rk.can_run("routed_attention", backend, torch.empty(0, dtype=dtype))
+    if not able:
+        pytest.skip(reason)
+    queries, keys, heads, lowest = 6, 70, 2, torch.finfo(mask_dtype).min
+    mask = torch.zeros(heads, queries, keys, dtype=mask_dtype)
+    mask[:, :4] = lowest
+    mask[:, 1, 66:] = 0.0
+    mask[:, 2, :33] = -math.inf
+    mask[1, 3, 40:] = -1e38  # above the lowest number, and as far from 0
+    mask[:, 4] = -math.inf
+    mask[:, 5] = -1e9
+    ranges = torch.tensor([[0, 69], [0, 0]], dtype=torch.int32).expand(queries, 2, 2)
+    arguments = routed_attention_arguments(batch=1, heads=heads, queries=queries, keys=keys, dtype=dtype)
+    arguments |= {"attn_mask": mask, "key_ranges": ranges}
+    grad_output = torch.randn(arguments["query"].shape)
+    with rk.backend(backend):
+        results = outcome(rk.routed_attention, arguments, grad_output)
+    value = arguments["value"].double()
+    attended = [slice(0, 69), slice(66, 69), slice(33, 69), slice(40, 69)]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    for row in (0, 2):
+        mean = value[:, :, attended[row]].mean(dim=2)
+        torch.testing.assert_close(results["output"][:, :, row].double(), mean, rtol=tolerance, atol=tolerance)
+    of_head = value[:, 1, attended[3]].mean(dim=1)
+    if mask_dtype != torch.float64:
+        torch.testing.assert_close(results["output"][:, 1, 3].double(), of_head, rtol=tolerance, atol=tolerance)
+    assert (results["output"][:, :, 4] == 0).all()
+    with rk.backend("reference"):
+        expected = outcome(rk.routed_attention, arguments, grad_output)
+    for name, result in results.items():
+        largest = expected[name].abs().max().double()
+        difference = (result.double() - expected[name].double()).abs().max()
+        assert difference <= (1e-5 if dtype == torch.float64 else 2 * tolerance) * largest, name
+
+
 @pytest.mark.parametrize("scale", [0.3, 0.0, -1.0])
 def test_scale(scale):
     check_accuracy("routed_attention", {**routed_attention_arguments(keys=40), "scale": scale})

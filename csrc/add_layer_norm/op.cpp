@@ -1,7 +1,5 @@
 #include "op.h"
 
-#include <algorithm>
-
 #include "args.h"
 
 namespace rk {
@@ -15,12 +13,7 @@ AddLayerNorm arguments(
   a.weight = view_of(weight), a.bias = view_of(bias);
   a.output = view_of(output), a.rstd = view_of(rstd), a.normalized = view_of(normalized);
   a.channels = static_cast<const int32_t*>(channels.data_ptr());
-  a.parallel = torch_threads();
   return a;
-}
-
-void use_workers(AddLayerNorm& a, int64_t at_most) {
-  a.parallel.workers = std::max<int64_t>(1, std::min(a.parallel.workers, at_most));
 }
 
 }  // namespace
@@ -30,7 +23,7 @@ void add_layer_norm_forward(
     Tensor normalized) {
   AddLayerNorm a = arguments(output, rstd, normalized, channels, weight, bias);
   a.x = view_of(x), a.residual = view_of(residual), a.eps = eps;
-  use_workers(a, a.T / 64);
+  a.parallel = torch_threads(a.T / 64);
   const Tensor scratch = workspace(RK_CALL_LEVEL(add_layer_norm_workspace, a));
   a.workspace = static_cast<char*>(scratch.data_ptr());
   RK_CALL_LEVEL(add_layer_norm_forward, a);
@@ -42,7 +35,7 @@ void add_layer_norm_backward(
   AddLayerNorm a = arguments(output, rstd, normalized, channels, weight, bias);
   a.grad_output = view_of(grad_output), a.grad_sum = view_of(grad_sum), a.sums = view_of(sums);
   a.parts = sums.size(0);
-  use_workers(a, a.parts);
+  a.parallel = torch_threads(a.parts);
   const Tensor scratch = workspace(RK_CALL_LEVEL(add_layer_norm_workspace, a));
   a.workspace = static_cast<char*>(scratch.data_ptr());
   RK_CALL_LEVEL(add_layer_norm_backward, a);

@@ -13,6 +13,11 @@ struct Parallel {
   void (*run)(int64_t workers, WorkerBody body, void* context);
 };
 
+// A child of fork() has none of its parent's threads, but GNU OpenMP waits for them: there a parallel region starts its
+// own.
+bool in_forked_child();
+void run_on_new_threads(int64_t workers, WorkerBody body, void* context);
+
 // Contiguous, near-equal shares of `items` in order.
 struct Share {
   int64_t begin, end;

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+
 #include "dispatch.h"
 #include "host_device.h"
 #include "parallel.h"
@@ -40,15 +42,16 @@ inline View view_of(const Tensor& tensor) {
 
 inline View view_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? view_of(*tensor) : View{}; }
 
-// Workers are PyTorch's own threads: torch.set_num_threads() rules.
-inline Parallel torch_threads() {
-  return {
-      int64_t(torch::stable::get_num_threads()),
-      [](int64_t workers, WorkerBody body, void* context) {
-        torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t worker = begin; worker < end; ++worker) body(worker, context);
-        });
-      }};
+// Workers are PyTorch's own threads: torch.set_num_threads() rules. More than `at_most`, what the work is worth, are more
+// trouble than help. One worker is the calling thread.
+inline Parallel torch_threads(int64_t at_most) {
+  const int64_t workers = std::max<int64_t>(1, std::min(int64_t(torch::stable::get_num_threads()), at_most));
+  if (in_forked_child()) return {workers, run_on_new_threads};
+  return {workers, [](int64_t count, WorkerBody body, void* context) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t worker = begin; worker < end; ++worker) body(worker, context);
+            });
+          }};
 }
 
 // Scratch memory from PyTorch's allocator: an out-of-memory is PyTorch's error, and nothing leaks.

@@ -1,7 +1,5 @@
 #include "op.h"
 
-#include <algorithm>
-
 #include "args.h"
 
 namespace rk {
@@ -18,9 +16,7 @@ deform::Args arguments(
   a.N = weights.size(1), a.K = weights.size(3), a.L = int64_t(starts.size());
   a.spatial_shapes = spatial_shapes.data(), a.starts = starts.data(), a.points = points.data();
   a.value = view_of(value), a.places = view_of(places), a.weights = view_of(weights);
-  a.parallel = torch_threads();
-  const int64_t worthwhile = a.B * a.H * a.N / 16;  // a worker for fewer queries is more trouble than help
-  a.parallel.workers = std::max<int64_t>(1, std::min(a.parallel.workers, worthwhile));
+  a.parallel = torch_threads(a.B * a.H * a.N / 16);
   return a;
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 // The backward pass of a worker: probabilities recomputed from lse, gradients of keys summed in slots of its own.
 
-#include "tiles.h"
+#include "forward.h"
 
 namespace rk {
 namespace RK_SIMD {
@@ -38,7 +38,8 @@ struct BackwardScratch {
   T* grad_gate_q;  // [G, BLOCK_N]
   T* minus_lse;    // [H, BLOCK_N]
   T* minus_dot;    // [H, BLOCK_N] -T_hi = -dO_hi . O_hi
-  T* pairs;        // [BLOCK_M, BLOCK_N] P, then dS in its place
+  OnlineSoftmax<T> softmax;  // of rows whose lse could not carry the sum
+  T* pairs;        // [BLOCK_M, BLOCK_N] P, then dS in its place: the weights of `softmax`
   T* grad_bias;    // [BLOCK_M, BLOCK_N] sum_h dS
   T* key;          // [BLOCK_M, D]
   T* value;        // [BLOCK_M, D]
@@ -49,7 +50,7 @@ struct BackwardScratch {
         grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks.take<T>(a.sup_rank * BLOCK_N)),
         grad_del_q(blocks.take<T>(a.del_rank * BLOCK_N)), grad_gate_q(blocks.take<T>(a.gate_rank * BLOCK_N)),
         minus_lse(blocks.take<T>(a.heads * BLOCK_N)), minus_dot(blocks.take<T>(a.heads * BLOCK_N)),
-        pairs(blocks.take<T>(TILE_SIZE)), grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        softmax(blocks, a.heads), pairs(softmax.weights), grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
         value(blocks.take<T>(BLOCK_M * query.padded_columns)),
         sum(blocks.take<T>(
             BLOCK_M * larger(larger(query.padded_columns, bias.sup.queries.padded_columns),
@@ -112,11 +113,43 @@ struct Backward {
         s.minus_lse[h * BLOCK_N + i] = i < at.rows ? -lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : NOT_VISIBLE<T>;
       }
     s.bias.read_queries(a, at);
+    if (a.attn_mask.data != nullptr) recompute_far_rows(s, at);
     s.grad_query.clear();
     if (!a.routed) return;
     memset(s.grad_sup_q, 0, size_t(a.sup_rank * BLOCK_N) * sizeof(T));
     memset(s.grad_del_q, 0, size_t(a.del_rank * BLOCK_N) * sizeof(T));
     memset(s.grad_gate_q, 0, size_t(a.gate_rank * BLOCK_N) * sizeof(T));
+  }
+
+  // P = 2^(S - max) / sum where lse lost the sum: max takes the place of lse, and 1 / sum goes into dO and T.
+  void recompute_far_rows(BackwardScratch<T>& s, const Place& block) const {
+    const auto is_far = [&](int64_t row) {
+      return s.minus_lse[row] > T(-FAR_BELOW) && s.minus_lse[row] < -NOT_VISIBLE<T>;
+    };
+    bool found = false;
+    for (int64_t row = 0; row < a.heads * BLOCK_N; ++row) found = found || is_far(row);
+    if (!found) return;
+    s.softmax.start();
+    for_tiles_of<T>(a, block, [&](const Place& at) {
+      s.bias.compute(a, at, false);
+      for (int64_t h = 0; h < a.heads; ++h) {
+        const KeyRows<T> key =
+            key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, true);
+        s.softmax.add(s.query, s.bias, at, h, key, s.bias.of_head(a, at, h));
+      }
+    });
+    const int64_t padded = s.grad_output.padded_columns;
+    for (int64_t row = 0; row < a.heads * BLOCK_N; ++row) {
+      if (!is_far(row)) continue;
+      const int64_t h = row / BLOCK_N, i = row % BLOCK_N;
+      const T factor = 1 / s.softmax.sums[row];
+      s.minus_lse[row] = -s.softmax.maxima[row];
+      s.minus_dot[row] *= factor;
+      for (int64_t d = 0; d < a.channels; ++d) {
+        s.grad_output.of_head(h)[i * padded + d] *= factor;
+        s.grad_output.flipped_of_head(h)[d * BLOCK_N + i] *= factor;
+      }
+    }
   }
 
   void differentiate_block(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& block) const {
@@ -161,11 +194,13 @@ struct Backward {
     gemm<T>(
         at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
         [&](int64_t j, int64_t i) RK_INLINE {
+          if constexpr (MASKED) return Vec<T>{};
           return BIASED ? load(bias + j * BLOCK_N + i) + load(minus_lse + i) : load(minus_lse + i);
         },
         [&](int64_t j, int64_t i, Vec<T> log_probability) RK_INLINE {
           const int64_t e = j * BLOCK_N + i;
-          if constexpr (MASKED) log_probability = where_visible<T>(log_probability, load(bias + e));
+          if constexpr (MASKED)
+            log_probability = masked_logit<T>(log_probability, load(bias + e)) + load(minus_lse + i);
           store(s.pairs + e, exp2_nonpositive(log_probability));
         });
   }

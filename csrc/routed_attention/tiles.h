@@ -109,6 +109,19 @@ constexpr T NOT_VISIBLE = -T(__builtin_inff());
 // Logits are kept times log2(e), so that exp is 2^logit.
 constexpr double LOG2_E = 1.44269504088896340736, LN_2 = 0.69314718055994530942;
 
+// Where a mask leaves a row's maximum below this, lse = max + log2(sum) loses the sum: at -1e9 a float has steps of 64.
+constexpr double FAR_BELOW = -4096;
+
+// An additive mask times log2(e); where that would be -inf though the mask is finite, a line of half the slope goes on.
+template <typename T, typename Storage>
+inline T mask_logit(Storage stored) {
+  constexpr T POWER = sizeof(T) == 8 ? T(0x1p1023) : T(0x1p127);  // half of what is too large
+  T mask = load_as<T>(stored);
+  if constexpr (sizeof(Storage) > sizeof(T))
+    if (mask == NOT_VISIBLE<T> && stored != NOT_VISIBLE<Storage>) mask = -T(__FLT_MAX__);
+  return mask > -POWER ? mask * T(LOG2_E) : mask / 2 - T(LOG2_E - 0.5) * POWER;
+}
+
 // One factor pair: its queries of the block, its keys of the tile, and their products.
 template <typename T>
 struct FactorTile {
@@ -240,7 +253,7 @@ struct BiasTile {
         with_storage(mask.dtype, [&](auto type) {
           using Storage = decltype(type);
           const Storage* added = static_cast<const Storage*>(mask.data) + offset;
-          for (int64_t j = 0; j < at.count; ++j) tile[j * BLOCK_N + i] += load_as<T>(added[j * step]) * T(LOG2_E);
+          for (int64_t j = 0; j < at.count; ++j) tile[j * BLOCK_N + i] += mask_logit<T>(added[j * step]);
         });
       }
     }
@@ -251,6 +264,12 @@ struct BiasTile {
 template <typename T>
 inline Vec<T> where_visible(Vec<T> biased_logits, Vec<T> bias) {
   return bias == NOT_VISIBLE<T> ? bias : biased_logits;
+}
+
+// S. A mask is added last: added first, -1e9 would round every step of the product, and finfo.min swallows it either way.
+template <typename T>
+inline Vec<T> masked_logit(Vec<T> product, Vec<T> bias) {
+  return where_visible<T>(product + bias, bias);
 }
 
 // Runs `method(worker)` of an object on every worker.

@@ -1,7 +1,5 @@
 #include "op.h"
 
-#include <algorithm>
-
 #include "args.h"
 
 namespace rk {
@@ -10,9 +8,7 @@ namespace {
 SigmoidFocalLoss arguments(const Tensor& of_classes, double scale) {
   SigmoidFocalLoss a{};
   a.T = of_classes.size(0), a.K = of_classes.size(1), a.scale = scale;
-  a.parallel = torch_threads();
-  const int64_t worthwhile = a.T * a.K / 4096;  // a worker for fewer classes is more trouble than help
-  a.parallel.workers = std::max<int64_t>(1, std::min(a.parallel.workers, worthwhile));
+  a.parallel = torch_threads(a.T * a.K / 4096);
   return a;
 }
 

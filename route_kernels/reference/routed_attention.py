@@ -33,6 +33,12 @@ def visible_keys(key_ranges: torch.Tensor, keys: int) -> torch.Tensor:
     return ((start <= j) & (j < end)).any(dim=-2)
 
 
+def _finite_stays_finite(attn_mask: torch.Tensor, accumulate: torch.dtype) -> torch.Tensor:
+    """A float64 mask's own finfo.min is the lowest number of float32, not -inf, which would hide the key."""
+    wide = attn_mask.to(torch.promote_types(attn_mask.dtype, accumulate))
+    return wide.clamp(min=torch.finfo(accumulate).min).masked_fill(wide == -torch.inf, -torch.inf).to(accumulate)
+
+
 def routed_attention(
     query: torch.Tensor,  # [B, H, N, D]
     key: torch.Tensor,  # [B, H, M, D]
@@ -51,7 +57,7 @@ def routed_attention(
         if factors is not None:
             logits = logits + routing_bias(*(x.to(accumulate) for x in factors), limit).unsqueeze(1)
         if attn_mask is not None and attn_mask.dtype != torch.bool:
-            logits = logits + attn_mask.to(accumulate)
+            logits = logits + _finite_stays_finite(attn_mask, accumulate)
         elif attn_mask is not None:
             logits = logits.masked_fill(~attn_mask, -torch.inf)
         if key_ranges is not None:

@@ -1,0 +1,45 @@
+"""CPU kernels in a child of fork(), which has none of the threads that its parent computed with."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+import route_kernels as rk
+from route_kernels.testing import outcome, sample_arguments
+
+LARGE = {  # enough work for several workers, and too few elements for several of PyTorch's own
+    "routed_attention": dict(queries=200),
+    "query_similarity": dict(queries=300),
+    "ms_deform_attn": dict(queries=100),
+    "ms_deform_attn_fused": dict(queries=100),
+    "add_layer_norm": dict(queries=200),
+    "sigmoid_focal_loss": dict(queries=1000),
+}
+
+
+def first_elements(op, arguments, grad_output):
+    return {
+        name: result.flatten()[:5].tolist() for name, result in outcome(getattr(rk, op), arguments, grad_output).items()
+    }
+
+
+@pytest.mark.parametrize("sizes", [{}, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("op", LARGE)
+def test_a_forked_child_computes_what_its_parent_does(op, sizes):
+    assert rk.can_run(op, "cpu", torch.empty(0))[0]
+    torch.set_num_threads(2)
+    arguments = next(iter(sample_arguments(op, **sizes.get(op, {})).values()))
+    grad_output = torch.ones_like(getattr(rk, op)(**arguments))
+    expected = first_elements(op, arguments, grad_output)
+    torch.ones(10**6).exp()  # PyTorch's threads exist, whatever the op needed
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(first_elements(op, arguments, grad_output)))
+    child.start()
+    try:
+        assert receiver.poll(60), f"{op} hangs in a forked child"
+        assert receiver.recv() == expected
+    finally:
+        child.kill()
+        child.join()
