@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def train(args: argparse.Namespace) -> int:
         if run.writes:
             print(training.summary())
             pictures = run.draw("curves.png", lambda path: plot_curves(run.records(), path))
-            pictures += _draw(run, training.val_set, training.accelerator.device)
+            pictures += _draw(run, training)
     finally:
         run.close()
     if run.writes:
@@ -215,12 +216,10 @@ def _resumed_config(args: argparse.Namespace, run: Run, state: dict[str, Any]) -
             where = key if key in _overrides(args) else f"{args.config}: {key}"
             raise UsageError(f"{where}={value}: the run to resume has another value, {before}; leave it out")
     progress, train = state["progress"], config.train
-    done = progress["epoch"] + (progress["step_in_epoch"] > 0)
-    if train.epochs < done and train.epochs != stored.train.epochs:
-        raise UsageError(
-            f"train.epochs={train.epochs}: the run to resume is in its epoch {done}; expected at least that"
-        )
-    if train.time_budget != stored.train.time_budget and (train.time_budget or math.inf) < progress["elapsed"]:
+    if train.epochs <= progress["epoch"] and train.epochs != stored.train.epochs:
+        done = f"the run to resume has done {progress['epoch']} epochs"
+        raise UsageError(f"train.epochs={train.epochs}: {done}; expected more than that")
+    if train.time_budget != stored.train.time_budget and (train.time_budget or math.inf) <= progress["elapsed"]:
         spent = f"the run to resume has taken {progress['elapsed']:.0f} s"
         raise UsageError(f"train.time_budget={train.time_budget}: {spent}; expected more than that")
     for key, (value, before) in config.differences(stored).items():
@@ -241,25 +240,26 @@ def _resumed_data(args: argparse.Namespace, run: Run, stored: dict[str, str]) ->
     return _data_paths(args, ("train", "val"))
 
 
-def _draw(run: Run, val_set: CocoDetection, device: torch.device) -> list[str]:
+def _draw(run: Run, training: Training) -> list[str]:
     """detections.png and routing.png of the run's best checkpoint; those that could be drawn."""
-    trained = load_trained(run.best, device)
+    val_set, detector = training.val_set, training.config.detector
+    best = cache(lambda: load_trained(run.best, training.accelerator.device))
 
     def draw_detections(path: Path) -> None:
         images = [val_set.raw_image(index) for index in range(min(PICTURES, len(val_set)))]
         truths = [{"boxes": val_set.boxes(index), "labels": val_set.labels(index)} for index in range(len(images))]
-        if trained.config.detector.masks:
+        if detector.masks:
             for index, truth in enumerate(truths):
                 truth["masks"] = torch.from_numpy(val_set.masks(index)).permute(2, 0, 1).bool()
-        found = [trained.detect(image, SHOWN_SCORE) for image in images]
-        plot_detections(images, truths, found, trained.category_names, path)
+        found = [best().detect(image, SHOWN_SCORE) for image in images]
+        plot_detections(images, truths, found, best().category_names, path)
 
     def draw_routing(path: Path) -> None:
         image = val_set.raw_image(0)
-        plot_routing(image, trained.routing(image), path)
+        plot_routing(image, best().routing(image), path)
 
     drawn = run.draw("detections.png", draw_detections)
-    return drawn + (run.draw("routing.png", draw_routing) if trained.config.detector.route else [])
+    return drawn + (run.draw("routing.png", draw_routing) if detector.route else [])
 
 
 def _load(args: argparse.Namespace, device: torch.device) -> Trained:

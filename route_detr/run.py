@@ -44,7 +44,7 @@ class Run:
         self.last = self.folder / "last.pt"
         self.best = self.folder / "best.pt"
         self._events: SummaryWriter | None = None
-        self._lock_file, self._lock = self.folder / ".lock", None  # the descriptor of that file
+        self._lock_file, self._lock = self.folder / ".route-detr.lock", None  # the descriptor of that file
 
     def check_new(self) -> None:
         """Raise `RunError` when the folder holds a run already, or anything else that would be written over."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,7 @@ def _flipped(path):
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save({**STATE, "format": "route_detr.checkpoint", "version": 99}, path),
         lambda path: torch.save({"format": "route_detr.checkpoint", "version": 1, "model": {}}, path),
+        lambda path: zipfile.ZipFile(path, "w").writestr("word/document.xml", "<w:document/>"),
         _truncated,
         _flipped,
         lambda path: save_checkpoint(path, {**STATE, "model": {"w": torch.ones(3), "v": torch.tensor([1, math.nan])}}),
@@ -139,6 +141,7 @@ def _flipped(path):
         "list",
         "version",
         "incomplete",
+        "zip",
         "cut",
         "spoilt",
         "NaN",

@@ -199,20 +199,20 @@ sys.stdin.read()
 def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path, data):
     folder, new = tmp_path / "run", tmp_path / "new"
     new_training(folder, data).run.close()
-    assert not (folder / ".lock").exists()
+    assert not (folder / ".route-detr.lock").exists()
     new.mkdir()
     before = (folder / "last.pt").read_bytes()
     (folder / f"last.pt.{2**22 + 1}-0123abcd.tmp").write_bytes(before[:1000])  # of a process that no longer lives
     for begin, held in ((resumed, folder), (new_training, new)):
-        command = [sys.executable, "-c", HOLDS_THE_LOCK, str(held / ".lock")]
+        command = [sys.executable, "-c", HOLDS_THE_LOCK, str(held / ".route-detr.lock")]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdout.readline() == b"locked\n"
             with pytest.raises(RunError, match=f"^{held}: process 12 on elsewhere is training in it"):
                 begin(held, data)
             holder.kill()
-    assert [file.name for file in new.iterdir()] == [".lock"] and (folder / "last.pt").read_bytes() == before
+    assert [file.name for file in new.iterdir()] == [".route-detr.lock"] and (folder / "last.pt").read_bytes() == before
     resumed(folder, data).run.close()
-    assert not list(folder.glob("*.tmp")) and not (folder / ".lock").exists()
+    assert not list(folder.glob("*.tmp")) and not (folder / ".route-detr.lock").exists()
 
 
 def test_a_system_without_locks_says_so(tmp_path, monkeypatch):

@@ -475,7 +475,7 @@ def test_a_run_is_never_written_over(run, data, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["train.epochs=2"], "train.epochs=2: the run to resume is in its epoch 3; expected at least that"),
+        (["train.epochs=2"], "train.epochs=2: the run to resume has done 3 epochs; expected more than that"),
         (["train.time_budget=1e-3"], "train.time_budget=0.001: the run to resume has taken"),
         (["train.epochs=9", "train.seed=9"], "train.seed=9: the run to resume has another value, 0; leave it out"),
         (["detector.embed_dim=32"], "detector.embed_dim=32: the run to resume has another value"),
