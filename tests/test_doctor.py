@@ -1,5 +1,6 @@
 """`route-kernels doctor`: what it says of a model that agrees, of one that does not, and of what it cannot use."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -118,10 +119,12 @@ FAMILIES = """
 RESEARCH = """
     import torch
     from benchmarks.research_modules import MSDeformAttn
+    from transformers.activations import GELUActivation
 
     class Detector(torch.nn.Module):
         def __init__(self):
             super().__init__()
+            self.of_a_codebase_that_it_takes_something_from = GELUActivation()
             self.attention = MSDeformAttn(d_model=16, n_levels=2, n_heads=2, n_points=3)
 
         def forward(self, query, memory):
@@ -226,6 +229,24 @@ def test_an_op_that_raises_is_told(capsys, monkeypatch):
     assert "Traceback" in said.err and "MB at the peak" not in said.out
 
 
+def test_a_cast_that_is_lost_under_autocast_is_told(capsys, monkeypatch):
+    needs_transformers()
+    from transformers.models.deformable_detr import modeling_deformable_detr as modeling
+
+    attention = modeling.DeformableDetrMultiscaleDeformableAttention
+    cast = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    monkeypatch.setattr(attention, "forward", cast(attention.forward))
+    assert doctor("tiny_model:build_with_inputs") == AGREE
+    assert "3 replaced modules were compared under autocast, too" in capsys.readouterr().out
+    monkeypatch.setattr(
+        "route_kernels.integrations.report.inside_decorators", lambda forward, make: make(inspect.unwrap(forward))
+    )
+    assert doctor("tiny_model:build_with_inputs") == DIFFER
+    told = "under autocast model.encoder.layers.0.self_attn is not what it was: under autocast it returns torch.float32"
+    said = capsys.readouterr().out
+    assert told in said and "verdict: DIFFERS" in said
+
+
 def test_a_part_in_float32_is_compared_in_float32(capsys):
     needs_transformers()
     assert doctor("tiny_model:build_float32", "--dtype", "float32") == AGREE
@@ -290,7 +311,12 @@ def test_a_part_of_another_codebase_in_a_model_of_ones_own(capsys):
     """No module of the model is known, so the whole package is switched: what the model calls is."""
     needs_transformers()
     assert doctor("plain_model:build") == AGREE
-    assert "in a forward pass: ms_deform_attn 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in a forward pass: ms_deform_attn 1" in said
+    assert (
+        "transformers: 1 replaced, 0 left\n  deformable_detr: MultiScaleDeformableAttention  -> ms_deform_attn\n"
+        in said
+    )
     with align_corners_mistaken():
         assert doctor("plain_model:build") == DIFFER
 
@@ -313,6 +339,7 @@ def test_research_code(extension, folder):
     assert "in a forward pass: ms_deform_attn_fused 1" in done.stdout
     told = "in the model's own code, which is not only its own: ms_deform_attn 1" in done.stdout
     assert told == calls_ours
+    assert "transformers" not in done.stdout and "deformable_detr: 1 replaced, 0 left" in done.stdout
 
 
 def test_comparison_leaves_the_model_as_it_was():

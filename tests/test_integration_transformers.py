@@ -286,6 +286,32 @@ def test_casts_of_a_decorator_stay(family, monkeypatch):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["deformable_detr", "d_fine", "mask2former"])
+def test_under_autocast_the_core_returns_what_theirs_does(family):
+    """In PyTorch `grid_sample` makes it float32, whatever value is in."""
+    held = FAMILIES[family]
+    core = getattr(modeling(family), held.core.name)
+    shapes, value = [(3, 4), (2, 2)], torch.randn(2, 16, 2, 4, dtype=torch.bfloat16)
+    samples = torch.rand(2, 5, 2, 2, 3, 2), torch.rand(2, 5, 2, 2, 3)
+    if held.core.name.endswith("v2"):
+        arguments = (value, shapes, *(x.flatten(3, 4) for x in samples), [3, 3])
+    elif isinstance(core, type):
+        arguments = (value, torch.tensor(shapes), shapes, torch.tensor([0, 12]), *samples, 64)
+    else:
+        arguments = (value, shapes, *samples)
+
+    def run():
+        found = getattr(modeling(family), held.core.name)
+        with torch.autocast("cpu", torch.bfloat16):
+            return (found() if isinstance(found, type) else found)(*arguments)
+
+    expected = run()
+    with quietly(family), counted_calls() as counts:
+        found = run()
+    assert counts == {"ms_deform_attn": 1} and found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_how_positions_are_added_is_the_modules():
     model, inputs = model_and_inputs("mask2former")
     modules = attention_modules(model, "mask2former")

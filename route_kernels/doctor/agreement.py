@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..testing import counted_calls, perturb_sampling, relative_errors, training_step
+from ..integrations.convention import autocast_difference
+from ..integrations.report import Report
+from ..testing import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
 from ..testing.training_step import Step
-from .fitting import Apply, applied
+from .fitting import Apply, applied, noted_use
 from .inputs import moved
 from .target import Inputs, users_code
 
@@ -43,6 +46,9 @@ class Agreement:
         lost: the results that cannot, since rounding alone moves them by as much as is allowed.
         noise: the largest error between two steps of the original model.
         calls, calls_before: of our ops, in our step and in the original's.
+        reports: what of the replaced and left names the model contains or calls.
+        autocast: by replaced module, why it is not as the original under autocast, or None; empty where the original
+            does not run so.
         failure: what our step raised, if it did.
     """
 
@@ -54,6 +60,8 @@ class Agreement:
     calls: Counter[str]
     calls_before: Counter[str]
     failure: str | None
+    reports: list[Report]
+    autocast: dict[str, str | None]
 
     @property
     def allowed(self) -> float:
@@ -66,7 +74,8 @@ class Agreement:
             return DIFFER
         if not self.noise <= self.allowed or not self.errors:
             return UNANSWERED
-        return AGREE if all(error <= self.allowed for error in self.errors.values()) else DIFFER
+        agrees = all(error <= self.allowed for error in self.errors.values()) and not any(self.autocast.values())
+        return AGREE if agrees else DIFFER
 
     def errors_of(self, kind: str) -> dict[str, float]:
         """Those of "output" or of "grad", by name."""
@@ -89,12 +98,16 @@ def compare(model: nn.Module, inputs: Inputs, appliers: list[Apply], seed: int) 
                 original = _step(model, inputs, dtype, seed)
             again = _step(model, inputs, dtype, seed)
             rounded = original if dtype == torch.float64 else _step_of_rounded_weights(model, inputs, dtype, seed)
-        with applied(appliers), counted_calls() as calls:
+        with applied(appliers) as reports, counted_calls() as calls, noted_use(reports) as used:
             try:
                 ours = _step(model, inputs, dtype, seed)
             except Exception as error:
                 traceback.print_exc()
                 failure = f"{type(error).__name__}: {error}"
+    names = {name or type(module).__name__ for name, module in model.named_modules()}
+    for report in reports:
+        report.replaced = [entry for entry in report.replaced if entry in used]
+        report.left = [entry for entry in report.left if entry.name in names]
     errors = relative_errors(ours, original)
     lost = [name for name, error in relative_errors(rounded, original).items() if ROUNDINGS * error > TOLERANCES[dtype]]
     worst_first = sorted(errors.keys() - lost, key=lambda name: errors[name], reverse=True)
@@ -107,7 +120,73 @@ def compare(model: nn.Module, inputs: Inputs, appliers: list[Apply], seed: int) 
         calls=calls,
         calls_before=calls_before,
         failure=failure,
+        reports=[report for report in reports if report.replaced],
+        autocast={} if failure is not None else _autocast_differences(model, inputs, appliers, seed),
     )
+
+
+def _autocast_differences(model: nn.Module, inputs: Inputs, appliers: list[Apply], seed: int) -> dict[str, str | None]:
+    """Each replaced module beside the original, on what the model gives it under autocast, without dropout."""
+    device = next(model.parameters()).device
+    with borrowed(model, torch.float32), torch.no_grad():
+        perturb_sampling(model, seed=seed)
+        with applied(appliers) as reports:
+            owners = [owner for report in reports for _, owner, _ in report.names()]
+        modules = {
+            name or type(module).__name__: module
+            for name, module in model.named_modules()
+            if any(module is owner or (isinstance(owner, type) and isinstance(module, owner)) for owner in owners)
+        }
+        calls: dict[nn.Module, tuple] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda *call: calls.update({call[0]: call[1:]}), with_kwargs=True)
+            for module in modules.values()
+        ]
+        run = partial(_output, device, torch.get_autocast_dtype(device.type))
+        try:
+            seed_everything(seed)
+            moved_inputs = moved(inputs, device, torch.float32)
+            run(model, (), moved_inputs) if isinstance(inputs, Mapping) else run(model, moved_inputs, {})
+        except Exception:  # the original does not run under autocast: nobody uses it so
+            return {}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        called = {name: module for name, module in modules.items() if module in calls}
+        with _evaluating(called.values()):
+            exact = {
+                name: _output(device, None, module, *moved(calls[module], device, torch.float32))
+                for name, module in called.items()
+            }
+            theirs = {name: run(module, *calls[module]) for name, module in called.items()}
+            with applied(appliers):
+                return {
+                    name: autocast_difference(
+                        lambda name=name: theirs[name], lambda module=module: run(module, *calls[module]), exact[name]
+                    )
+                    for name, module in called.items()
+                }
+
+
+def _output(
+    device: torch.device, dtype: torch.dtype | None, module: nn.Module, arguments: tuple, keywords: Mapping
+) -> torch.Tensor:
+    """The first tensor that a module returns, under autocast to `dtype` or without."""
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        return next(tensor for _, tensor in tensors_in(module(*arguments, **keywords)))
+
+
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The modules and their parts in eval mode inside the block."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    for part in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _runs_in(dtype: torch.dtype, model: nn.Module, inputs: Inputs, seed: int) -> bool:

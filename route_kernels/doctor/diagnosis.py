@@ -60,9 +60,8 @@ def diagnose(target: str, *, dtype: str | None = None, repeat: int = 5, seed: in
     if not agreement.calls and agreement.failure is None:
         tell_that_nothing_ran(parameters, reasons)
         return UNANSWERED
-    with applied(appliers) as reports:
-        for report in reports:
-            say(str(report))
+    for report in agreement.reports:
+        say(str(report))
     say("")
     tell_agreement(agreement)
     if agreement.failure is None:
@@ -124,6 +123,10 @@ def tell_agreement(agreement: Agreement) -> None:
     if agreement.lost:
         say(f"  {len(agreement.lost)} are not judged, as rounding alone moves them: {agreement.lost[0]}, ...")
     say(f"  the model's own code, run twice: {agreement.noise:.1e}")
+    for name, reason in agreement.autocast.items():
+        if reason is not None:
+            say(f"  under autocast {name} is not what it was: {reason}")
+    say(f"  {len(agreement.autocast)} replaced modules were compared under autocast, too")
     say(f"  verdict: {VERDICTS[agreement.code]} ({agreement.allowed:.1e} is allowed)")
     calls, calls_before = (
         ", ".join(f"{op} {count}" for op, count in sorted(counts.items()))

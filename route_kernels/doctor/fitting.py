@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 from torch import nn
 
 from .. import integrations
-from ..integrations.report import Report
+from ..integrations.report import Replaced, Report
 
 Apply = Callable[[], Report]
 
@@ -81,3 +84,35 @@ def applied(appliers: list[Apply]) -> Iterator[list[Report]]:
     """Everything that fits, applied inside the block."""
     with ExitStack() as stack:
         yield [stack.enter_context(apply()) for apply in appliers]
+
+
+@contextmanager
+def noted_use(reports: list[Report]) -> Iterator[set[Replaced]]:
+    """Of what has been replaced, the parts of models, and whatever else is called inside the block.
+
+    A codebase is switched as a whole where a model holds no module that its integration knows, and models hold modules
+    of codebases that they take something else from.
+    """
+    used: set[Replaced] = set()
+    with ExitStack() as stack:
+        for entry, owner, attribute in (named for report in reports for named in report.names()):
+            if isinstance(owner, nn.Module):
+                used.add(entry)
+            elif isinstance(owner, dict):  # sys.modules: an extension, with two functions
+                for name in ("ms_deform_attn_forward", "ms_deform_attn_backward"):
+                    stack.enter_context(_noting(owner[attribute], name, entry, used))
+            else:
+                stack.enter_context(_noting(owner, attribute, entry, used))
+        yield used
+
+
+def _noting(owner: Any, attribute: str, entry: Replaced, used: set[Replaced]) -> Any:
+    function = getattr(owner, attribute)
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        used.add(entry)
+        return function(*arguments, **keywords)
+
+    static = isinstance(vars(owner).get(attribute), staticmethod)
+    return patch.object(owner, attribute, staticmethod(call) if static else call)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
 from .convention import Convention, fuse
-from .deformable_attention import plain_or_original, replace_function, sample
+from .deformable_attention import replace_function, sample
 from .extension import replace_functions
 from .report import Report, applying, revert_all
 
@@ -71,7 +71,7 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
     bindings = _bindings()
     with applying(CODEBASE, verbose=verbose) as report:
         original = getattr(bindings, FUNCTION)
-        replace_function(report, original, plain_or_original(multi_scale_deformable_attn_pytorch, original))
+        replace_function(report, original, multi_scale_deformable_attn_pytorch)
         if getattr(bindings, EXTENSION, None) is not None:
             replace_functions(report, getattr(bindings, EXTENSION), f"{MODULE}.{EXTENSION}")
         if model is not None:

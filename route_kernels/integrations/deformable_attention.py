@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from types import ModuleType
 
@@ -93,8 +93,9 @@ def replace_forward(
             report.replace_forward(module, forward_or_original(fused), name=name, op=FUSED)
 
 
-def replace_function(report: Report, function: Callable, replacement: Callable) -> None:
-    """Every name that a loaded module binds to `function`, importers by value included."""
+def replace_function(report: Report, function: Callable, plain: Callable) -> None:
+    """Every name that a loaded module binds to `function`, a core in PyTorch; importers by value included."""
+    replacement = plain_or_original(partial(outside_autocast, plain), function)
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and vars(module).get(function.__name__) is function:
             report.replace(module, function.__name__, replacement, name=f"{name}.{function.__name__}", op=PLAIN)
@@ -111,6 +112,17 @@ def forward_or_original(fused: Callable[..., torch.Tensor]) -> Callable[[Callabl
         return forward
 
     return replacement
+
+
+def outside_autocast(plain: Callable[..., torch.Tensor], value: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+    """The plain form under autocast as `grid_sample` and with it every core in PyTorch is there: in float32."""
+    device = value.device.type
+    if not torch.is_autocast_enabled(device):
+        return plain(value, *arguments, **keywords)
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    with torch.autocast(device, enabled=False):
+        return plain(value, *arguments, **keywords)
 
 
 def plain_or_original(plain: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable | None:

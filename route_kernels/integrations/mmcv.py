@@ -132,10 +132,10 @@ def replace_attention(report: Report, bindings: ModuleType, model: nn.Module | N
     compiled, eager = bindings.MultiScaleDeformableAttnFunction, bindings.multi_scale_deformable_attn_pytorch
     name = f"{compiled.__module__}.{compiled.__qualname__}.apply"
     # the casts of an autograd function stand before its forward, whose first argument is a context
-    cast = inside_decorators(compiled.forward, lambda _: lambda context, *arguments: call(*arguments))
+    cast = inside_decorators(compiled.forward, lambda _: lambda context, *arguments: ms_deform_attn_forward(*arguments))
     plain = cast and staticmethod(plain_or_original(partial(cast, SimpleNamespace()), compiled.apply))
     report.replace(compiled, "apply", plain, name=name, op=PLAIN)
-    replace_function(report, eager, plain_or_original(multi_scale_deformable_attn_pytorch, eager))
+    replace_function(report, eager, multi_scale_deformable_attn_pytorch)
 
 
 def forward(
@@ -177,17 +177,3 @@ def multi_scale_deformable_attn_pytorch(
 ) -> torch.Tensor:
     """`ms_deform_attn` with the arguments of mmcv's function of this name."""
     return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
-
-
-def call(
-    value: torch.Tensor,  # [B, S, H, D]
-    value_spatial_shapes: SpatialShapes,
-    value_level_start_index: LevelStarts,
-    sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
-    attention_weights: torch.Tensor,  # [B, N, H, L, P]
-    im2col_step: int,
-) -> torch.Tensor:
-    """`ms_deform_attn` with the arguments of `MultiScaleDeformableAttnFunction.apply`; `im2col_step` says nothing."""
-    return ms_deform_attn(
-        value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
-    )  # fmt: skip

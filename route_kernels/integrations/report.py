@@ -123,6 +123,13 @@ class Report:
         """Note that `name` stays as it is."""
         self.left.append(Left(name, reason))
 
+    def names(self) -> Iterator[tuple[Replaced, Any, str]]:
+        """What is replaced now, each with its owner (a module, class, Python module or dictionary) and attribute."""
+        for entry, saved in zip(self.replaced, self._saved, strict=False):
+            owner = saved.owner()
+            if owner is not None:
+                yield entry, owner, saved.attribute
+
     def revert(self) -> None:
         """Put every original back, the last one first; a second call does nothing.
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
-from .deformable_attention import import_foreign, plain_or_original, replace_forward, replace_function, sample
+from .deformable_attention import import_foreign, replace_forward, replace_function, sample
 from .report import Report, applying, revert_all
 
 CODEBASE = "rfdetr"
@@ -42,7 +42,7 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
         replace_forward(report, bindings.MSDeformAttn, forward, model_or_family)
         if model_or_family is None:
             core = bindings.ms_deform_attn_core_pytorch
-            replace_function(report, core, plain_or_original(ms_deform_attn_core_pytorch, core))
+            replace_function(report, core, ms_deform_attn_core_pytorch)
     return report
 
 

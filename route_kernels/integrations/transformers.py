@@ -23,7 +23,7 @@ from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
 from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
-from .deformable_attention import FUSED, PLAIN, has_kernel, plain_or_original
+from .deformable_attention import FUSED, PLAIN, has_kernel, outside_autocast, plain_or_original
 from .kernels import MultiScaleDeformableAttention
 from .report import Report, applying, inside_decorators, revert_all
 
@@ -40,8 +40,10 @@ _READ = ("hidden_states", "encoder_hidden_states", "reference_points", "spatial_
 def _plain_layer(original: Callable) -> Callable:
     @wraps(original)
     def forward(self: nn.Module, value: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
-        chosen = MultiScaleDeformableAttention.forward if has_kernel(PLAIN, value) else original
-        return chosen(self, value, *arguments, **keywords)
+        if has_kernel(PLAIN, value):
+            plain = partial(MultiScaleDeformableAttention.forward, self)
+            return outside_autocast(plain, value, *arguments, **keywords)
+        return original(self, value, *arguments, **keywords)
 
     return forward
 
@@ -53,7 +55,8 @@ def _plain_function(original: Callable) -> Callable:
         sampling_locations: torch.Tensor,  # [B, N, H, L, P, 2]
         attention_weights: torch.Tensor,  # [B, N, H, L, P]
     ) -> torch.Tensor:
-        return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+        samples = (sampling_locations, attention_weights)
+        return outside_autocast(ms_deform_attn, value, value_spatial_shapes, None, *samples)
 
     return plain_or_original(multi_scale_deformable_attention, original)
 
@@ -74,7 +77,7 @@ def _plain_v2(
     samples = (sampling_locations, attention_weights)
     if method != DEFAULT_METHOD:
         return original(value, value_spatial_shapes, *samples, num_points_list, method)
-    return ms_deform_attn(value, value_spatial_shapes, None, *samples, points=num_points_list)
+    return outside_autocast(ms_deform_attn, value, value_spatial_shapes, None, *samples, points=num_points_list)
 
 
 @dataclass(frozen=True)
@@ -318,7 +321,9 @@ def _fused_attention(
     padding = attention_mask
     if padding is not None and not family.core.true_is_padding:
         padding = ~padding
-    output = ms_deform_attn_fused(
+    projected = hasattr(module, "output_proj")  # under autocast it casts, else what has been sampled is the result
+    fused = ms_deform_attn_fused if projected else partial(outside_autocast, ms_deform_attn_fused)
+    output = fused(
         value.unflatten(-1, (module.n_heads, -1)),
         spatial_shapes_list,
         reference_points,
@@ -327,7 +332,7 @@ def _fused_attention(
         points=None if family.points is None else getattr(module, family.points),
         value_mask=padding,
     )
-    if hasattr(module, "output_proj"):
+    if projected:
         output = module.output_proj(output)
     if not (output_attentions or family.weights_read or module._forward_hooks):
         return output, None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..ops.ms_deform_attn import ms_deform_attn
-from .deformable_attention import import_foreign, plain_or_original, replace_forward, replace_function, sample
+from .deformable_attention import import_foreign, replace_forward, replace_function, sample
 from .report import Report, applying, revert_all
 
 CODEBASE = "ultralytics"
@@ -41,7 +41,7 @@ def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> 
         replace_forward(report, bindings.MSDeformAttn, forward, model_or_family)
         if model_or_family is None:
             original = bindings.multi_scale_deformable_attn_pytorch
-            replace_function(report, original, plain_or_original(multi_scale_deformable_attn_pytorch, original))
+            replace_function(report, original, multi_scale_deformable_attn_pytorch)
     return report
 
 
