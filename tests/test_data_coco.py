@@ -85,6 +85,10 @@ def test_perfect_detections_reach_an_ap_of_one_even_with_an_annotation_id_of_zer
     assert evaluation.stats[0] == pytest.approx(1.0)
 
 
+def test_a_byte_order_mark_is_no_fault(folder):
+    assert len(opened(folder, b"\xef\xbb\xbf" + json.dumps(content()).encode())) == 2
+
+
 BROKEN = {
     "not JSON": ("{'images': []", ["Invalid JSON"]),
     "cut off": (json.dumps(content())[:200], ["Invalid JSON"]),

@@ -69,6 +69,14 @@ def test_what_was_looked_for_is_listed(layout_root, tmp_path):
         coco_layout(layout_root, splits=("test",))
 
 
+def test_what_is_wrong_with_both_splits_is_one_error(layout_root):
+    for split in ("train", "val"):
+        path = layout_root / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(content(annotations=[annotation(7, image=99)])))
+    with pytest.raises(DatasetError, match=r"train2017\.json: .* names 99\)\n.*val2017\.json: .* names 99\)$"):
+        open_splits(coco_layout(layout_root), TRANSFORMS)
+
+
 @pytest.mark.parametrize(
     ("split", "changes", "expected"),
     [

@@ -211,3 +211,13 @@ def test_pycocotools_gets_no_crowd_region_without_a_mask(folder):
     assert dataset.num_boxes == 1
     region = rle.decode(dataset.coco.anns[7]["segmentation"])
     assert region[10:20, 10:30].all() and region.sum() == 200
+
+
+def test_masks_without_a_pixel_are_counted(folder):
+    outside = [[70, 50, 90, 50, 90, 60]]
+    with pytest.warns(DatasetWarning, match="masks without a pixel of their image: 2 .annotation 7 of image 1; annot"):
+        assert not drawn(folder, outside, {"size": [40, 60], "counts": [2400]}).any()
+
+
+def test_an_image_may_hold_hundreds_of_masks(folder):
+    assert masked(folder, *[[TRIANGLE]] * 299).masks(0).shape == (40, 60, 300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gc
 import reprlib
@@ -104,7 +105,7 @@ def inspect_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
     if not file.is_file():
         raise DatasetError(f"{file}: expected a COCO annotation file, found {'a folder' if file.is_dir() else 'none'}")
     faults, report = Report(), Report()
-    content, broken = _content(file.read_bytes(), faults)
+    content, broken = _content(file.read_bytes().removeprefix(codecs.BOM_UTF8), faults)
     for section, entries in content.items():
         seen: set[int] = set()
         for entry in entries:

@@ -66,14 +66,20 @@ def open_splits(
 ) -> tuple[CocoDetection, CocoDetection]:
     """The training set, with augmentation, and the validation set of a layout that has both.
 
-    masks and cache (a folder, for the training images) are those of `CocoDetection`, whose errors come too. Raises
-    DatasetError when the category tables differ, or when one set has no image or no box.
+    masks and cache (a folder, for the training images) are those of `CocoDetection`, whose errors come too, of both in
+    one. Raises DatasetError when the category tables differ, or when one set has no image or no box.
     """
     if layout.train is None or layout.val is None:
         raise ValueError("layout: expected both splits, got one")
-    options = {"train": True, "seed": seed, "masks": masks, "cache": cache}
-    train = CocoDetection(*layout.train, config, **options)
-    val = CocoDetection(*layout.val, config, masks=masks)
+    opened, faults = [], []
+    for paths, options in zip(layout, ({"train": True, "seed": seed, "cache": cache}, {}), strict=True):
+        try:
+            opened.append(CocoDetection(*paths, config, masks=masks, **options))
+        except DatasetError as error:
+            faults.append(str(error))
+    if faults:
+        raise DatasetError("\n".join(faults))
+    train, val = opened
     require_same_categories(train, val)
     for dataset in (train, val):
         if dataset.num_boxes == 0:

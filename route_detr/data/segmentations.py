@@ -37,6 +37,7 @@ def compress_masks(
     drawn stays as it is and is in ``faults``; what was left out or cut is in ``report``.
     """
     given: list[tuple[dict, bytes]] = []
+    encoded: list[dict] = []
     for annotation in annotations:
         found, size = annotation.get("segmentation"), sizes[annotation["image_id"]]
         try:
@@ -46,6 +47,7 @@ def compress_masks(
                 given.append((annotation, _given(found, size)))
             else:
                 annotation["segmentation"] = _drawn(annotation, size, report)
+                encoded.append(annotation)
         except _Fault as fault:
             faults.add(fault.args[0], f"{_named(annotation)}: {fault.args[1]}")
     for start in range(0, len(given), TOGETHER):
@@ -54,10 +56,15 @@ def compress_masks(
             width, height = sizes[annotation["image_id"]]
             if pixels == width * height:
                 annotation["segmentation"] = {"size": [height, width], "counts": counts}
+                encoded.append(annotation)
             elif pixels < 0:
                 faults.add(DAMAGED, f"{_named(annotation)}: {reprlib.repr(counts)}")
             else:
                 faults.add(OTHER_SIZE, f"{_named(annotation)}: {pixels} pixels in {width} x {height}")
+    for annotation in encoded:  # one by one: under NumPy 2 pycocotools fails with more than 255
+        mask = annotation["segmentation"]
+        if len(mask["counts"]) <= MOST_DIGITS and not rle.area(mask):  # one number
+            report.add("masks without a pixel of their image", _named(annotation))
 
 
 def _named(annotation: dict[str, Any]) -> str:
