@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from integration_checks import align_corners_mistaken, assert_agree, check_integration
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import route_kernels as rk
 from benchmarks import research_modules
@@ -429,3 +430,18 @@ def test_revert_does_not_undo_what_somebody_else_did_since(monkeypatch):
     with pytest.raises(RuntimeError, match=f"{EXTENSION} of dict has been replaced by other code since apply"):
         report.revert()
     sys.modules[EXTENSION] = ours
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_compiles_as_one_graph(fused):
+    """The fused form, and research code's own module and autograd function over our extension."""
+    model, inputs = Model().double(), model_inputs()
+    with deformable_detr.apply(model if fused else None, verbose=False):
+        expected = model(**inputs)
+        graphs = CompileCounterWithBackend("aot_eager")
+        found = torch.compile(model, backend=graphs, fullgraph=True)(**inputs)
+        torch.testing.assert_close(found, expected)
+        leaves = [*model.parameters(), *(tensor for tensor in inputs.values() if tensor.requires_grad)]
+        torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), leaves) for x in (found, expected)))
+    called = [str(node.target) for graph in graphs.graphs for node in graph.graph.nodes]
+    assert not fused or called.count("route_kernels.ms_deform_attn_fused.tensor") == 2

@@ -261,13 +261,16 @@ def test_low_precision(bindings):
             check_low_precision(nullcontext, module, arguments, "reference_points")
 
 
-def test_compiles(bindings):
-    """With a graph break, where it reads the sizes from their tensor."""
+def test_compiles_as_one_graph(bindings):
     module, arguments = build(bindings, dropout=0.0), inputs()
+    names = ("query", "value", "reference_points")
     with integration.apply(module, verbose=False):
         expected = module(**arguments)
-        found = torch.compile(module, backend="aot_eager")(**arguments)
+        found = torch.compile(module, backend="aot_eager", fullgraph=True)(**arguments)
     torch.testing.assert_close(found, expected)
+    leaves = [arguments[name] for name in names if arguments[name].requires_grad]
+    grads = [torch.autograd.grad(output.square().sum(), leaves) for output in (found, expected)]
+    torch.testing.assert_close(*grads)
 
 
 def test_one_model_alone(bindings):

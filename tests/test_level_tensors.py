@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import route_kernels as rk
-from route_kernels.integrations import mmcv
+from route_kernels import backends
 from route_kernels.integrations.extension import ms_deform_attn_backward, ms_deform_attn_forward
 from route_kernels.nn import MSDeformAttn
 from route_kernels.testing import call, map_tensors, ms_deform_attn_arguments, ms_deform_attn_fused_arguments, outcome
@@ -167,6 +169,24 @@ def test_fake_tensors(op):
 
 
 @each_op
+def test_a_gpu_is_read_once_for_all_calls_of_a_graph(op):
+    """And not by each layer: PyTorch makes equal nodes of a graph one. Fake tensors need no GPU."""
+    mode, given = FakeTensorMode(allow_non_fake_inputs=True), arguments(op, SIZES[0], counts=(3, 1))
+
+    def layers(*tensors):
+        with backends.assumed("cuda"):
+            calls = dict(zip(given, tensors, strict=True))
+            return sum(call(op, calls | {"value": tensors[0] + layer}) for layer in range(3))
+
+    with mode:
+        fakes = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in given.values()]
+        graph = fx_graph_cse(make_fx(layers)(*fakes).graph)
+    targets = [str(node.target) for node in graph.nodes]
+    assert targets.count(f"route_kernels.{op}.tensor") == 3
+    assert targets.count("aten._to_copy.default") == 2  # spatial_shapes and points
+
+
+@each_op
 def test_cuda_graphs_leave_it_out(op):
     """A CUDA graph would replay the sizes of its first run."""
     overloads = getattr(torch.ops.route_kernels, op), getattr(torch.ops.route_kernels, f"{op}_backward")
@@ -254,18 +274,4 @@ def test_our_module():
         torch.testing.assert_close(
             compiled(*inputs, torch.tensor(levels)), module(*inputs, levels), rtol=1e-5, atol=1e-5
         )
-    assert counter.frame_count == 1
-
-
-def test_the_forward_of_mmcv():
-    module = MSDeformAttn(16, num_levels=2, num_heads=2, num_points=3)  # the same four layers
-    module.batch_first, module.dropout = True, nn.Identity()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(mmcv.forward, fullgraph=True, dynamic=True, backend=counter)
-    for queries, levels in enumerate(SIZES, start=8):
-        positions = sum(height * width for height, width in levels)
-        query, memory = torch.randn(2, queries, 16), torch.randn(2, positions, 16)
-        keywords = {"reference_points": torch.rand(2, queries, 2, 2), "spatial_shapes": torch.tensor(levels)}
-        found, expected = (forward(module, query, None, memory, **keywords) for forward in (compiled, mmcv.forward))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1

@@ -133,9 +133,10 @@ def test_workspaces_are_what_the_launches_allocate(dtype):
         lambda: ms_deform_attn_fused.backward(grad.flatten(2), *native, False),
         (value, grad, offsets, logits, references),
     )
-    arguments = (grad.flatten(2), value, sizes, references, offsets, logits, None, None, False, "triton")
-    op = torch.ops.route_kernels.ms_deform_attn_fused_backward.default
-    assert found == workspace_bytes(op, arguments, "triton")
+    op = torch.ops.route_kernels.ms_deform_attn_fused_backward
+    for overload, levels in ((op.default, sizes), (op.tensor, torch.tensor(sizes).view(2, 2))):
+        arguments = (grad.flatten(2), value, levels, references, offsets, logits, None, None, False, "triton")
+        assert found == workspace_bytes(overload, arguments, "triton")
 
     x = torch.empty(batch, queries, 32, dtype=dtype, device="meta")
     found = recorded_bytes(lambda: [query_similarity.forward(x)], [x])

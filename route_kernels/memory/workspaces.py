@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..ops.levels import level_count
 from ..reference.precision import accumulate_dtype
 
 
@@ -44,7 +45,7 @@ def _ms_deform_attn_fused_backward(
 ) -> int:
     accumulate = accumulate_dtype(value.dtype)
     weights = 0 if logits.dtype == accumulate else _bytes(logits.numel(), accumulate)
-    levels, coordinates = len(sizes) // 2, reference_points.shape[3]
+    levels, coordinates = level_count(sizes), reference_points.shape[3]
     of_heads = _bytes(logits.shape[:3].numel() * levels * coordinates, accumulate) if reference_grad else 0
     return _sums(value) + weights + of_heads
 
