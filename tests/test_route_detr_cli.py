@@ -16,6 +16,7 @@ from small_training import options, write_data
 
 from route_detr.checkpoint import save_checkpoint
 from route_detr.cli import main, parsed, run_folder
+from route_detr.data import DatasetError
 from route_detr.prediction import Trained, image_files, pictures_of
 from route_detr.run import Run
 
@@ -651,6 +652,35 @@ def test_a_model_that_overflows_is_told(run, data, tmp_path, capsys):
     ]
     for command, message in zip(use(tmp_path, data, tmp_path / "x"), told, strict=True):
         assert re.search(message, fails(capsys, *command, code=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "reads images (pid 7) was killed by",
+        ),
+        (
+            DatasetError("x/y.png: cannot be used as an image: cut"),
+            2,
+            "error: x/y.png: cannot be used as an image: cut; ",
+        ),
+    ],
+    ids=["killed", "unreadable"],
+)
+def test_what_ends_the_reading_of_images_says_that_the_checkpoint_stands(
+    data, tmp_path, capsys, monkeypatch, error, code, told
+):
+    def ended(*arguments):
+        raise error
+        yield
+
+    monkeypatch.setattr("route_detr.training.train_one_epoch", ended)
+    assert main(train_arguments(data, tmp_path / "run")) == code
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told in line and line.endswith(f"{tmp_path / 'run' / 'last.pt'} holds the run as it was before")
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
