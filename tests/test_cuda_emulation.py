@@ -204,6 +204,17 @@ def test_infinite_boxes_and_offsets_give_no_nan():
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4], ids=["inside", "outside"])
+def test_logits_that_are_all_minus_infinity_weigh_nothing(offset):
+    arguments = ms_deform_attn_fused_arguments(**SMALL)
+    with torch.no_grad():
+        arguments["attention_logits"][:, 1] = -math.inf
+        arguments["sampling_offsets"][:, 1] += offset
+    found = outcome(emulated("ms_deform_attn_fused"), arguments, torch.ones(1, 3, 16))
+    for name in ("output", "grad sampling_offsets", "grad attention_logits", "grad reference_points"):
+        assert (found[name][:, 1] == 0).all() and found[name].isfinite().all(), name
+
+
 def test_a_corner_that_does_not_exist_is_not_multiplied_by_a_neighbouring_nan():
     arguments = ms_deform_attn_arguments(levels=((2, 2), (1, 1)), queries=1, batch=1, points=1)
     value = arguments["value"].detach().clone()

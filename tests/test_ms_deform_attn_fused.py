@@ -224,6 +224,26 @@ def test_softmax_of_large_and_infinite_logits(dtype, backend):
     torch.testing.assert_close(results["output"].double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("outside", [False, True], ids=["inside", "outside"])
+def test_logits_that_are_all_minus_infinity_weigh_nothing(outside, backend):
+    able, reason = rk.can_run("ms_deform_attn_fused", backend, torch.empty(0))
+    if not able:
+        pytest.skip(reason)
+    arguments = ms_deform_attn_fused_arguments(queries=3)
+    with torch.no_grad():
+        arguments["attention_logits"][:, 1] = -math.inf
+        arguments["attention_logits"][:, 2, :, 0] = math.nan
+        arguments["sampling_offsets"][:, 1:] += 1e4 * outside
+    with rk.backend(backend):
+        results = outcome(rk.ms_deform_attn_fused, arguments, torch.ones(2, 3, 16))
+    assert (results["output"][:, 1] == 0).all() and results["output"][:, 0].isfinite().all()
+    for name in ("sampling_offsets", "attention_logits", "reference_points"):
+        assert (results[f"grad {name}"][:, 1] == 0).all(), name
+    assert (results["output"][:, 2] == 0).all() if outside else results["output"][:, 2].isnan().all()
+    assert results["grad attention_logits"][:, 2].isnan().all()
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_a_level_without_pixels_takes_its_share_and_adds_nothing(coordinates, backend):

@@ -111,6 +111,12 @@ RK_HOST_DEVICE SampleAdjoint<T> sample_adjoint(T s00, T s01, T s10, T s11, T fra
 
 // ---- softmax ----------------------------------------------------------------------------------------------------
 
+// The lowest finite number: what a maximum of logits starts from, so that -inf minus the maximum is -inf and never NaN.
+template <typename T>
+RK_HOST_DEVICE T lowest_logit() {
+  return sizeof(T) == 8 ? T(-1.7976931348623157e308) : T(-3.4028234663852886e38f);
+}
+
 // p = softmax(logits); expected = sum_j p_j grad_p_j
 template <typename T>
 RK_HOST_DEVICE T softmax_adjoint(T p, T grad_p, T expected) {

@@ -26,7 +26,8 @@ __device__ __forceinline__ T sum_over_lanes(T x) {
 
 // ---- weights -----------------------------------------------------------------------------------------------------
 
-// The weight of a point is exp(logit - largest) factor; without a softmax it is what memory holds.
+// The weight of a point is exp(logit - largest) factor; without a softmax it is what memory holds. Where every logit is
+// -inf every weight is 0: `largest` starts above -inf, and a sum below 1 is 0.
 template <typename T>
 struct Softmax {
   T largest, factor;
@@ -41,7 +42,7 @@ __device__ __forceinline__ Softmax<T> softmax_of(const DeviceArgs& args, const W
   Softmax<T> softmax = {T(0), T(1)};
   if (!args.fused) return softmax;
   const int64_t row = row_of_points(args.weights, work), points = work.exists ? args.K : 0;
-  T largest = -T(INFINITY), sum = 0;
+  T largest = lowest_logit<T>(), sum = 0;
   for (int64_t k = lane; k < points; k += LANES) {
     const T logit = read<T>(args.weights, row + k);
     largest = logit > largest ? logit : largest;
@@ -52,7 +53,8 @@ __device__ __forceinline__ Softmax<T> softmax_of(const DeviceArgs& args, const W
     largest = other > largest ? other : largest;
   }
   for (int64_t k = lane; k < points; k += LANES) sum += exp(read<T>(args.weights, row + k) - largest);
-  return {largest, T(1) / sum_over_lanes<LANES>(sum)};
+  sum = sum_over_lanes<LANES>(sum);
+  return {largest, T(1) / (sum < T(1) ? T(1) : sum)};
 }
 
 template <typename T>

@@ -40,13 +40,14 @@ void read_blocks(const Args& args, const View& view, int64_t offset, int64_t cou
   });
 }
 
+// Where every logit is -inf every weight is 0: the maximum starts above -inf, and a sum below 1 is 0.
 template <typename T>
 void softmax_in_place(const Scratch<T>& s, T* logits) {
   const int64_t padded = s.blocks * BLOCK;
   T* const last = logits + padded - BLOCK;
   RK_INDEPENDENT
   for (int64_t i = 0; i < BLOCK; ++i) last[i] = s.levels[s.blocks - 1].exists[i] ? last[i] : -T(__builtin_inf());
-  Vec<T> maximum = broadcast(-T(__builtin_inf())), sum = {};
+  Vec<T> maximum = broadcast(lowest_logit<T>()), sum = {};
   for (int64_t k = 0; k < padded; k += LANES<T>) maximum = max<T>(load(logits + k), maximum);
   maximum = maximum_in_every_lane<T>(maximum);
   for (int64_t k = 0; k < padded; k += LANES<T>) {
@@ -54,7 +55,8 @@ void softmax_in_place(const Scratch<T>& s, T* logits) {
     store(logits + k, e);
     sum += e;
   }
-  const Vec<T> factor = T(1) / sum_in_every_lane<T>(sum);
+  const Vec<T> total = sum_in_every_lane<T>(sum);
+  const Vec<T> factor = T(1) / (total < 1 ? broadcast(T(1)) : total);
   for (int64_t k = 0; k < padded; k += LANES<T>) store(logits + k, load(logits + k) * factor);
 }
 

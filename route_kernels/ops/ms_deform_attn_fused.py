@@ -70,7 +70,9 @@ def ms_deform_attn_fused(
 
     Returns:
         [B, N, H * D] in the dtype of value; coordinates, softmax and sums are float32 (float64 for float64). A sample
-        whose location is NaN, infinite or outside its level adds nothing, and its location has zero gradient. Under
+        whose location is NaN, infinite or outside its level adds nothing, and its location has zero gradient. Where all
+        K logits of a head are -inf every weight is 0, with zero gradients; NaN or +inf among them makes all K weights
+        NaN, and with them the output where a sample is inside. Under
         autocast value is cast to the autocast dtype; the others stay as they are.
 
     Raises:

@@ -16,8 +16,8 @@ def _bilinear(
     height: int,
     width: int,
     locations: torch.Tensor,  # [B, H, T, 2] as (x, y) in [0, 1]
-) -> torch.Tensor:
-    """Samples at pixel x = x_loc w - 0.5 (align_corners=False), zeros outside: [B, H, T, D]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples at pixel x = x_loc w - 0.5 (align_corners=False), zeros outside: [B, H, T, D]; and which are inside."""
     x, y = locations[..., 0] * width - 0.5, locations[..., 1] * height - 0.5
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for NaN, too
     x, y = (torch.where(inside, pixel, torch.zeros_like(pixel)) for pixel in (x, y))
@@ -32,7 +32,7 @@ def _bilinear(
             corner = level.gather(2, position.unsqueeze(-1).expand(-1, -1, -1, level.shape[-1]))
             weight = torch.where(exists, weight_y * weight_x, torch.zeros_like(x))
             sampled = sampled + weight.unsqueeze(-1) * corner.masked_fill(~exists.unsqueeze(-1), 0)
-    return sampled
+    return sampled, inside
 
 
 def _attend(
@@ -54,7 +54,11 @@ def _attend(
             chosen = slice(first_point, first_point + count)
             location = locations[:, :, :, chosen].transpose(1, 2).reshape(batch, heads, queries * count, 2)
             weight = weights[:, :, :, chosen].transpose(1, 2)  # [B, H, N, P]
-            sampled = _bilinear(level, height, width, location).view(batch, heads, queries, count, channels)
+            sampled, inside = _bilinear(level, height, width, location)
+            sampled = sampled.view(batch, heads, queries, count, channels)
+            weight = weight.masked_fill(
+                ~inside.view(batch, heads, queries, count), 0
+            )  # else NaN would be NaN here, too
             output = output + (weight.unsqueeze(-1) * sampled).sum(dim=3)
         first_point += count
     return output.transpose(1, 2).reshape(batch, queries, heads * channels)
@@ -92,7 +96,9 @@ def ms_deform_attn_fused(
     value = value.to(accumulate)
     if value_mask is not None:
         value = value.masked_fill(value_mask[:, :, None, None], 0)
-    weights = torch.softmax(attention_logits.to(accumulate), dim=-1)
+    logits = attention_logits.to(accumulate)
+    no_weight = (logits == -torch.inf).all(dim=-1, keepdim=True)
+    weights = torch.softmax(logits.masked_fill(no_weight, 0), dim=-1).masked_fill(no_weight, 0)
     locations = _locations(reference_points.to(accumulate), sampling_offsets.to(accumulate), shapes, points)
     return _attend(value, shapes, starts, points, locations, weights).to(dtype)
 

@@ -141,6 +141,8 @@ def softmax_of(
 ):  # fmt: skip
     """Shift and factor with which exp(logit - shift) factor is the softmax; weight: pointers to the first of K logits.
 
+    Where every logit is -inf, so that their sum is below 1, every weight is 0.
+
     Where K is known (ALL_POINTS) there is no loop: its result would bind every tensor of a query to another layout than
     that of the rows of channels, and the compiler would compute the locations in both.
     """
@@ -162,7 +164,7 @@ def softmax_of(
         else:
             for k in range(points):
                 total += tl.exp(tl.load(weight + k, in_block, other=0).to(ACCUMULATE) - shift)
-        factor = 1.0 / total
+        factor = 1.0 / tl.where(total < 1.0, 1.0, total)
     return shift, factor
 
 

@@ -20,7 +20,7 @@ def softmax_statistics(logits, in_block, points, ACCUMULATE: tl.constexpr, BLOCK
         largest = tl.maximum(before, tl.max(block, axis=1))
         shift = tl.where(largest == float("-inf"), 0.0, largest)  # exp(-inf - -inf) would be NaN
         total = total * tl.exp(before - shift) + tl.sum(tl.exp(block - shift[:, None]), axis=1)
-    return tl.where(largest == float("-inf"), 0.0, largest), 1.0 / total
+    return tl.where(largest == float("-inf"), 0.0, largest), 1.0 / tl.where(total < 1.0, 1.0, total)
 
 
 @triton.jit(do_not_specialize=("rows", "queries", "heads", "points", "stride_wb", "stride_wn", "stride_wh"))
