@@ -437,6 +437,22 @@ def test_a_backslash_is_a_separator_unless_a_file_has_it_in_its_name(folder):
         opened(folder, sections)
 
 
+@pytest.mark.parametrize("prefix", ["images\\", "images/", "some/where/"])
+def test_a_name_is_found_without_a_folder_that_is_not_there(folder, prefix):
+    sections = content()
+    for image in sections["images"]:
+        image["file_name"] = prefix + image["file_name"]
+    with pytest.warns(DatasetWarning, match=f"found without it: {len(sections['images'])}"):
+        dataset = opened(folder, sections)
+    assert dataset.raw_image(0).size == (60, 40)
+    sections["images"][1]["file_name"] = f"other/{sections['images'][0]['file_name'][len(prefix) :]}"
+    with pytest.raises(DatasetError, match=r"such file"):
+        opened(folder, sections)
+    (folder / "images" / prefix.rstrip("/\\")).mkdir(parents=True)  # now the name means a file in it
+    with pytest.raises(DatasetError, match=r"such file"):
+        opened(folder, sections)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_one_sentence_from_a_worker_too(folder, workers):
     path = folder / "images" / "b.png"

@@ -16,7 +16,7 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from route_detr.data.annotations import CocoAnnotations, inspect_annotations
-from route_detr.data.images import image_file, judged, note_verdicts
+from route_detr.data.images import image_files, judged, note_verdicts
 from route_detr.data.layout import CocoLayout, SplitPaths
 from route_detr.data.report import EXAMPLES_SHOWN, Report
 from route_detr.errors import RunFailed
@@ -36,7 +36,8 @@ def check_data(layout: CocoLayout, masks: bool = False, workers: int | None = No
     splits, files, categories = {}, {}, {}
     for name, paths in zip(layout._fields, layout, strict=True):
         content = inspect_annotations(paths.annotations, masks)
-        files[name] = [str(image_file(paths.images, image["file_name"])) for image in content.images]
+        listed = [image["file_name"] for image in content.images]
+        files[name] = list(map(str, image_files(paths.images, listed, content.report)))
         categories[name] = {each["id"]: str(each["name"]) for each in content.categories}
         _read_all(name, files[name], content, workers)
         splits[name] = _described(content, paths)

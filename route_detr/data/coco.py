@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from route_detr.data.annotations import box_inside, read_annotations
 from route_detr.data.batch import Target
-from route_detr.data.images import cached_rgb, image_file, judged, note_verdicts, read_rgb
+from route_detr.data.images import cached_rgb, image_file, image_files, judged, note_verdicts, read_rgb
 from route_detr.data.report import DatasetError, DatasetWarning, Report
 from route_detr.data.transforms import TransformConfig, eval_view, image_pixels, normalised_boxes, train_view
 
@@ -103,7 +103,7 @@ class CocoDetection(Dataset):
             self._masks = np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)])
 
     def _check_files(self, headers: bool) -> None:
-        files = [image_file(self.image_dir, name) for name in self.file_names]
+        files = image_files(self.image_dir, self.file_names, self.report)
         sizes, faults = map(tuple, self._sizes.tolist()), Report()
         if headers:
             note_verdicts(map(str, files), map(judged, files, sizes), faults, self.report)

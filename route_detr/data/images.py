@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ UPRIGHT = {  # what turns a stored image upright, by its orientation
 }
 AS_STORED = UPRIGHT | {6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}  # what turns it back
 CACHE_VERSION = 1  # to be raised when `read_rgb` makes other pixels of a file
+FOLDER_IGNORED = "names of images whose folder is not there, found without it"
 EXIF_IGNORED = "EXIF blocks that cannot be read, ignored"
 FRAME_UNKNOWN = (
     "images whose EXIF orientation is applied because their size does not tell whether their annotations want it, "
@@ -119,10 +121,27 @@ def _check(found: Opened, size: tuple[int, int] | None) -> None:
 def image_file(folder: Path, name: str) -> Path:
     """The file that a ``file_name`` means: in the folder, above it (``../``) or anywhere (an absolute name).
 
-    A backslash is a separator, as Windows writes it, unless a file has it in its name.
+    A backslash is a separator, as Windows writes it, unless a file has it in its name. Where the folder of a name is
+    not there, as in ``images/0001.jpg`` below ``images``, the file is looked for without it.
     """
     file = folder / name
-    return folder / name.replace("\\", "/") if "\\" in name and not file.exists() else file
+    if "\\" in name and not file.exists():
+        file = folder / name.replace("\\", "/")
+    bare = folder / file.name
+    return bare if bare.is_file() and not file.parent.exists() else file
+
+
+def image_files(folder: Path, names: Sequence[str], report: Report) -> list[Path]:
+    """`image_file` of each name. Counts those found without their folder; one so found for two names is neither's."""
+    files = [image_file(folder, name) for name in names]
+    times = Counter(files)
+    for number, (name, file) in enumerate(zip(names, files, strict=True)):
+        if file not in (folder / name, folder / name.replace("\\", "/")):
+            if times[file] > 1:
+                files[number] = folder / name
+            else:
+                report.add(FOLDER_IGNORED, f"{name}: {file}")
+    return files
 
 
 def read_rgb(path: str | os.PathLike, size: tuple[int, int] | None = None) -> Image.Image:
