@@ -65,7 +65,7 @@ def test_factors_in_float32_beside_a_short_query(dtype):
     assert grads["grad query"].dtype == dtype and grads["grad routing.sup_q"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64], ids=str)
 def test_a_row_of_the_lowest_number_is_the_mean(mask_dtype, dtype, backend):

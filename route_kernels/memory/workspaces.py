@@ -51,10 +51,13 @@ def _ms_deform_attn_fused_backward(
 
 
 def _routed_attention_backward(grad_output, output, lse, query, key, value, *others) -> int:
-    """dO . O, and what groups of heads add to three factors' gradients: at most a group for every head."""
+    """dO . O, with a float mask maxima and sums of rows, and what groups of heads add to three factors' gradients: at
+    most a group for every head."""
     factors = [factor for factor in others[:6] if factor is not None]
     of_queries, of_keys = (sum(factor.numel() for factor in factors[side::2]) for side in (0, 1))
-    return _bytes(lse.numel() + query.shape[1] * max(of_queries, of_keys), torch.float32)
+    attn_mask = others[7]
+    of_rows = 3 if attn_mask is not None and attn_mask.dtype != torch.bool else 1
+    return _bytes(of_rows * lse.numel() + query.shape[1] * max(of_queries, of_keys), torch.float32)
 
 
 def _query_similarity(x, *_) -> int:

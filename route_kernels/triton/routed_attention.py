@@ -36,7 +36,8 @@ def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
     if query.shape[1] == 0:
         return output, lse
     inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
-    launch.kept(_forward, inputs, launch.input_precision())((*inputs, output, lse), scale, _bound(limit))
+    launched = launch.kept(_forward, inputs, launch.input_precision(), False)
+    launched((*inputs, output, lse, None), scale, _bound(limit))
     return output, lse
 
 
@@ -52,6 +53,10 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     output, lse, floats = output.contiguous(), lse.contiguous(), (scale, _bound(limit))
     inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
     of_queries, of_keys = launch.kept(_backward, (grad_output, *inputs), launch.input_precision())
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        statistics = lse.new_empty((*lse.shape, 2))
+        launch.kept(_forward, inputs, launch.input_precision(), True)((*inputs, None, lse, statistics), *floats)
+        lse = statistics
 
     parts = of_queries.parts(grads[3::2])
     of_queries.launch((grad_output, output, lse, *inputs, grads[0], *parts, output_dot), *floats)
@@ -63,11 +68,11 @@ def backward(grad_output, output, lse, query, key, value, factors, limit, attn_m
     return grads
 
 
-def _forward(inputs, precision: str) -> launch.Prepared:
+def _forward(inputs, precision: str, statistics: bool) -> launch.Prepared:
     query, key = inputs[:2]
     settings = _settings("routed_attention_forward", inputs, precision)
     grid, sizes = _grid(query, query.shape[2], settings, "BLOCK_N"), (query.shape[1], query.shape[2], key.shape[2])
-    return launch.Prepared(attention_forward, grid, *sizes, *_strides(inputs), **settings)
+    return launch.Prepared(attention_forward, grid, *sizes, *_strides(inputs), STATISTICS=statistics, **settings)
 
 
 class _Pass(NamedTuple):
@@ -191,9 +196,20 @@ SPILLED = {
     (attention_backward_queries, "sm120", torch.bfloat16, 128, 32, True): 8,
     (attention_backward_keys, "gfx942", torch.bfloat16, 64, 32, True): 8,
     (attention_backward_keys, "gfx942", torch.bfloat16, 128, 32, True): 4,
-    (attention_backward_keys, "gfx942", torch.float32, 128, 64, True): 4,
+    (attention_backward_keys, "gfx942", torch.bfloat16, 64, 16, True): 16,
+    (attention_backward_keys, "gfx942", torch.bfloat16, 128, 64, True): 8,
+    (attention_backward_keys, "gfx942", torch.float32, 16, 16, True): 4,
+    (attention_backward_keys, "gfx942", torch.float32, 32, 16, True): 24,
+    (attention_backward_keys, "gfx942", torch.float32, 32, 32, True): 4,
+    (attention_backward_keys, "gfx942", torch.float32, 64, 64, True): 20,
+    (attention_backward_keys, "gfx942", torch.float32, 128, 16, True): 24,
+    (attention_backward_keys, "gfx942", torch.float32, 128, 32, True): 20,
+    (attention_backward_keys, "gfx942", torch.float32, 128, 64, True): 8,
 }
-"""By kernel, chip, dtype, D, R and whether masked: bytes a lane, where no block size was found that spills none."""
+"""By kernel, chip, dtype, D, R and whether masked: bytes a lane, where no block size was found that spills none.
+
+On gfx942 they are scalar registers, kept in lanes of vector registers: no instruction goes to memory.
+"""
 
 
 def variants(architecture: str) -> Iterator[Variant]:
@@ -213,11 +229,7 @@ def variants(architecture: str) -> Iterator[Variant]:
         name = str(dtype).removeprefix("torch.")
         for channels, (rank, gate_rank), masked in itertools.product((16, 32, 64, 128), RANKS, (False, True)):
             label = f"{name} D={channels} R={rank} G={gate_rank}{' masked' if masked else ''}"
-            for variant in _recorded(
-                recorded, architecture, label, dtype, channels, None, rank, gate_rank, masked=masked
-            ):
-                key = (variant.kernel, architecture, dtype, channels, rank, masked)
-                yield replace(variant, spilled_bytes=SPILLED.get(key, 0))
+            yield from _recorded(recorded, architecture, label, dtype, channels, None, rank, gate_rank, masked=masked)
 
 
 def _recorded(recorded, architecture, label, dtype, channels, factor_dtype=None, rank=16, gate_rank=3, routed=True,
@@ -236,7 +248,8 @@ def _recorded(recorded, architecture, label, dtype, channels, factor_dtype=None,
     ranges = empty(batch, queries, 2, 2, dtype=torch.int32) if masked else None
     output, lse = empty(batch, heads, queries, channels), empty(batch, heads, queries, dtype=torch.float32)
     call = (query, key, value, factors, 5.0, mask, ranges, 1.0)
-    yield from recorded("routed_attention", "forward", label, architecture, lambda: forward(*call))
-    yield from recorded(
-        "routed_attention", "backward", label, architecture, lambda: backward(output, output, lse, *call)
-    )
+    launches = (("forward", lambda: forward(*call)), ("backward", lambda: backward(output, output, lse, *call)))
+    for direction, launch_all in launches:
+        for variant in recorded("routed_attention", direction, label, architecture, launch_all):
+            key = (variant.kernel, architecture, dtype, channels, rank, masked)
+            yield replace(variant, spilled_bytes=SPILLED.get(key, 0))

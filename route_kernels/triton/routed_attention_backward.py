@@ -8,6 +8,9 @@ Each sum has one owner and one order, so results repeat bit for bit. The price i
 7 products of rank D a pair and head where atomics would need 5. The bias and its adjoint are computed once for the
 HEADS_PER_PROGRAM heads of a program; where that is not all heads, each group writes its share of the factors'
 gradients, [groups, B, N, R], and `sum_groups` adds them in order.
+
+Far below 0, where an additive mask of finfo.min leaves a row, lse = max + log(sum) has lost the sum: with such masks
+the passes read maximum and 1 / sum apart, from `attention_forward` with STATISTICS.
 """
 
 # ruff: noqa: RUF005 (a Triton kernel joins tuples with +)
@@ -40,7 +43,7 @@ from .routed_attention_tile import (
 @triton.jit(do_not_specialize=("heads", "queries", "keys"))
 def attention_backward_queries(
     grad_output, output,  # [B, H, N, D]; output is contiguous
-    lse,  # [B, H, N] float32, contiguous
+    lse,  # [B, H, N] float32, contiguous; with a float mask [B, H, N, 2]: max, times UNITS, and 1 / sum
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
@@ -88,7 +91,7 @@ def attention_backward_queries(
             tl.zeros([BLOCK_N, BLOCK_DEL], tl.float32),
             gate_zeros(BLOCK_N, BLOCK_GATE, GATE_COLUMNS),
         )
-    query_rows, incoming_rows, lse_rows, dots, gradients = (), (), (), (), ()
+    query_rows, incoming_rows, lse_rows, inverse_sum_rows, dots, gradients = (), (), (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
         # A head beyond the last repeats it with lse = +inf, so that its P and dS are 0.
         h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
@@ -99,11 +102,16 @@ def attention_backward_queries(
         # [BLOCK_N]
         output_dot_row = tl.sum(incoming.to(tl.float32) * attended.to(tl.float32), axis=1)
         tl.store(output_dot + row_of_head + rows, output_dot_row, mask=rows < count_of_head)
-        natural = tl.load(lse + row_of_head + rows, mask=rows < count_of_head, other=float("inf"))
         query_head = query + b * stride_qb + h * stride_qh
         query_rows = query_rows + (load_rows(query_head, stride_qn, rows, queries, D, BLOCK_D),)
         incoming_rows = incoming_rows + (incoming,)
-        lse_rows = lse_rows + (natural * UNITS,)
+        if MASK == 2:
+            pairs = lse + row_of_head * 2 + rows * 2
+            lse_rows = lse_rows + (tl.load(pairs, mask=rows < count_of_head, other=float("inf")),)
+            inverse_sum_rows = inverse_sum_rows + (tl.load(pairs + 1, mask=rows < count_of_head, other=0.0),)
+        else:
+            natural = tl.load(lse + row_of_head + rows, mask=rows < count_of_head, other=float("inf"))
+            lse_rows = lse_rows + (natural * UNITS,)
         dots = dots + (output_dot_row,)
         gradients = gradients + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
 
@@ -157,6 +165,8 @@ def attention_backward_queries(
             inner = products(query_rows[i], key_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
             weights = exponential(logits - lse_rows[i][:, None], UNITS)
+            if MASK == 2:
+                weights *= inverse_sum_rows[i][:, None]
             grad_weights = products(incoming_rows[i], value_rows, PRECISION)
             grad_logits = weights * (grad_weights - dots[i][:, None])
             if ROUTED:
@@ -202,7 +212,7 @@ def queries_seeing(key_ranges, first_key, end_key, queries, BLOCK: tl.constexpr)
 @triton.jit(do_not_specialize=("heads", "queries", "keys"))
 def attention_backward_keys(
     grad_output, output_dot,  # [B, H, N, D]; [B, H, N] float32: T
-    lse,  # [B, H, N] float32, contiguous
+    lse,  # [B, H, N] float32, contiguous; with a float mask [B, H, N, 2]: max, times UNITS, and 1 / sum
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
@@ -299,7 +309,6 @@ def attention_backward_keys(
             count_of_head = tl.where(group * HEADS_PER_PROGRAM + i < heads, queries, 0)
             row_of_head = (b * heads + h) * queries
             # [BLOCK_N]
-            natural = tl.load(lse + row_of_head + columns, mask=columns < count_of_head, other=float("inf"))
             output_dot_row = tl.load(output_dot + row_of_head + columns, mask=columns < queries, other=0.0)
             query_rows = load_rows(query + b * stride_qb + h * stride_qh, stride_qn, columns, queries, D, BLOCK_D)
             incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, columns, queries, D, BLOCK_D)
@@ -309,7 +318,14 @@ def attention_backward_keys(
             # [BLOCK_M, BLOCK_N]
             inner = products(key_rows[i], query_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
-            weights = exponential(logits - (natural * UNITS)[None, :], UNITS)
+            if MASK == 2:
+                pairs = lse + row_of_head * 2 + columns * 2
+                largest = tl.load(pairs, mask=columns < count_of_head, other=float("inf"))
+                inverse_sum = tl.load(pairs + 1, mask=columns < count_of_head, other=0.0)
+                weights = exponential(logits - largest[None, :], UNITS) * inverse_sum[None, :]
+            else:
+                natural = tl.load(lse + row_of_head + columns, mask=columns < count_of_head, other=float("inf"))
+                weights = exponential(logits - (natural * UNITS)[None, :], UNITS)
             # [BLOCK_M, BLOCK_D]
             added_to_value = added_to_value + (
                 dot(rounded(weights, incoming.dtype), incoming, value_gradients[i], PRECISION),

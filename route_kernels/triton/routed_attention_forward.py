@@ -2,6 +2,8 @@
 
 A program owns BLOCK_N queries of HEADS_PER_PROGRAM heads. For each tile of BLOCK_M keys it computes the bias once and
 uses it for every head: the bias costs one tanh and two products of rank R a pair, a head one exp2 and two of rank D.
+
+With STATISTICS it computes rows again for backward: maximum and 1 / sum apart, where lse could not carry both.
 """
 
 # ruff: noqa: RUF005 (a Triton kernel joins tuples with +)
@@ -12,6 +14,7 @@ import triton.language as tl
 
 from .interpreter import dot, rounded
 from .routed_attention_tile import (
+    FAR_BELOW,
     add_mask,
     exponential,
     hull,
@@ -52,6 +55,7 @@ def attention_forward(
     key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     output,  # [B, H, N, D], contiguous
     lse,  # [B, H, N] float32, contiguous
+    statistics,  # [B, H, N, 2] float32, contiguous: max, times UNITS, and 1 / sum; with STATISTICS, instead of both
     scale, limit,
     heads, queries, keys,
     stride_qb, stride_qh, stride_qn,
@@ -72,6 +76,7 @@ def attention_forward(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
     UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
+    STATISTICS: tl.constexpr,
 ):  # fmt: skip
     blocks, groups = tl.cdiv(queries, BLOCK_N), tl.cdiv(heads, HEADS_PER_PROGRAM)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
@@ -101,6 +106,13 @@ def attention_forward(
         first, count, second, tiles = tiles_seen(start0, end0, start1, end1, keys, BLOCK_M)
     else:
         tiles = tl.cdiv(keys, BLOCK_M)
+    if STATISTICS:
+        far_rows = 0
+        for i in tl.static_range(HEADS_PER_PROGRAM):
+            h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
+            natural = tl.load(lse + (b * heads + h) * queries + rows, mask=rows < queries, other=0.0)
+            far_rows += tl.sum((natural < FAR_BELOW).to(tl.int32), axis=0)
+        tiles = tl.where(far_rows > 0, tiles, 0)
 
     for step in range(0, tiles):
         tile = step
@@ -136,7 +148,8 @@ def attention_forward(
         for i in tl.static_range(HEADS_PER_PROGRAM):
             h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
             key_rows = load_rows(key + b * stride_kb + h * stride_kh, stride_km, columns, keys, D, BLOCK_D)
-            value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
+            if not STATISTICS:
+                value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
             bias_of_head = bias
             if MASK_OF_HEAD:
                 bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, UNITS, MASK)
@@ -147,9 +160,12 @@ def attention_forward(
             shift = tl.where(largest == float("-inf"), 0.0, largest)
             weights = exponential(logits - shift[:, None], UNITS)
             correction = exponential(row_max[i] - shift, UNITS)
-            # [BLOCK_N, BLOCK_D]
-            corrected = attended[i] * correction[:, None]
-            corrected = dot(rounded(weights, value_rows.dtype), value_rows, corrected, PRECISION)
+            if STATISTICS:
+                corrected = attended[i]
+            else:
+                # [BLOCK_N, BLOCK_D]
+                corrected = attended[i] * correction[:, None]
+                corrected = dot(rounded(weights, value_rows.dtype), value_rows, corrected, PRECISION)
             new_max = new_max + (largest,)
             new_sum = new_sum + (row_sum[i] * correction + tl.sum(weights, axis=1),)
             new_attended = new_attended + (corrected,)
@@ -160,8 +176,15 @@ def attention_forward(
         count_of_head = tl.where(h < heads, queries, 0)
         row_of_head = (b * heads + h) * queries
         total = row_sum[i]
-        # A query that attended nothing gives 0, and lse = +inf makes exp(S - lse) 0 in backward.
-        average = attended[i] * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-        natural = tl.where(row_max[i] > -1.0e30, row_max[i] / UNITS + tl.log(total), float("inf"))
-        store_rows(output + row_of_head * D, D, rows, count_of_head, average, D, BLOCK_D)
-        tl.store(lse + row_of_head + rows, natural, mask=rows < count_of_head)
+        if STATISTICS:
+            natural = tl.load(lse + row_of_head + rows, mask=rows < count_of_head, other=0.0)
+            far = natural < FAR_BELOW
+            pairs = statistics + (row_of_head + rows) * 2
+            tl.store(pairs, tl.where(far, row_max[i], natural * UNITS), mask=rows < count_of_head)
+            tl.store(pairs + 1, tl.where(far, 1.0 / total, 1.0), mask=rows < count_of_head)
+        else:
+            # A query that attended nothing gives 0, and lse = +inf makes exp(S - lse) 0 in backward.
+            average = attended[i] * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
+            natural = tl.where(row_max[i] > float("-inf"), row_max[i] / UNITS + tl.log(total), float("inf"))
+            store_rows(output + row_of_head * D, D, rows, count_of_head, average, D, BLOCK_D)
+            tl.store(lse + row_of_head + rows, natural, mask=rows < count_of_head)

@@ -18,8 +18,10 @@ from .interpreter import INTERPRETED, dot, rounded
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 LOG2_E = 1.4426950408889634
-# Far below every logit, yet finite: an additive mask of finfo.min stays one instead of becoming -inf times UNITS.
-LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of float32
+HALF_OF_TOO_LARGE: tl.constexpr = tl.constexpr(2.0**127)
+# Where a mask leaves a row's lse below this, lse = max + log(sum) loses the sum: at -1e9 a float has steps of 64.
+FAR_BELOW: tl.constexpr = tl.constexpr(-4096.0)
 
 
 @triton.jit
@@ -193,15 +195,24 @@ def mask_pointers_of(attn_mask, rows, row_count, stride_row, columns, column_cou
 
 @triton.jit
 def add_mask(bias, pointers, UNITS: tl.constexpr, MASK: tl.constexpr):
-    """The bias of a tile with attn_mask applied: bool hides a pair, float is added to its logit."""
+    """The bias of a tile with attn_mask applied: bool hides a pair, float is added to its logit.
+
+    A finite mask stays finite: where UNITS times it would be -inf, a line of half the slope goes on.
+    """
     # [ROWS, COLUMNS]
     if MASK == 1:
         hidden = tl.load(pointers) == 0
         masked = tl.where(hidden, float("-inf"), bias)
     else:
-        mask = tl.load(pointers).to(tl.float32)
-        finite = tl.maximum(mask * UNITS, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        masked = bias + tl.where(mask == float("-inf"), mask, finite)
+        mask = tl.load(pointers)
+        if mask.dtype == tl.float64:
+            finite = tl.maximum(mask, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            mask = tl.where(mask == float("-inf"), mask, finite)
+        mask = mask.to(tl.float32)
+        if UNITS != 1.0:
+            beyond = 0.5 * mask - (UNITS - 0.5) * HALF_OF_TOO_LARGE
+            mask = tl.where(mask > -HALF_OF_TOO_LARGE, mask * UNITS, beyond)
+        masked = bias + mask
     return masked
 
 
