@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import route_kernels as rk
 from route_kernels import RoutingFactors
@@ -55,6 +56,27 @@ def test_output_and_nine_gradients(sizes, dtype):
 )
 def test_bias_options(options, dtype):
     check_accuracy("routed_attention", routed_attention_arguments(queries=45, keys=270, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(2, 64), (8, 300)])
+def test_float32_factors_beside_a_bfloat16_query_have_gradients_as_exact_as_flash_attention(heads, queries):
+    arguments = routed_attention_arguments(batch=1, heads=heads, queries=queries, channels=32, rank=16, gate_rank=3)
+    rounded = map_tensors(arguments, lambda x: x.detach().bfloat16().float().requires_grad_())
+    grad_output = torch.randn(1, heads, queries, 32).bfloat16()
+    mixed = {name: rounded[name].detach().bfloat16().requires_grad_() for name in ("query", "key", "value")}
+
+    def errors(function, some):
+        exact = outcome(function, converted(some, torch.float64), grad_output.double())
+        found = outcome(function, some, grad_output)
+        return {n: ((found[n].double() - x).norm() / x.norm()).item() for n, x in exact.items() if n != "output"}
+
+    def ours(**arguments):
+        with rk.backend("reference" if arguments["query"].dtype == torch.float64 else None):
+            return rk.routed_attention(**arguments)
+
+    of_factors = [error for name, error in errors(ours, rounded | mixed).items() if "routing" in name]
+    of_flash = errors(scaled_dot_product_attention, mixed)
+    assert len(of_factors) == 6 and max(of_factors) < min(2e-3, *of_flash.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])

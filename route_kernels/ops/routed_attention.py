@@ -75,6 +75,13 @@ def routed_attention(
         [B, H, N, D] in the dtype of query. A query with no key to attend gives 0 and has zero gradients.
         Under autocast floating inputs are cast to the autocast dtype (the factors stay as they are).
 
+    Precision:
+        Backward takes T_hi = dO_hi . O_hi from the O that is returned, as FlashAttention does (arXiv 2205.14135,
+        algorithm 4). Beside a bfloat16 query, O is rounded to 8 bits: the gradients of float32 factors then have an
+        error of 3e-4 to 2e-3 of their norm, below what PyTorch's own flash backward makes in dq, dk and dv
+        (tests/test_routed_attention.py holds both); with a float32 query it is below 1e-6. An exact T would need O in
+        float32, B H N D numbers more, or another pass over all pairs.
+
     Raises:
         ValueError: a shape, device or the limit is wrong; the message names the argument.
         TypeError: a dtype is wrong.
