@@ -40,8 +40,6 @@ FAULTS = {
         None,
         "polygons of three or more points, or run lengths, of each object: 1 (annotation 7 of image 1: None",
     ),
-    "empty": ([], "of each object: 1 (annotation 7 of image 1: []"),
-    "a polygon of four": ([[1, 2, 3, 4]], "of each object: 1 (annotation 7 of image 1: [[1, 2, 3, 4]]"),
     "empty object": ({}, "of each object: 1 (annotation 7 of image 1: {}"),
     "text": ("text", "expected a segmentation: polygons [[x, y, x, y, ...], ...] or run lengths"),
     "flat": ([1, 2, 9, 2, 9, 9], "run lengths with 'size' and 'counts': 1 (annotation 7 of image 1: [1, 2, 9, 2"),
@@ -104,7 +102,7 @@ def test_all_faults_are_one_error_with_their_counts(folder):
             {"id": "3", "file_name": "c.png", "width": 6, "height": 4},
         ],
         annotations=[
-            *(annotation(n, segmentation=[[1, 2, 3, 4]]) for n in range(1, 6)),
+            *(annotation(n, segmentation={}) for n in range(1, 6)),
             annotation(6, category=1, segmentation=[TRIANGLE]),
             annotation(8, bbox=[1, 2, 3], segmentation=[TRIANGLE]),
             annotation(8, segmentation=of_size(24, 32)),
@@ -120,10 +118,10 @@ def test_all_faults_are_one_error_with_their_counts(folder):
         assert expected in str(error.value)
     assert "annotations: ids that occur twice: 1 (9)" in lines
     assert "names no category of the file: 1 (annotation 6 names 1)" in str(error.value)
-    assert "of each object: 5 (first: annotation 1 of image 1: [[1, 2, 3, 4]]; annotation 2" in str(error.value)
+    assert "of each object: 5 (first: annotation 1 of image 1: {}; annotation 2" in str(error.value)
     assert "annotation 8 of image 1: 768 pixels in 60 x 40" in str(error.value)
     found = inspect_annotations(folder / "instances.json", masks=True)
-    assert len(found.faults) == 7 and [len(examples) for examples in found.report.values()] == [1, 6]
+    assert len(found.faults) == 7 and [len(examples) for examples in found.report.values()] == [1, 1]
     assert [len(part) for part in (found.images, found.categories)] == [3, 2]
     assert [each["id"] for each in found.annotations] == [1, 2, 3, 4, 5, 8, 9]
 
@@ -198,6 +196,17 @@ def test_parts_that_have_no_area_are_left_out_and_counted(folder):
         with pytest.warns(DatasetWarning, match="left out because they have fewer than three points: 2"):
             found = drawn(folder, [part, TRIANGLE, part])
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("segmentation", [[], [[]], [[1, 2, 3, 4]], [[5, 5], [1, 2, 3]]])
+def test_an_object_without_a_polygon_is_ignored_and_counted(folder, segmentation):
+    with pytest.warns(DatasetWarning, match="ignored as crowd regions are: 1 .annotation 7 of image 1"):
+        dataset = masked(folder, segmentation)
+    assert dataset.num_boxes == 1 and dataset.masks(0).shape[-1] == 1
+    region = dataset.coco.anns[7]
+    assert region["iscrowd"] == 1 and rle.area(region["segmentation"]) == 200
+    boxes = opened(folder, content(annotations=[annotation(7, segmentation=segmentation)]))  # masks are not wanted
+    assert boxes.num_boxes == 1 and not boxes.report
 
 
 def test_the_last_of_an_odd_number_of_values_is_ignored_and_counted(folder):

@@ -33,8 +33,9 @@ def compress_masks(
 ) -> None:
     """Makes each ``segmentation`` run lengths {"size": [height, width], "counts": bytes} that fill its image.
 
-    ``sizes`` has the (width, height) of each image. A crowd region without a segmentation gets its box. What cannot be
-    drawn stays as it is and is in ``faults``; what was left out or cut is in ``report``.
+    ``sizes`` has the (width, height) of each image. A crowd region without a segmentation gets its box; an object of
+    whose polygons none is left becomes such a region. What cannot be drawn stays as it is and is in ``faults``; what
+    was left out or cut is in ``report``.
     """
     given: list[tuple[dict, bytes]] = []
     encoded: list[dict] = []
@@ -96,9 +97,13 @@ def _drawn(annotation: dict[str, Any], size: tuple[int, int], report: Report) ->
             raise _Fault("expected polygons with an outline of at most 2^24 pixels", f"{len(points)} points")
         polygons.append(points.ravel())
     if not polygons:
-        if not annotation.get("iscrowd"):
+        if annotation.get("iscrowd"):
+            report.add("crowd regions without a segmentation, for which their box stands", _named(annotation))
+        elif isinstance(found, list):
+            annotation["iscrowd"] = 1  # an object whose mask nobody knows
+            report.add("objects without a polygon of three points, ignored as crowd regions are", _named(annotation))
+        else:
             raise _Fault(NO_MASK, reprlib.repr(found))
-        report.add("crowd regions without a segmentation, for which their box stands", _named(annotation))
         x, y, w, h = annotation["bbox"]
         polygons = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     return rle.merge(rle.frPyObjects(polygons, *size[::-1]))
