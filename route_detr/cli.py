@@ -188,8 +188,9 @@ def _how_to_resume(args: argparse.Namespace) -> str:
 
 def _complain(kind: str, message: object) -> None:
     lines = (line.strip() for line in str(message).splitlines())
+    sentence = "; ".join(line for line in lines if line).replace(":; ", ": ")
     with suppress(OSError):  # the terminal has gone (SIGHUP): nobody is left to be told
-        tqdm.write(f"route-detr: {kind}: {'; '.join(line for line in lines if line)}", file=sys.stderr)
+        tqdm.write(f"route-detr: {kind}: {sentence}", file=sys.stderr)
 
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:

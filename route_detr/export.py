@@ -68,9 +68,11 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
         expected = model(images[:1])
     if not all(output.isfinite().all() for output in expected):
         raise FloatingPointError(f"{path}: not written, what the trained detector computes is not finite")
-    with torch.no_grad(), sampling_by_grid():
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PyTorch's remarks on its own exporters
+        with sampling_by_grid():
+            batches = ({0: torch.export.Dim.DYNAMIC},)
+            program = torch.export.export(model, (images,), dynamic_shapes=batches, strict=False)
         written = Path(folder) / path.name
         found = (_onnx_outputs if path.suffix == ".onnx" else _program_outputs)(program, written, images[:1])
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
@@ -89,17 +91,15 @@ def _onnx_outputs(program: torch.export.ExportedProgram, path: Path, images: Ten
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits", "boxes"],
-            verbose=False,
-        )
-        exported.model.producer_name = SOFTWARE
-        exported.save(path, external_data=False)
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits", "boxes"],
+        verbose=False,
+    )
+    exported.model.producer_name = SOFTWARE
+    exported.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]

@@ -124,7 +124,8 @@ def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in endings and file.is_file())
+            named = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
+            inside = [file for file in named if file.is_file() or not file.exists()]  # a link to nothing is told
             if not inside:
                 raise FileNotFoundError(f"{path}: a folder without images")
             files += inside

@@ -157,7 +157,9 @@ class Run:
     def draw(self, name: str, plot: Callable[[Path], object]) -> list[str]:
         """Let ``plot`` write the picture ``name``; one that fails is a warning. Returns the names that are there."""
         try:
-            plot(self.folder / name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from")  # drawn as an empty box
+                plot(self.folder / name)
         except Exception as error:  # whatever a class name or an image makes of a plot
             warnings.warn(f"{self.folder / name}: not drawn: {type(error).__name__}: {error}", stacklevel=2)
             return []

@@ -271,8 +271,9 @@ def take_weights(detector: nn.Module, checkpoint: str | Path, class_names: Seque
     state, own = load_checkpoint(checkpoint), whole(detector.state_dict())
     given, before = state["model"], [str(category["name"]) for category in state["categories"]]
     numbered = before == [str(number) for number in range(len(before))] != list(class_names)  # classes without names
-    kept = [name for name in class_names if name in before and not numbered]
-    to, rows = [list(class_names).index(name) for name in kept], [before.index(name) for name in kept]
+    there, here = _occurrences(before), _occurrences(class_names)
+    kept = [] if numbered else [each for each in here if each in there]
+    to, rows = [here[each] for each in kept], [there[each] for each in kept]
 
     agnostic = detector.config.proposal_classes == "agnostic"
     fitting, new, misfits = {}, [], []
@@ -312,12 +313,17 @@ def take_weights(detector: nn.Module, checkpoint: str | Path, class_names: Seque
     load_model(detector, {**own, **fitting})
     told = [f"weights of {checkpoint}: {len(fitting)} of {len(fitting) + len(new)} tensors"]
     if before != list(class_names):
-        anew = [name for name in class_names if name not in kept]
+        anew = [each[0] for each in here if each not in kept]
         known = f"{len(kept)} of {len(class_names)} classes are known there by name"
         told.append(known + (f", in the class heads these begin anew: {_some(anew)}" if anew else ""))
     told += [f"{len(new)} tensors begin anew: {_some(new)}"] if new else []
     told += [f"{len(unused)} tensors there are not used: {_some(unused)}"] if unused else []
     return "; ".join(told)
+
+
+def _occurrences(names: Sequence[str]) -> dict[tuple[str, int], int]:
+    """The place of each name and of how many equal ones come before it: two classes may have one name."""
+    return {(name, list(names[:place]).count(name)): place for place, name in enumerate(names)}
 
 
 def _some(names: Sequence[str]) -> str:

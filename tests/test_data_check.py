@@ -111,6 +111,23 @@ def test_every_fault_of_annotations_and_pictures_is_found_in_one_reading(root, t
     assert main(["data", "check", str(root), "--workers", "1", "--json", str(report)]) == 1  # its own file is replaced
 
 
+def test_categories_of_one_name_and_names_that_no_file_can_have_are_told(root, capsys):
+    def spoil(content):
+        content["categories"][1]["name"] = "square"
+        content["categories"].append({"id": 91, "name": "two\nlines"})
+        content["images"][0]["file_name"], content["images"][1]["file_name"] = "a\0.png", "n" * 300 + ".png"
+
+    edited(root, "train", spoil)
+    table = json.loads((root / "annotations" / "instances_train2017.json").read_text())["categories"]
+    edited(root, "val", lambda content: content.update(categories=table))
+    assert main(["data", "check", str(root), "--workers", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "2 x image files that cannot be used" in shown and "without an object: two lines" in shown
+    train = checked(root)["train"]
+    assert train["classes"].keys() == {"square (7)", "square (90)", "two\nlines"} and sum(train["classes"].values()) == 21
+    assert list(train["corrected"]) == ["names that several categories have, which stay apart"]
+
+
 def test_what_cannot_be_checked_is_bad_input(root, tmp_path, capsys):
     assert main(["data", "check"]) == 2 == main(["data", "check", str(tmp_path / "nowhere")])
     assert main(["data", "check", str(root), "--workers", "0"]) == 2

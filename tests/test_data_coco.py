@@ -1,10 +1,12 @@
 """Reading COCO files: whatever is in one, it is read, corrected and counted, or refused before training."""
 
+import errno
 import json
 import os
 import pickle
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,8 @@ def test_crowd_regions_are_no_targets_but_stay_for_evaluation(folder):
 def test_missing_area_and_iscrowd_are_filled_in_and_given_areas_stay(folder):
     dataset = opened(folder, content(annotations=[annotation(1), annotation(2, area=7.5, iscrowd=False)]))
     assert [(a["area"], a["iscrowd"]) for a in dataset.coco.loadAnns([1, 2])] == [(200.0, 0), (7.5, 0)]
+    dataset = opened(folder, content(annotations=[annotation(1, area=None, iscrowd=None)]))
+    assert [(a["area"], a["iscrowd"]) for a in dataset.coco.loadAnns([1])] == [(200.0, 0)]
 
 
 @pytest.mark.parametrize("first_id", [0, 1])
@@ -177,6 +181,11 @@ BROKEN = {
     ),
     "area NaN": (content(annotations=[annotation(7, area=float("nan"))]), ["finite", "annotations[0].area is nan"]),
     "no image sizes": (content(images=[{"id": 1, "file_name": "a.png"}]), ["required: 2", "images[0].width"]),
+    "no categories at all": ({"images": [], "annotations": []}, ["Field required: 1 (categories is missing)"]),
+    "entry without height": (
+        content(images=[{"id": 1, "file_name": "a.png", "width": 60}]),
+        ["images[0].height is missing in {'file_name': 'a.png'"],
+    ),
     "many faults": (
         content(annotations=[annotation(n, image=99) for n in range(1, 51)]),
         ["names no image of the file: 50 (first: annotation 1 names 99; annotation 2"],
@@ -239,6 +248,31 @@ def test_ids_are_any_integers(folder):
     assert [target.image_id for target in batch.targets] == [2**64 - 1, -(2**63)]
     assert [target.labels.tolist() for target in batch.targets] == [[1], [1]]
     assert dataset.category_ids == [-1, 10**30] and [*dataset.coco.anns] == [2**63, 2**63 + 1]
+
+
+def test_categories_of_one_name_stay_apart_and_are_counted(folder):
+    categories = [
+        {"id": 5, "name": "bees"},
+        {"id": 90, "name": "bees"},
+        {"id": 91, "name": ""},
+        {"id": 92, "name": None},
+    ]
+    with pytest.warns(DatasetWarning) as warned:
+        dataset = opened(folder, content(categories=categories))
+    told = f"{folder / 'instances.json'}:\nnames that several categories have, which stay apart: 1 ('bees' of [5, 90])"
+    assert [str(each.message) for each in warned] == [told]  # and no word on boxes that do not fit
+    assert dataset.category_names == ["bees", "bees", "91", "92"] and dataset.labels(0).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("check_headers", [True, False])
+@pytest.mark.parametrize("name", ["n" * 300 + ".png", "a\0.png", "\\" * 300 + "a\0.png", "n" * 300 + "/a.png"])
+def test_a_name_that_no_file_can_have_is_counted_as_any_other_missing_file(folder, name, check_headers):
+    sections = content()
+    sections["images"][1]["file_name"] = name
+    if name.endswith("/a.png"):  # found without its folder, but it is the other entry's
+        sections["images"][1]["file_name"] = name.replace("a.png", "absent.png")
+    with pytest.raises(DatasetError, match="image files that cannot be used: 1 "):
+        opened(folder, sections, check_headers=check_headers)
 
 
 def test_less_than_a_pixel_outside_is_rounding_cut_for_training_and_kept_for_evaluation(folder):
@@ -416,6 +450,18 @@ def test_names_that_leave_the_folder_are_read_there_and_cached_in_the_cache(fold
         assert dataset.raw_image(0).getpixel((0, 0)) == (255, 0, 0)
     assert [path.name for path in (folder / "elsewhere").iterdir()] == ["a.png"]
     assert len(arrays_in(folder / "cache")) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_cannot_be_made_is_one_sentence(folder, workers, monkeypatch):
+    dataset = opened(folder, cache=folder / "cache")
+
+    def refuse(*_, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"^\S+cache\S+npy: cannot be written: Permission denied$"):
+        list(batch_loader(dataset, [[0]], workers))
 
 
 def test_a_cache_that_is_a_file_is_told(folder):

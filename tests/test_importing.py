@@ -425,6 +425,22 @@ def test_classes_without_names_are_no_names(published):
     assert "0 of 4 classes are known there by name" in told
 
 
+def test_classes_of_one_name_keep_their_rows(published):
+    source = load_trained(published, torch.device("cpu")).detector
+    twins = published.with_name("twins.pt")
+    named = [{"id": k, "name": name} for k, name in enumerate(["car", "bee", "car", "car"])]
+    save_checkpoint(twins, {**load_checkpoint(published), "categories": named})
+    detector = Detector(source.config)
+    told = take_weights(detector, twins, ["car", "bee", "car", "car"])
+    assert torch.equal(detector.decoder.heads[0].classify.weight, source.decoder.heads[0].classify.weight)
+    assert "begin anew" not in told
+    told = take_weights(detector, twins, ["ant", "car", "car", "bee"])
+    assert torch.equal(
+        detector.decoder.heads[0].classify.weight[1:], source.decoder.heads[0].classify.weight[[0, 2, 1]]
+    )
+    assert "3 of 4 classes are known there by name, in the class heads these begin anew: ant" in told
+
+
 def test_a_file_of_the_authors_is_read_with_its_arguments_and_prefixes(tmp_path):
     state = {f"module.{key}": torch.zeros(shape) for key, shape in deformable_detr().items()}
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 49}, tmp_path / "checkpoint.pth")

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from route_detr.plots import (
     plot_schedule,
 )
 from route_detr.prediction import draw_detections
+from route_detr.run import Run
 
 BOXES = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [30.0, 0.0, 40.0, 10.0], [5.0, 0.0, 15.0, 10.0]])
 
@@ -69,6 +72,18 @@ def test_names_are_drawn_as_they_are_and_inside_their_image(drawn, tmp_path):
     for axes in (upper, lower):
         assert all(text.get_window_extent().x1 <= axes.get_window_extent().x1 + 0.5 for text in axes.texts)
     drawn[0].savefig(tmp_path / "detections.png")
+
+
+def test_a_name_in_a_script_that_the_font_has_not_is_no_warning(tmp_path):
+    found = {"boxes": torch.tensor([[2.0, 2, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.tensor([0.9])}
+    images = [Image.new("RGB", (32, 24))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = Run(tmp_path).draw(
+            "detections.png",
+            lambda path: plots.plot_detections(images, [found], [found], ["写真 \N{AUTOMOBILE}"], path),
+        )
+    assert drawn == ["detections.png"] and Image.open(tmp_path / "detections.png").format == "PNG"
 
 
 def test_curves_of_a_run_with_masks_show_them_below_a_title_that_fits(drawn, tmp_path):

@@ -217,9 +217,13 @@ def test_predict_does_what_it_can_and_names_what_it_cannot_read(run, odd_images,
     (odd_images / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
     (odd_images / "._grey.png").write_bytes(b"\0\5\26\7" * 32)
     (odd_images / "paper.pdf").write_bytes(b"%PDF-1.7 ...")
+    (odd_images / "gone.png").symlink_to("nowhere.png")
+    (odd_images / "round.png").symlink_to("round.png")
+    (odd_images / "folder.png").mkdir()
     line = fails(capsys, "predict", run, odd_images, *out, "--score-threshold", "0", code=1)
-    assert "3 of 8 images: " in line
-    assert all(f"{name}: cannot be used as an image" in line for name in ("half.jpg", "._grey.png", "paper.pdf"))
+    assert "5 of 10 images: " in line
+    unread = ("half.jpg", "._grey.png", "paper.pdf", "gone.png", "round.png")
+    assert all(f"{name}: cannot be used as an image" in line for name in unread)
     found = json.loads((tmp_path / "x" / "predictions.json").read_text())
     assert {Path(result["file_name"]).name for result in found} == {
         "alpha.png", "cmyk.jpg", "grey.png", "palette.png", "turned.jpg"
@@ -417,7 +421,7 @@ def test_a_picture_that_fails_costs_a_warning_and_not_the_summary(data, tmp_path
     printed = capsys.readouterr()
     told = [line for line in printed.err.splitlines() if line.startswith("route-detr: ")]
     assert told == [
-        f"route-detr: warning: {folder / name}: not drawn: ValueError: Ba$$in:; ^ ParseException"
+        f"route-detr: warning: {folder / name}: not drawn: ValueError: Ba$$in: ^ ParseException"
         for name in ("curves.png", "detections.png")
     ]
     assert printed.out.startswith("main branch") and printed.out.endswith("last.pt, curves.png, routing.png\n")

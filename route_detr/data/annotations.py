@@ -40,7 +40,7 @@ class _Annotation(_Entry):
     category_id: int
     bbox: Annotated[list[Number], Field(min_length=4, max_length=4)]
     area: NotRequired[Annotated[Number, Field(ge=0)] | None]
-    iscrowd: NotRequired[Literal[0, 1]]
+    iscrowd: NotRequired[Literal[0, 1] | None]
 
 
 class _Content(TypedDict):
@@ -61,7 +61,7 @@ class CocoAnnotations:
     annotations  its ``annotations`` without those that had no area inside their image; ``bbox`` sticks out by less than
                  `ROUNDING` pixels; ``area`` and ``iscrowd`` are always there; where masks were asked for,
                  ``segmentation`` is run lengths that fill the image
-    categories   its ``categories``, by id, each with a ``name``
+    categories   its ``categories``, by id, each with a ``name``, else its id as text
     report       what was corrected or dropped
     faults       what makes the file unfit for training
     """
@@ -115,7 +115,7 @@ def inspect_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
     if not content["categories"] and "categories" not in broken:
         faults.add("categories should have at least 1 item", "categories is []")
     images = {image["id"]: image for image in content["images"]}
-    categories = {category["id"]: {"name": str(category["id"]), **category} for category in content["categories"]}
+    categories = {each["id"]: each | {"name": _name(each)} for each in content["categories"]}
     usable = []
     for annotation in content["annotations"]:
         unknown = [
@@ -137,6 +137,12 @@ def inspect_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
     if 2 * sum(map(len, report.values())) > len(usable):
         hint = "are they x0, y0, x1, y1 rather than COCO's x, y, width, height?"
         report.add("more than half of the boxes do not fit their image", hint)
+    named: dict[str, list[int]] = {}
+    for number, category in categories.items():
+        named.setdefault(category["name"], []).append(number)
+    for name, numbers in named.items():
+        if len(numbers) > 1:
+            report.add("names that several categories have, which stay apart", f"{name!r} of {numbers}")
     if masks:
         compress_masks(kept, {n: (image["width"], image["height"]) for n, image in images.items()}, faults, report)
     for annotation in kept:
@@ -152,16 +158,19 @@ def _content(text: bytes, faults: Report) -> tuple[dict[str, list[dict]], set[st
     try:
         return CONTENT.validate_json(text), set()
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
+        every = error.errors(include_url=False, include_context=False)
     right: dict[str, list] = {section: [] for section in SECTIONS}
-    if found[0]["type"] == "json_invalid":
-        faults.add(found[0]["msg"], f"the file begins with {text[:20]!r}")
+    if every[0]["type"] == "json_invalid":
+        faults.add(every[0]["msg"], f"the file begins with {text[:20]!r}")
         return right, {*SECTIONS}
     wrong: dict[str, set[int]] = {}
     whole = set(SECTIONS)
-    for fault in found:
+    for fault in every:
         place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]).lstrip(".")
-        faults.add(fault["msg"], f"{place or 'the file'} is {reprlib.repr(fault['input'])}")
+        found = f"is {reprlib.repr(fault['input'])}"
+        if fault["type"] == "missing":
+            found = f"is missing in {reprlib.repr(fault['input'])}" if len(fault["loc"]) > 1 else "is missing"
+        faults.add(fault["msg"], f"{place or 'the file'} {found}")
         if len(fault["loc"]) < 2:
             whole -= {*(fault["loc"] or SECTIONS)}
         else:
@@ -170,6 +179,11 @@ def _content(text: bytes, faults: Report) -> tuple[dict[str, list[dict]], set[st
         entries = from_json(text)[section]
         right[section] = [entry for number, entry in enumerate(entries) if number not in wrong.get(section, ())]
     return CONTENT.validate_python(right), {*SECTIONS} - whole | {*wrong}
+
+
+def _name(category: dict) -> str:
+    name = category.get("name")
+    return str(category["id"] if name in (None, "") else name)
 
 
 def _fits(annotation: dict, image: dict, report: Report) -> bool:
@@ -194,7 +208,7 @@ def _fits(annotation: dict, image: dict, report: Report) -> bool:
     annotation["area"] = inside = (x1 - x0) * (y1 - y0) if area is None else area
     if kind:
         annotation |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": min(inside, (x1 - x0) * (y1 - y0))}
-    annotation.setdefault("iscrowd", 0)
+    annotation["iscrowd"] = annotation.get("iscrowd") or 0
     return True
 
 

@@ -38,7 +38,7 @@ def check_data(layout: CocoLayout, masks: bool = False, workers: int | None = No
         content = inspect_annotations(paths.annotations, masks)
         listed = [image["file_name"] for image in content.images]
         files[name] = list(map(str, image_files(paths.images, listed, content.report)))
-        categories[name] = {each["id"]: str(each["name"]) for each in content.categories}
+        categories[name] = {each["id"]: each["name"] for each in content.categories}
         _read_all(name, files[name], content, workers)
         splits[name] = _described(content, paths)
     faults = splits["val"]["faults"]
@@ -46,7 +46,7 @@ def check_data(layout: CocoLayout, masks: bool = False, workers: int | None = No
         ours, theirs = (categories[name].get(number, "absent") for name in ("val", "train"))
         if ours != theirs:
             faults.add("categories that differ from the training set's", f"id {number} is {ours!r}, there {theirs!r}")
-    real = {name: {os.path.realpath(file) for file in found} for name, found in files.items()}
+    real = {name: {os.path.realpath(file) for file in found if os.path.isfile(file)} for name, found in files.items()}
     for file in sorted(real["train"] & real["val"]):
         splits["val"]["corrected"].add("image files of the training set too", file)
     return {"trainable": not any(split["faults"] for split in splits.values()), **splits}
@@ -71,7 +71,11 @@ def _read_all(name: str, files: Sequence[str], content: CocoAnnotations, workers
 
 def _described(content: CocoAnnotations, paths: SplitPaths) -> dict[str, Any]:
     boxes: dict[int, list[list[float]]] = {image["id"]: [] for image in content.images}
-    names = {category["id"]: str(category["name"]) for category in content.categories}
+    times = Counter(category["name"] for category in content.categories)
+    names = {
+        each["id"]: each["name"] if times[each["name"]] == 1 else f"{each['name']} ({each['id']})"
+        for each in content.categories
+    }
     classes = Counter(dict.fromkeys(names.values(), 0))
     areas, crowds = [], 0
     for each in content.annotations:
@@ -130,8 +134,8 @@ def _lines(split: dict[str, Any]) -> list[str]:
     objects, classes = split["num_objects"], split["classes"]
     width, height, crowding = split["width"], split["height"], split["objects_per_image"]
     small, medium, large = (f"{100 * count / max(objects, 1):.0f} %" for count in split["small_medium_large"])
-    named = [f"{name} {count}" for name, count in classes.items() if count]
-    absent = [name for name, count in classes.items() if not count]
+    named = [f"{' '.join(name.split())} {count}" for name, count in classes.items() if count]  # each on one line
+    absent = [" ".join(name.split()) for name, count in classes.items() if not count]
     return [
         f"images    {split['num_images']}, {split['images_without_objects']} without an object; "
         f"width {width['min']:.0f} to {width['max']:.0f} (median {width['median']:.0f}), "

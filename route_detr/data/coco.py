@@ -72,7 +72,7 @@ class CocoDetection(Dataset):
         content = read_annotations(self.annotation_file, masks)
         self.report = content.report
         self.category_ids: list[int] = [category["id"] for category in content.categories]
-        self.category_names: list[str] = [str(category["name"]) for category in content.categories]
+        self.category_names: list[str] = [category["name"] for category in content.categories]
         self.image_ids: list[int] = [image["id"] for image in content.images]
         self.file_names: list[str] = [image["file_name"] for image in content.images]
         self._sizes = np.array([(i["width"], i["height"]) for i in content.images], dtype=np.int64).reshape(-1, 2)
@@ -108,8 +108,8 @@ class CocoDetection(Dataset):
         if headers:
             note_verdicts(map(str, files), map(judged, files, sizes), faults, self.report)
         for file in () if headers else files:
-            if not (file.is_file() and file.stat().st_size):
-                kind = "empty" if file.is_file() else "no such file"
+            if not (os.path.isfile(file) and file.stat().st_size):
+                kind = "empty" if os.path.isfile(file) else "no such file"
                 faults.add("image files that cannot be used", f"{file}: {kind}")
         if faults:
             raise DatasetError(f"{self.annotation_file}: of {len(self)} images:\n{faults}")

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
-from route_detr.checkpoint import write_atomically
+from route_detr.checkpoint import write_atomically, writing
 from route_detr.data.report import DatasetError, Report
 
 ORIENTATION_TAG, TIFF_WIDTH, TIFF_HEIGHT = 0x0112, 0x0100, 0x0101
@@ -124,11 +124,11 @@ def image_file(folder: Path, name: str) -> Path:
     A backslash is a separator, as Windows writes it, unless a file has it in its name. Where the folder of a name is
     not there, as in ``images/0001.jpg`` below ``images``, the file is looked for without it.
     """
-    file = folder / name
-    if "\\" in name and not file.exists():
+    file = folder / name  # os.path's functions: a name that no file can have is one that is not there
+    if "\\" in name and not os.path.exists(file):
         file = folder / name.replace("\\", "/")
     bare = folder / file.name
-    return bare if bare.is_file() and not file.parent.exists() else file
+    return bare if os.path.isfile(bare) and not os.path.exists(file.parent) else file
 
 
 def image_files(folder: Path, names: Sequence[str], report: Report) -> list[Path]:
@@ -228,6 +228,7 @@ def cached_rgb(path: str | os.PathLike, size: tuple[int, int], cache: Path) -> I
         if pixels.shape == (size[1], size[0], 3) and pixels.dtype == np.uint8:
             return Image.fromarray(pixels)
     image = read_rgb(path, size)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda stream: np.save(stream, np.asarray(image)))
     return image

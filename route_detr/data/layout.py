@@ -57,7 +57,7 @@ def coco_layout(
         found[split] = SplitPaths(*paths.values())
     if missing:
         start = "explicit paths only" if root is None else f"{Path(root)}"
-        raise DatasetError(f"no COCO data set found from {start}; looked for\n" + "\n".join(missing))
+        raise DatasetError(f"no COCO data set found from {start}; looked for:\n" + "\n".join(missing))
     return CocoLayout(**found)
 
 

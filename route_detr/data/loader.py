@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from route_detr.data.batch import Batch, Target, collate
 from route_detr.data.coco import CocoDetection
 from route_detr.data.report import DatasetError
-from route_detr.errors import WriteError
 
 
 def shuffled(landscape: Sequence[bool], batch_size: int, generator: torch.Generator) -> list[int]:
@@ -76,7 +75,7 @@ class _Told(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target] | Exception:
         try:
             return self.dataset[index]
-        except (DatasetError, WriteError) as error:
+        except (DatasetError, OSError) as error:
             return error
 
 
