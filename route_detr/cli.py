@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             bad_input = isinstance(error, INPUT_ERRORS)
             text = str(error) if bad_input or isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
-            if isinstance(error, OSError) and error.filename is not None:
-                text = f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.strerror is not None:
+                text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
             _complain("error", text)
             return BAD_INPUT if bad_input else FAILED

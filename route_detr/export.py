@@ -79,7 +79,9 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
         if not worst <= TOLERANCE:
             raise RuntimeError(f"{path}: the exported detector differs from the trained one by {worst:.1e}")
         write_atomically(with_folder(path), lambda stream: stream.write(written.read_bytes()))
-    return f"written to {path}: images [B, 3, {height}, {width}], differs from eager PyTorch by {worst:.1e} at most"
+    left_out = "; without the masks of this detector" if trained.config.detector.masks else ""
+    differs = f"differs from eager PyTorch by {worst:.1e} at most"
+    return f"written to {path}: images [B, 3, {height}, {width}], {differs}{left_out}"
 
 
 def _program_outputs(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> Sequence[Tensor]:

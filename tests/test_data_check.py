@@ -124,7 +124,8 @@ def test_categories_of_one_name_and_names_that_no_file_can_have_are_told(root, c
     shown = capsys.readouterr().out
     assert "2 x image files that cannot be used" in shown and "without an object: two lines" in shown
     train = checked(root)["train"]
-    assert train["classes"].keys() == {"square (7)", "square (90)", "two\nlines"} and sum(train["classes"].values()) == 21
+    assert train["classes"].keys() == {"square (7)", "square (90)", "two\nlines"}
+    assert sum(train["classes"].values()) == 21
     assert list(train["corrected"]) == ["names that several categories have, which stay apart"]
 
 

@@ -93,6 +93,19 @@ def test_what_was_exported_wrongly_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Exactly(nn.Module):
+    def forward(self, images):
+        return SimpleNamespace(logits=images.flatten(2), boxes=images.flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masks", [True, False])
+def test_masks_that_are_left_out_are_told(masks, tmp_path):
+    config = preset("tiny").updated({"detector.masks": masks})
+    model = replace(trained(), config=config, detector=Exactly())
+    assert export(model, tmp_path / "detector.pt2", SIZE).endswith("without the masks of this detector") == masks
+
+
 def test_another_kind_of_file_is_an_error(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"--out: expected a name that ends in .onnx or .pt2, got .*detector.txt"):
         export(trained(), tmp_path / "detector.txt")

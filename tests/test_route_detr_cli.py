@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -334,6 +335,17 @@ def test_a_slip_does_not_cost_a_run_its_files(run, capsys, command, message):
     before = everything_in(run)
     assert message in fails(capsys, *command.replace("RUN", str(run)).split())
     assert everything_in(run) == before
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_output_that_nobody_takes_is_one_sentence(tmp_path, capsys, monkeypatch, number):
+    def refuse(text):
+        raise OSError(number, os.strerror(number))
+
+    sizes = ["--train-images", "1", "--val-images", "1", "--image-size", "64"]
+    monkeypatch.setattr(sys.stdout, "write", refuse)
+    assert main(["data", "digits", str(tmp_path / "digits"), *sizes]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"route-detr: error: {os.strerror(number)}"
 
 
 def test_folders_are_expanded_in_order(odd_images):
