@@ -30,11 +30,17 @@ _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "refer
 _of_process: str | None = None
 
 
+class _Block:
+    """One `with backend(...)`, around which others may be open."""
+
+    def __init__(self, requested: str | None, outer: _Block | None):
+        self.requested, self.outer, self.is_open = requested, outer, True
+
+
 class _Thread(threading.local):
     """The blocks that a thread is in. Not ContextVars: torch.compile cannot read, and so not guard, those."""
 
-    inside = False  # whether in a `with backend(...)`
-    requested: str | None = None
+    block: _Block | None = None  # the innermost that is open
     assumed: str | None = None
 
 
@@ -63,24 +69,26 @@ def set_backend(name: str | None) -> None:
 
 def requested_backend() -> str | None:
     """The backend asked for by this thread's innermost `backend` block, or else by `set_backend`, or None."""
-    return _thread.requested if _thread.inside else _of_process
+    return _of_process if _thread.block is None else _thread.block.requested
 
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """Request `name` inside the `with` block, in this thread: `with backend("reference"): ...`.
 
-    The backward of an op runs on the backend that ran its forward, in whichever thread.
+    The backward of an op runs on the backend that ran its forward, in whichever thread. Tasks of asyncio and generators
+    share their thread's innermost block, as with `torch.no_grad`; in whichever order blocks end, none outlives its end.
 
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    previous = _thread.inside, _thread.requested
-    _thread.inside, _thread.requested = True, _validated(name)
+    block = _thread.block = _Block(_validated(name), _thread.block)
     try:
         yield
     finally:
-        _thread.inside, _thread.requested = previous
+        block.is_open = False
+        while _thread.block is not None and not _thread.block.is_open:
+            _thread.block = _thread.block.outer
 
 
 @contextmanager

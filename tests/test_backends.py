@@ -102,6 +102,23 @@ def test_blocks_of_two_threads_do_not_meet():
     assert seen == {"first": "reference", "second": "cpu"} and rk.requested_backend() is None
 
 
+def test_blocks_may_end_in_any_order():
+    """As in tasks of asyncio and in generators, which share a thread."""
+    first, second, third = (rk.backend(name) for name in ("reference", "cpu", None))
+    for block in (first, second, third):
+        block.__enter__()
+    seen = []
+    for block in (first, third, second):
+        block.__exit__(None, None, None)
+        seen.append(rk.requested_backend())
+    assert seen == [None, "cpu", None]
+    try:
+        rk.set_backend("reference")
+        assert rk.requested_backend() == "reference"
+    finally:
+        rk.set_backend(None)
+
+
 def test_threads_without_a_block_see_the_request_for_the_process():
     try:
         with rk.backend("cpu"), backends.assumed("cuda"):

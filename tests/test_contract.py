@@ -109,6 +109,16 @@ def test_messages_name_op_argument_expectation_and_arrival(bad):
     assert "got" in message or bad.name.startswith("attn_mask: learnable")
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("op", [*OPS, *PRODUCTS])
+def test_a_sparse_tensor_is_named(op, backend):
+    arguments = next(iter(sample_arguments(op).values()))
+    for name in [name for name, argument in arguments.items() if isinstance(argument, torch.Tensor)]:
+        sparse = {**arguments, name: arguments[name].detach().to_sparse()}
+        with rk.backend(backend), pytest.raises(TypeError, match=f"^{op}: {name}: expected a tensor with strides, got"):
+            call(op, sparse)
+
+
 def test_routing_bias_has_the_contract_of_the_op():
     routing = routed_attention_arguments(queries=5, keys=7)["routing"]
     with pytest.raises(TypeError, match=r"^routing_bias: routing: expected RoutingFactors, got tuple"):

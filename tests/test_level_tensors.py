@@ -275,3 +275,12 @@ def test_our_module():
             compiled(*inputs, torch.tensor(levels)), module(*inputs, levels), rtol=1e-5, atol=1e-5
         )
     assert counter.frame_count == 1
+
+
+@each_backend
+@each_op
+def test_levels_on_meta_have_no_numbers_for_a_value_that_has(op, backend):
+    skip_unless_it_runs(op, backend)
+    made = arguments(op, SIZES[0])
+    with rk.backend(backend), pytest.raises(ValueError, match=f"^{op}: spatial_shapes: expected numbers .* on meta"):
+        call(op, {**made, "spatial_shapes": made["spatial_shapes"].to("meta")})

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import route_kernels as rk
-from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
+from route_kernels.nn import AddLayerNorm, MSDeformAttn, QueryRouter, RoutedSelfAttention
 from route_kernels.testing import routed_attention_arguments
 from route_kernels.testing.eager import ms_deform_attn_fused, routed_attention
 
@@ -368,3 +368,12 @@ def test_deformable_attention_equals_plain_operators(coordinates, reference_leve
 def test_sizes_that_cannot_be(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_settings_of_another_type():
+    with pytest.raises(TypeError, match=r"^QueryRouter: rank: expected ints, got 2.5"):
+        QueryRouter(rank=2.5)
+    with pytest.raises(TypeError, match=r"^MSDeformAttn: num_heads: expected ints, got 2.0"):
+        MSDeformAttn(16, 2, 2.0)
+    with pytest.raises(ValueError, match=r"^AddLayerNorm: keep: expected one of output, normalized, got 'input'"):
+        AddLayerNorm(16, keep="input")

@@ -76,7 +76,7 @@ def ms_deform_attn_backward(
     """
     tensors = (value, sampling_locations, attention_weights)
     expect_tensors(BACKWARD, value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
-    sizes, starts, _ = level_arguments(BACKWARD, spatial_shapes, level_start_index, None)
+    sizes, starts, _ = level_arguments(BACKWARD, value, spatial_shapes, level_start_index, None)
     check(value, sizes, starts, sampling_locations, attention_weights, None)
     batch, _, heads, channels = value.shape
     queries = ("N", sampling_locations.shape[1])

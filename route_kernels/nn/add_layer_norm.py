@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops.add_layer_norm import add_layer_norm
+from ..ops.add_layer_norm import KEEP, add_layer_norm
+from ..ops.contract import expect_choice
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -15,9 +16,13 @@ class AddLayerNorm(nn.LayerNorm):
         dim: channels C.
         eps: added to the variance.
         keep: as `add_layer_norm`.
+
+    Raises:
+        ValueError: keep is unknown.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, keep: str = "output"):
+        expect_choice("AddLayerNorm", "keep", keep, KEEP)
         super().__init__(dim, eps)
         self.keep = keep
 

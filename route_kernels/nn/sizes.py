@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ..ops.contract import integer
+
 
 def expect_positive(module: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
+        if integer(module, name, size) < 1:
             raise ValueError(f"{module}: {name}: expected a positive number, got {size}")
 
 

@@ -18,10 +18,13 @@ Dimension = tuple[str, int] | str
 
 
 def expect_tensors(op: str, **arguments: object) -> None:
-    """Raises TypeError unless every argument is a tensor."""
+    """Raises TypeError unless every argument is a tensor with strides."""
+    has_layout = not torch.compiler.is_compiling()  # which cannot tell it inside an autograd.Function's backward
     for name, argument in arguments.items():
         if not isinstance(argument, torch.Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(argument).__name__}")
+        if has_layout and argument.layout is not torch.strided:
+            raise TypeError(f"{op}: {name}: expected a tensor with strides, got layout {argument.layout}")
 
 
 def expect_shape(op: str, argument: str, tensor: torch.Tensor, *dimensions: Dimension) -> None:

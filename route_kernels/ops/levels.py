@@ -64,13 +64,15 @@ def flat_integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] 
 
 
 def level_arguments(
-    op: str, spatial_shapes: SpatialShapes, level_start_index: LevelStarts, points: PointCounts
+    op: str, value: torch.Tensor, spatial_shapes: SpatialShapes, level_start_index: LevelStarts, points: PointCounts
 ) -> tuple[list[int] | torch.Tensor, list[int] | torch.Tensor | None, list[int] | torch.Tensor | None]:
     """The three arguments as `overload` takes them: flat lists of ints, or all tensors where one cannot be read yet.
 
     Raises:
-        TypeError, ValueError: not integers, or not of these shapes.
+        TypeError, ValueError: not integers, not of these shapes, or meta tensors beside a value that is none.
     """
+    if not value.is_meta:
+        _expect_numbers(op, spatial_shapes=spatial_shapes, level_start_index=level_start_index, points=points)
     if not (_has_no_numbers(spatial_shapes) or _has_no_numbers(level_start_index) or _has_no_numbers(points)):
         starts = flat_integers(op, "level_start_index", level_start_index)
         return flat_spatial_shapes(op, spatial_shapes), starts, flat_integers(op, "points", points)
@@ -85,6 +87,12 @@ def _integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] | No
     if isinstance(numbers, torch.Tensor):
         return _on_host(_expect_integers(op, argument, numbers))
     return None if numbers is None else _tensor_of(flat_integers(op, argument, numbers))
+
+
+def _expect_numbers(op: str, **arguments: object) -> None:
+    for name, argument in arguments.items():
+        if isinstance(argument, torch.Tensor) and argument.is_meta:
+            raise ValueError(f"{op}: {name}: expected numbers or a tensor that has some, got one on meta")
 
 
 def _has_no_numbers(argument: object) -> bool:

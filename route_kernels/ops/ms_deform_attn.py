@@ -79,7 +79,7 @@ def ms_deform_attn(
         RuntimeError: a second derivative was asked of a fused kernel.
     """
     expect_tensors(OP, value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
-    sizes, starts, counts = level_arguments(OP, spatial_shapes, level_start_index, points)
+    sizes, starts, counts = level_arguments(OP, value, spatial_shapes, level_start_index, points)
     value = autocast_value(value)
     chosen = backends.choose(OP, value, sampling_locations, attention_weights)
     inputs = (value, sizes, starts, sampling_locations, attention_weights, counts)

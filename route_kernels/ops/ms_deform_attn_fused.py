@@ -85,7 +85,7 @@ def ms_deform_attn_fused(
         OP, value=value, reference_points=reference_points, sampling_offsets=sampling_offsets,
         attention_logits=attention_logits, **({} if value_mask is None else {"value_mask": value_mask}),
     )  # fmt: skip
-    sizes, _, points = level_arguments(OP, spatial_shapes, None, points)
+    sizes, _, points = level_arguments(OP, value, spatial_shapes, None, points)
     value = autocast_value(value)
     tensors = (reference_points, sampling_offsets, attention_logits)
     chosen = backends.choose(OP, value, *tensors, value_mask)

@@ -69,9 +69,8 @@ def sigmoid_focal_loss(
     if chosen == "reference":
         loss = reference.sigmoid_focal_loss(logits, targets, alpha, gamma)
     else:
-        loss, _ = torch.ops.route_kernels.sigmoid_focal_loss(
-            logits, targets, alpha, gamma, may_be_differentiated(logits), chosen
-        )
+        source = _source(logits) if may_be_differentiated(logits) else None
+        loss, _ = torch.ops.route_kernels.sigmoid_focal_loss(logits, targets, alpha, gamma, source, chosen)
     if weight is not None:
         loss = loss * weight.to(loss.dtype)
     return loss.sum() if reduction == "sum" else loss
@@ -112,29 +111,37 @@ def kept_scale(dtype: torch.dtype) -> float:
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
-def _new_outputs(logits: torch.Tensor, differentiated: bool):
+def _source(logits: torch.Tensor) -> torch.Tensor:
+    """No element, and a history: backward, which needs no logits, still shows autograd that it depends on them.
+
+    Without it a second derivative would be 0 in silence.
+    """
+    return logits.narrow(0, 0, 0).clone()  # a view would keep the logits
+
+
+def _new_outputs(logits: torch.Tensor, source: torch.Tensor | None):
     loss = logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))
-    return loss, logits.new_empty(logits.shape if differentiated else (0,))
+    return loss, logits.new_empty((0,) if source is None else logits.shape)
 
 
-def _kernel(logits, targets, alpha, gamma, differentiated, backend):
+def _kernel(logits, targets, alpha, gamma, source, backend):
     check(logits, targets, alpha, gamma)
-    loss, grad = _new_outputs(logits, differentiated)
+    loss, grad = _new_outputs(logits, source)
     if logits.numel() == 0:
         return loss.zero_(), grad
     _FORWARD[backends.resolve(OP, backend, logits)](
         _rows(logits), targets.reshape(-1).contiguous(), alpha, gamma, kept_scale(logits.dtype), loss.view(-1),
-        grad.view(-1, logits.shape[-1]) if differentiated else None,
+        None if source is None else grad.view(-1, logits.shape[-1]),
     )  # fmt: skip
     return loss, grad
 
 
-def _fake(logits, targets, alpha, gamma, differentiated, backend):
+def _fake(logits, targets, alpha, gamma, source, backend):
     check(logits, targets, alpha, gamma)
-    return _new_outputs(logits, differentiated)
+    return _new_outputs(logits, source)
 
 
-def _backward_kernel(grad_loss, grad, backend):
+def _backward_kernel(grad_loss, grad, source, backend):
     grad_logits = grad.new_empty(grad.shape)
     if grad.numel():
         _BACKWARD[backends.resolve(OP, backend, grad)](
@@ -143,7 +150,7 @@ def _backward_kernel(grad_loss, grad, backend):
     return grad_logits
 
 
-def _backward_fake(grad_loss, grad, backend):
+def _backward_fake(grad_loss, grad, source, backend):
     return grad.new_empty(grad.shape)
 
 
@@ -172,22 +179,21 @@ _BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.backend = inputs[-1]
+    *_, source, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], source)
 
 
 def _backward(ctx, grad_loss, _grad_of_grad):
     if grad_loss is None:
         return (None,) * 6
-    (grad,) = ctx.saved_tensors
-    grad_logits = torch.ops.route_kernels.sigmoid_focal_loss_backward(grad_loss, grad, ctx.backend)
+    grad_logits = torch.ops.route_kernels.sigmoid_focal_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
     return grad_logits, None, None, None, None, None
 
 
 register(
-    "sigmoid_focal_loss(Tensor logits, Tensor targets, float alpha, float gamma, bool differentiated, str? backend) "
+    "sigmoid_focal_loss(Tensor logits, Tensor targets, float alpha, float gamma, Tensor? source, str? backend) "
     "-> (Tensor loss, Tensor grad)",
     _kernel,
     _fake,
@@ -196,7 +202,7 @@ register(
 )
 register_backward(
     OP,
-    "sigmoid_focal_loss_backward(Tensor grad_loss, Tensor grad, str? backend) -> Tensor",
+    "sigmoid_focal_loss_backward(Tensor grad_loss, Tensor grad, Tensor? source, str? backend) -> Tensor",
     _backward_kernel,
     _backward_fake,
 )
