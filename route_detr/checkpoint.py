@@ -32,6 +32,7 @@ TEMPORARY = re.compile(r".+\.(\d+)-[0-9a-f]{8}\.tmp")
 SOFTWARE = "route-detr"  # in every file that is written: PNG "Software", JSON "software", ONNX producer, pt2 extra file
 OUR_BEGINNINGS = re.compile(
     rb"""(?P<nothing>\Z | \[\]\n\Z)  # to lose
+    | (?P<configuration>\{\n\ *"software":\ "route-detr",\n\ *"detector":)
     | (?P<JSON>\{\n\ *"software":\ "route-detr")
     | (?P<metrics>\{"kind":\ ")
     | (?P<predictions>\[\n\ \{\n\ \ "image_id":\ .*\n\ \ "file_name":\ .*\n\ \ "category_id":\ .*\n\ \ "category_name":)
@@ -44,7 +45,8 @@ OUR_BEGINNINGS = re.compile(
 def kind_of(path: str | Path) -> str | None:
     """The kind of a file that this program wrote, told by what is in it; None for others' files.
 
-    "picture", "JSON", "metrics", "predictions", "checkpoint", "model" (exported), or "nothing" where nothing is in it.
+    "picture", "configuration" (of a run), "JSON" (what else a command found), "metrics", "predictions", "checkpoint",
+    "model" (exported), or "nothing" where nothing is in it.
     """
     with suppress(OSError, SyntaxError, ValueError, zipfile.BadZipFile):
         with open(path, "rb") as stream:

@@ -55,7 +55,7 @@ class Run:
                 raise RunError(
                     f"{self.folder}: already holds a run ({file.name}); use --resume to continue it, or another --name"
                 )
-        check_replaceable("JSON", self.folder / "config.json")
+        check_replaceable("configuration", self.folder / "config.json")
         check_replaceable("picture", *(self.folder / name for name in PICTURES))
 
     def check_resumable(self) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from small_training import write_data
 
 from route_detr.cli import main
-from route_detr.data.check import check_data
+from route_detr.data.check import as_text, check_data
 from route_detr.data.layout import coco_layout
 
 
@@ -139,5 +139,7 @@ def test_what_cannot_be_checked_is_bad_input(root, tmp_path, capsys):
 
 
 def test_masks_are_asked_for_where_they_are_trained(root):
-    assert checked(root)["trainable"]
+    found = checked(root)
+    assert found["trainable"] and as_text(found).endswith("can be trained on, without masks (--masks reads them too)")
+    assert as_text(found | {"masks": True}).endswith("can be trained on")
     assert not checked(root, masks=True)["trainable"]

@@ -325,7 +325,8 @@ def test_no_command_replaces_what_it_did_not_write(run, tmp_path, capsys, comman
     ("command", "message"),
     [
         ("eval RUN --out RUN/best.pt", "best.pt: is route-detr's checkpoint and no JSON"),
-        ("inspect routing RUN --out RUN/config.json", "config.json: is route-detr's JSON and no picture"),
+        ("inspect routing RUN --out RUN/config.json", "config.json: is route-detr's configuration and no picture"),
+        ("eval RUN --out RUN/config.json", "config.json: is route-detr's configuration and no JSON"),
         ("inspect routing RUN --out RUN/metrics.jsonl", "metrics.jsonl: is route-detr's metrics and no picture"),
         ("import RUN/last.pt --out RUN/best.pt", "best.pt is of a run and is not replaced"),
         ("import RUN/last.pt --out RUN/curves.png", "curves.png: is route-detr's picture and no checkpoint"),

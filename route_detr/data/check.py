@@ -30,8 +30,9 @@ ROWS = 256  # boxes compared with all others of their image at once
 def check_data(layout: CocoLayout, masks: bool = False, workers: int | None = None) -> dict[str, Any]:
     """Reads every annotation and every picture of both splits, in ``workers`` processes (one a CPU).
 
-    Returns what `as_text` shows, as plain numbers, lists and texts: ``trainable``, and of each split its counts,
-    ``corrected`` and ``faults``. Raises RunFailed where the system kills a process, DatasetError where no file is.
+    Returns what `as_text` shows, as plain numbers, lists and texts: ``trainable``, ``masks``, and of each split its
+    counts, ``corrected`` and ``faults``. Raises RunFailed where the system kills a process, DatasetError where no file
+    is.
     """
     splits, files, categories = {}, {}, {}
     for name, paths in zip(layout._fields, layout, strict=True):
@@ -49,7 +50,7 @@ def check_data(layout: CocoLayout, masks: bool = False, workers: int | None = No
     real = {name: {os.path.realpath(file) for file in found if os.path.isfile(file)} for name, found in files.items()}
     for file in sorted(real["train"] & real["val"]):
         splits["val"]["corrected"].add("image files of the training set too", file)
-    return {"trainable": not any(split["faults"] for split in splits.values()), **splits}
+    return {"trainable": not any(split["faults"] for split in splits.values()), "masks": masks, **splits}
 
 
 def _read_all(name: str, files: Sequence[str], content: CocoAnnotations, workers: int | None) -> None:
@@ -127,7 +128,8 @@ def as_text(found: dict[str, Any]) -> str:
     lines = []
     for name in CocoLayout._fields:
         lines += [f"{name}: {found[name]['annotations']}", *(f"  {line}" for line in _lines(found[name])), ""]
-    return "\n".join([*lines, "can be trained on" if found["trainable"] else "cannot be trained on: see FAULTS"])
+    can = "can be trained on" if found["masks"] else "can be trained on, without masks (--masks reads them too)"
+    return "\n".join([*lines, can if found["trainable"] else "cannot be trained on: see FAULTS"])
 
 
 def _lines(split: dict[str, Any]) -> list[str]:
