@@ -309,6 +309,8 @@ def attention_backward_keys(
             count_of_head = tl.where(group * HEADS_PER_PROGRAM + i < heads, queries, 0)
             row_of_head = (b * heads + h) * queries
             # [BLOCK_N]
+            if MASK != 2:
+                natural = tl.load(lse + row_of_head + columns, mask=columns < count_of_head, other=float("inf"))
             output_dot_row = tl.load(output_dot + row_of_head + columns, mask=columns < queries, other=0.0)
             query_rows = load_rows(query + b * stride_qb + h * stride_qh, stride_qn, columns, queries, D, BLOCK_D)
             incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, columns, queries, D, BLOCK_D)
@@ -324,7 +326,6 @@ def attention_backward_keys(
                 inverse_sum = tl.load(pairs + 1, mask=columns < count_of_head, other=0.0)
                 weights = exponential(logits - largest[None, :], UNITS) * inverse_sum[None, :]
             else:
-                natural = tl.load(lse + row_of_head + columns, mask=columns < count_of_head, other=float("inf"))
                 weights = exponential(logits - (natural * UNITS)[None, :], UNITS)
             # [BLOCK_M, BLOCK_D]
             added_to_value = added_to_value + (
