@@ -1,6 +1,7 @@
 """CPU kernels in a child of fork(), which has none of the threads that its parent computed with."""
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,3 +44,22 @@ def test_a_forked_child_computes_what_its_parent_does(op, sizes):
     finally:
         child.kill()
         child.join()
+
+
+def test_threads_of_a_forked_child_may_all_make_its_first_call():
+    torch.set_num_threads(2)
+    x = torch.randn(1, 300, 16)
+    expected = rk.query_similarity(x).tolist()
+    context = multiprocessing.get_context("fork")
+
+    def child():
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda _: rk.query_similarity(x).tolist(), range(4)))
+        assert found == [expected] * 4
+
+    children = [context.Process(target=child) for _ in range(8)]
+    for process in children:
+        process.start()
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in children] == [0] * 8

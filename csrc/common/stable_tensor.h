@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <mutex>
 
 #include "dispatch.h"
 #include "host_device.h"
@@ -45,8 +46,12 @@ inline View view_of(const std::optional<Tensor>& tensor) { return tensor.has_val
 // Workers are PyTorch's own threads: torch.set_num_threads() rules. More than `at_most`, what the work is worth, are more
 // trouble than help. One worker is the calling thread.
 inline Parallel torch_threads(int64_t at_most) {
+  if (in_forked_child()) {
+    static std::mutex one_at_a_time;  // PyTorch makes its pool anew there, at the first call, and fails where two do it
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    return {std::max<int64_t>(1, std::min(int64_t(torch::stable::get_num_threads()), at_most)), run_on_new_threads};
+  }
   const int64_t workers = std::max<int64_t>(1, std::min(int64_t(torch::stable::get_num_threads()), at_most));
-  if (in_forked_child()) return {workers, run_on_new_threads};
   return {workers, [](int64_t count, WorkerBody body, void* context) {
             torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
               for (int64_t worker = begin; worker < end; ++worker) body(worker, context);
