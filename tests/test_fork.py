@@ -1,6 +1,7 @@
 """CPU kernels in a child of fork(), which has none of the threads that its parent computed with."""
 
 import multiprocessing
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -47,14 +48,20 @@ def test_a_forked_child_computes_what_its_parent_does(op, sizes):
 
 
 def test_threads_of_a_forked_child_may_all_make_its_first_call():
-    torch.set_num_threads(2)
-    x = torch.randn(1, 300, 16)
+    torch.set_num_threads(8)
+    x = torch.randn(4, 240, 32)
     expected = rk.query_similarity(x).tolist()
     context = multiprocessing.get_context("fork")
 
     def child():
+        together = threading.Barrier(4, timeout=30)
+
+        def first_call(_):
+            together.wait()
+            return rk.query_similarity(x).tolist()
+
         with ThreadPoolExecutor(4) as threads:
-            found = list(threads.map(lambda _: rk.query_similarity(x).tolist(), range(4)))
+            found = list(threads.map(first_call, range(4)))
         assert found == [expected] * 4
 
     children = [context.Process(target=child) for _ in range(8)]

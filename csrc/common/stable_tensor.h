@@ -47,7 +47,7 @@ inline View view_of(const std::optional<Tensor>& tensor) { return tensor.has_val
 // trouble than help. One worker is the calling thread.
 inline Parallel torch_threads(int64_t at_most) {
   if (in_forked_child()) {
-    static std::mutex one_at_a_time;  // PyTorch makes its pool anew there, at the first call, and fails where two do it
+    static std::mutex one_at_a_time;  // PyTorch makes its pool anew at the first call, and fails where two do it
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     return {std::max<int64_t>(1, std::min(int64_t(torch::stable::get_num_threads()), at_most)), run_on_new_threads};
   }
