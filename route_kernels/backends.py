@@ -41,7 +41,12 @@ class _Thread(threading.local):
     """The blocks that a thread is in. Not ContextVars: torch.compile cannot read, and so not guard, those."""
 
     block: _Block | None = None  # the innermost that is open
+    inside = False  # whether there is one; torch.compile reads, and guards, what is plain
+    requested: str | None = None  # by it
     assumed: str | None = None
+
+    def enter(self, block: _Block | None) -> None:
+        self.block, self.inside, self.requested = block, block is not None, block and block.requested
 
 
 _thread = _Thread()
@@ -69,7 +74,7 @@ def set_backend(name: str | None) -> None:
 
 def requested_backend() -> str | None:
     """The backend asked for by this thread's innermost `backend` block, or else by `set_backend`, or None."""
-    return _of_process if _thread.block is None else _thread.block.requested
+    return _thread.requested if _thread.inside else _of_process
 
 
 @contextmanager
@@ -82,13 +87,14 @@ def backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    block = _thread.block = _Block(_validated(name), _thread.block)
+    block = _Block(_validated(name), _thread.block)
+    _thread.enter(block)
     try:
         yield
     finally:
         block.is_open = False
         while _thread.block is not None and not _thread.block.is_open:
-            _thread.block = _thread.block.outer
+            _thread.enter(_thread.block.outer)
 
 
 @contextmanager
