@@ -109,7 +109,7 @@ def known_settings(config: BackboneConfig) -> BackboneConfig:
 
 
 def settings_of(model: PretrainedConfig) -> dict[str, Any]:
-    """What makes the network, where it differs from the defaults of its type."""
+    """The settings that make the network, where they differ from the defaults of its type."""
     values, defaults = model.to_dict(), type(model)().to_dict()
     return {name: values[name] for name in sorted(_setting_names(model)) if values.get(name) != defaults.get(name)}
 

@@ -237,7 +237,7 @@ def first_error(error: ValidationError) -> str:
 
 
 def unknown_key(key: str, dotted_keys: Iterable[str] | None = None) -> str:
-    """What to say of a dotted key that is none of these (the fields of `Config`); the nearest by its last name."""
+    """The error for a dotted key that is none of these (the fields of `Config`); names the nearest by its last part."""
     known = {dotted.rpartition(".")[2]: dotted for dotted in dotted_keys or _dotted_keys(Config().to_dict())}
     section, _, last = key.rpartition(".")
     nearest = difflib.get_close_matches(last, known, n=1)

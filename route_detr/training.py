@@ -155,7 +155,7 @@ class Training:
         }
 
     def _finite_weights(self) -> dict[str, Any]:
-        """What the losses of training do not show: the last step's weights, and the statistics of norms."""
+        """Weights and optimizer. Raises NonFiniteLoss where weights or statistics of norms are not finite."""
         weights = self._weights()
         if spoilt := not_finite(weights["model"]):
             raise NonFiniteLoss(f"the model is not finite after step {self.progress.step}: {spoilt}")
@@ -169,7 +169,7 @@ class Training:
         return {"model": whole(self.detector.state_dict()), "optimizer": whole(self.optimizer.state_dict())}
 
     def _identity(self) -> dict[str, Any]:
-        """What tells this run from another: its configuration, and its data by content."""
+        """The entries that tell this run from another: its configuration, and its data by content."""
         categories = zip(self.train_set.category_ids, self.train_set.category_names, strict=True)
         return {
             "config": self.config.to_dict(),

@@ -1,4 +1,4 @@
-"""What torch.compile takes as a constant, and what it leaves alone."""
+"""Marks for torch.compile: a function is a constant, or is left alone."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_blocks_of_two_threads_do_not_meet():
 
 
 def test_blocks_may_end_in_any_order():
-    """As in tasks of asyncio and in generators, which share a thread."""
+    """Tasks of asyncio and generators share a thread."""
     first, second, third = (rk.backend(name) for name in ("reference", "cpu", None))
     for block in (first, second, third):
         block.__enter__()

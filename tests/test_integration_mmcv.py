@@ -281,7 +281,7 @@ def test_one_model_alone(bindings):
 
 @pytest.mark.parametrize("owner", ["module", "function"])
 def test_casts_of_a_decorator_stay(monkeypatch, owner):
-    """Of the module's forward, or of the autograd function's in a module with a forward of its own."""
+    """The case is the module's forward, or of the autograd function's in a module with a forward of its own."""
     stub = foreign_mmcv.stub_package(MODULE, foreign_mmcv.Ext(), monkeypatch)
     stub.COMPILED_FOR = "cpu"
     cast = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)

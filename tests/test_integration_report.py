@@ -294,7 +294,7 @@ def test_decorators_of_a_forward_stay_around_its_replacement(name):
 
 
 def test_every_decorator_that_is_called_stays():
-    """Of one for a device that is not here: what it holds shows that it is there."""
+    """The device of one is not here: what it holds shows that it is there."""
     kept = inside_decorators(KEPT["of another device"](product), transposed_product)
     assert inspect.getclosurevars(kept).nonlocals["device_type"] == "cuda"
     assert kept.__wrapped__.__code__ is transposed_product(product).__code__

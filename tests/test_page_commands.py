@@ -62,7 +62,7 @@ def lines(page):
 
 
 def started(words):
-    """What a launcher starts, as words of `route-detr`, and in how many processes; the launcher takes its options."""
+    """The words of `route-detr` that a launcher starts, and in how many processes; the launcher takes its options."""
     if words[0] == "accelerate":
         assert words[1] == "launch"
         options = launch_command_parser().parse_args(words[2:])
@@ -133,7 +133,7 @@ def downloads(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OURS)
 def test_commands_of_the_detector_can_be_configured(name, downloads, monkeypatch):
-    """As far as the data: the detector can be built, its fixed layers have weights, the processes share the batches."""
+    """All before the data: the detector is built, its fixed layers have weights, the processes share the batches."""
     monkeypatch.chdir(downloads)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words, processes = started(OURS[name])

@@ -90,7 +90,7 @@ def overload(name):
 
 
 def levels_as_tensors(name, args):
-    """What an op's default overload was called with, for its overload `tensor`."""
+    """The arguments of an op's default overload, for its overload `tensor`."""
     names = [argument.name for argument in overload(name)._schema.arguments]
     tensors = [torch.tensor(given) if isinstance(given, list) else given for given in args]
     return tuple(x.view(-1, 2) if name == "spatial_shapes" else x for name, x in zip(names, tensors, strict=False))

@@ -91,7 +91,7 @@ def test_factors_in_float32_beside_a_short_query(dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64], ids=str)
 def test_a_row_of_the_lowest_number_is_the_mean(mask_dtype, dtype, backend):
-    """As models write "hidden": all of a row finite gives the mean of what is highest in it, and its gradients."""
+    """Models write "hidden" so: all of a row finite gives the mean of what is highest in it, and its gradients."""
     able, reason = rk.can_run("routed_attention", backend, torch.empty(0, dtype=dtype))
     if not able:
         pytest.skip(reason)

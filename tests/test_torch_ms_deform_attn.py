@@ -74,7 +74,7 @@ def test_no_levels_give_zeros(call, peer, arguments):
 
 @pytest.mark.parametrize("peer", ["package"], indirect=True)
 def test_dtypes_under_autocast(peer, arguments):
-    """As docs/deformable_detr.md says."""
+    """docs/deformable_detr.md says so."""
     arguments = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
     for dtype in (torch.float32, torch.bfloat16):
         arguments["value"] = arguments["value"].to(dtype)

@@ -120,7 +120,7 @@ def test_a_backbone_that_cannot_be_is_a_clear_error(backbone, message):
 
 
 def test_a_backbone_of_given_weights_can_be_built_without_them(tmp_path):
-    """As its checkpoint needs it: the settings are those of the weights, not those of the preset."""
+    """Its checkpoint needs that: the settings are those of the weights, not those of the preset."""
     config = ResNetConfig(**resnet(4, [4, 8, 8]), hidden_act="gelu", id2label={0: "x"})
     ResNetModel(config).save_pretrained(tmp_path)
     given = BackboneConfig(weights=str(tmp_path), used_stages=2)

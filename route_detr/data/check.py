@@ -124,7 +124,7 @@ def _overlapping(boxes: Sequence[Sequence[float]]) -> int:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What `check_data` found, on a screen."""
+    """The findings of `check_data`, on a screen."""
     lines = []
     for name in CocoLayout._fields:
         lines += [f"{name}: {found[name]['annotations']}", *(f"  {line}" for line in _lines(found[name])), ""]

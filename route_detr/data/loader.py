@@ -106,7 +106,7 @@ def batch_loader(dataset: CocoDetection, batches: list[list[int]], workers: int)
 
 
 def killed_worker(error: RuntimeError) -> str | None:
-    """What to tell where PyTorch found one of its workers dead, wherever the main process was then; else None."""
+    """The sentence for an error by which PyTorch tells that one of its workers is dead; None for any other error."""
     found = re.search(
         r"DataLoader worker \(pid\S* ([^)]*)\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)", str(error)
     )

@@ -88,7 +88,7 @@ def applied(appliers: list[Apply]) -> Iterator[list[Report]]:
 
 @contextmanager
 def noted_use(reports: list[Report]) -> Iterator[set[Replaced]]:
-    """Of what has been replaced, the parts of models, and whatever else is called inside the block.
+    """The replaced parts that are used: those of models, and whatever else is called inside the block.
 
     A codebase is switched as a whole where a model holds no module that its integration knows, and models hold modules
     of codebases that they take something else from.

@@ -106,7 +106,7 @@ def random_twin(module: nn.Module) -> nn.Module | str:
 def autocast_difference(
     theirs: Callable[[], torch.Tensor], ours: Callable[[], torch.Tensor], exact: torch.Tensor
 ) -> str | None:
-    """What autocast, as it is on now, shows: why `ours()` does not stand for `theirs()`; None where it does.
+    """The reason why, under autocast as it is on now, `ours()` does not stand for `theirs()`; None where it does.
 
     Args:
         exact: the same in float32 or float64, without autocast.
@@ -160,7 +160,7 @@ def _reason_to_leave(module: nn.Module, convention: Convention) -> str | None:
 
 
 def _difference(module: nn.Module, convention: Convention, forward: Callable[..., torch.Tensor]) -> str | None:
-    """What an example shows: why the replacement `forward` is not what `module` computes; None where it is."""
+    """The reason, by examples, why the replacement `forward` is not what `module` computes; None where it is."""
     twin = random_twin(module)
     if isinstance(twin, str):
         return twin

@@ -124,7 +124,7 @@ class Report:
         self.left.append(Left(name, reason))
 
     def names(self) -> Iterator[tuple[Replaced, Any, str]]:
-        """What is replaced now, each with its owner (a module, class, Python module or dictionary) and attribute."""
+        """The replaced parts, each with its owner (module, class, Python module or dictionary) and attribute."""
         for entry, saved in zip(self.replaced, self._saved, strict=False):
             owner = saved.owner()
             if owner is not None:

@@ -13,7 +13,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on this device; None where it is off, and for meta tensors, which have no autocast."""
+    """The dtype that autocast casts to on this device; None where it is off, and for meta tensors, which have none."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
 

@@ -82,7 +82,7 @@ _VALUE, _TYPE = ValueError, TypeError
 
 
 def _no_numbers(argument: str, optional: bool = False) -> tuple[Row, ...]:
-    """What none of the ops' numbers may be."""
+    """Values that none of the ops' numbers may have."""
     rows = (
         ("a text", argument, _constant("0.5"), _TYPE, rf"{argument}: expected a number, got '0.5'"),
         ("a bool", argument, _constant(True), _TYPE, rf"{argument}: expected a number, got True"),
@@ -120,7 +120,7 @@ def _no_numbers(argument: str, optional: bool = False) -> tuple[Row, ...]:
 
 
 def _no_integers(argument: str, around: Callable[[Any], Any] = lambda number: number) -> tuple[Row, ...]:
-    """What none of the ops' integers may be; `around` puts one where the argument has it."""
+    """Values that none of the ops' integers may have; `around` puts one where the argument has it."""
     return (
         ("none in it", argument, _constant(around(None)), _TYPE, f"{argument}: expected ints, got NoneType"),
         ("a text in it", argument, _constant(around("2")), _TYPE, f"{argument}: expected ints, got '2'"),
