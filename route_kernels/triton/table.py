@@ -125,7 +125,7 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_attention(32, 64, 1), ("sm80", "sm86"), HALF, {"D": 32, "R": 16, "MASKED": 1, "F": 2}),
         Entry(_attention(16, 64, 1), ("sm80", "sm90", "sm100", "sm120"), HALF, {"D": 64, "R": 16}),
         Entry(_attention(16, 64, 1), ("sm80", "sm86", "sm90", "sm100"), HALF, {"R": 16, "MASKED": 1}),
-        Entry(_attention(16, 64, 1), ("sm100",), HALF, {"R": 16}),
+        Entry(_attention(16, 64, 1, num_warps=8), ("sm100",), HALF, {"R": 16}),
         # Rows of 128 in the registers of every warp leave room for no more.
         Entry(_attention(16, 16, 1, num_warps=8), ("sm120",), HALF, {"R": 16}),
         Entry(_attention(16, 64, 1, num_warps=8), ("sm86",), HALF, {"D": 64, "R": 16}),
