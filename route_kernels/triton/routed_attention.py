@@ -188,12 +188,23 @@ SPILLED = {
     (attention_backward_keys, "sm80", torch.bfloat16, 128, 32, False): 40,
     (attention_backward_keys, "sm86", torch.bfloat16, 128, 32, False): 56,
     (attention_backward_keys, "sm120", torch.bfloat16, 128, 32, False): 96,
-    (attention_backward_keys, "sm80", torch.bfloat16, 128, 32, True): 56,
-    (attention_backward_keys, "sm86", torch.bfloat16, 128, 32, True): 48,
+    (attention_backward_keys, "sm80", torch.bfloat16, 128, 32, True): 72,
+    (attention_backward_keys, "sm86", torch.bfloat16, 128, 32, True): 72,
     (attention_backward_keys, "sm120", torch.bfloat16, 128, 32, True): 128,
     (attention_backward_keys, "sm86", torch.bfloat16, 128, 16, True): 8,
     (attention_backward_keys, "sm120", torch.bfloat16, 128, 16, True): 16,
-    (attention_backward_queries, "sm120", torch.bfloat16, 128, 32, True): 8,
+    (attention_backward_keys, "sm86", torch.bfloat16, 16, 32, True): 8,
+    (attention_backward_keys, "sm80", torch.float32, 64, 32, True): 8,
+    (attention_backward_keys, "sm86", torch.float32, 64, 32, True): 8,
+    (attention_backward_keys, "sm90", torch.float32, 128, 64, True): 40,
+    (attention_backward_queries, "sm86", torch.bfloat16, 128, 32, True): 16,
+    (attention_backward_queries, "sm120", torch.bfloat16, 128, 32, True): 24,
+    (attention_backward_queries, "sm86", torch.float32, 16, 16, True): 8,
+    (attention_backward_queries, "sm86", torch.float32, 16, 32, True): 8,
+    (attention_forward, "sm80", torch.float32, 64, 32, True): 8,
+    (attention_forward, "sm80", torch.float32, 128, 32, True): 8,
+    (attention_forward, "sm86", torch.float32, 64, 32, True): 8,
+    (attention_forward, "sm120", torch.bfloat16, 32, 64, True): 8,
     (attention_backward_keys, "gfx942", torch.bfloat16, 64, 32, True): 8,
     (attention_backward_keys, "gfx942", torch.bfloat16, 128, 32, True): 4,
     (attention_backward_keys, "gfx942", torch.bfloat16, 64, 16, True): 16,
@@ -206,7 +217,7 @@ SPILLED = {
     (attention_backward_keys, "gfx942", torch.float32, 128, 32, True): 20,
     (attention_backward_keys, "gfx942", torch.float32, 128, 64, True): 8,
 }
-"""By kernel, chip, dtype, D, R and whether masked: bytes a lane, where no block size was found that spills none.
+"""By kernel, chip, dtype, D, R and whether masked: bytes a lane that are known. docs/triton.md says more of them.
 
 On gfx942 they are scalar registers, kept in lanes of vector registers: no instruction goes to memory.
 """
