@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import route_kernels as rk
 from route_detr.config import preset as named_config
-from route_detr.criterion import Criterion
 from route_detr.data import Target
-from route_detr.detector import Detector
+from route_detr.model.criterion import Criterion
+from route_detr.model.detector import Detector
 from route_kernels.testing import EAGER
 
 from .worker import serve

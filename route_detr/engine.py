@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from route_detr.config import Config, TrainConfig
-from route_detr.criterion import Criterion
 from route_detr.data import CocoDetection, batch_loader, epoch_batches, micro_batches
-from route_detr.detector import detections
 from route_detr.errors import NonFiniteLoss
 from route_detr.evaluation import average_precision, coco_results
+from route_detr.model.criterion import Criterion
+from route_detr.model.detector import detections
+from route_detr.model.schedule import routing_values
 from route_detr.progress import Progress
 from route_detr.scale_out import average_gradients, everybodys
-from route_detr.schedule import routing_values
 
 
 class Step(NamedTuple):

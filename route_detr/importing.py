@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeformableDetrConfig, PretrainedConfig
 
-from .backbone import settings_of
 from .checkpoint import why_unreadable
 from .config import Config, preset
-from .detector import Detector
+from .model.backbone import settings_of
+from .model.detector import Detector
 
 Rules = Mapping[str, str | Callable[..., str]]
 

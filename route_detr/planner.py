@@ -23,12 +23,12 @@ from route_kernels.backends import assumed
 from route_kernels.memory import PRODUCTS, WORKSPACES, Ledger, mixed_precision
 
 from .config import Config, DetectorConfig, MemoryLevel
-from .criterion import Criterion
 from .data import Target
-from .decoder import DecoderLayer
-from .detector import Detector
-from .heads import PredictionHead, Predictions
-from .matcher import Matcher, Matches, PaddedTargets
+from .model.criterion import Criterion
+from .model.decoder import DecoderLayer
+from .model.detector import Detector
+from .model.heads import PredictionHead, Predictions
+from .model.matcher import Matcher, Matches, PaddedTargets
 from .public_form import PublicCriterion, make_public, public_config
 
 LEVELS = get_args(MemoryLevel)

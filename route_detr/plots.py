@@ -17,7 +17,7 @@ from torch import Tensor
 
 from route_detr.checkpoint import SOFTWARE, write_atomically
 from route_detr.config import Config
-from route_detr.schedule import sampled_schedule
+from route_detr.model.schedule import sampled_schedule
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"

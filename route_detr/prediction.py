@@ -18,8 +18,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import route_kernels as rk
-from route_detr.backbone import known_settings
-from route_detr.boxes import corners
 from route_detr.checkpoint import (
     SOFTWARE,
     check_replaceable,
@@ -30,9 +28,11 @@ from route_detr.checkpoint import (
 )
 from route_detr.config import Config
 from route_detr.data import DatasetError, eval_view, image_pixels, normalised, read_rgb
-from route_detr.detector import Detector, detections
 from route_detr.errors import CheckpointError
 from route_detr.evaluation import coco_results
+from route_detr.model.backbone import known_settings
+from route_detr.model.boxes import corners
+from route_detr.model.detector import Detector, detections
 
 PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
 PREDICTIONS = "predictions.json"

@@ -21,11 +21,11 @@ from route_kernels.nn import FeedForward
 from route_kernels.ops.ms_deform_attn import ms_deform_attn
 
 from .config import DetectorConfig
-from .criterion import Criterion
-from .detector import Detector, DetectorOutput
 from .eager import make_eager
-from .heads import Predictions
-from .matcher import padded_targets
+from .model.criterion import Criterion
+from .model.detector import Detector, DetectorOutput
+from .model.heads import Predictions
+from .model.matcher import padded_targets
 
 
 def public_config(config: DetectorConfig) -> DetectorConfig:

@@ -20,16 +20,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from tqdm import tqdm
 
-from route_detr.backbone import self_contained
 from route_detr.checkpoint import load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.config import Config
-from route_detr.criterion import Criterion
 from route_detr.data import CocoDetection, DatasetError, coco_layout, killed_worker, micro_batches, open_splits
 from route_detr.data.images import image_file
-from route_detr.detector import Detector, parameter_groups
 from route_detr.engine import Step, evaluate, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
 from route_detr.evaluation import in_words
+from route_detr.model.backbone import self_contained
+from route_detr.model.criterion import Criterion
+from route_detr.model.detector import Detector, parameter_groups
 from route_detr.plots import plot_curves
 from route_detr.progress import LossSums, Progress
 from route_detr.run import Run

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig, preset
-from route_detr.criterion import Criterion
-from route_detr.detector import Detector
+from route_detr.model.criterion import Criterion
+from route_detr.model.detector import Detector
 
 
 def resnet(stem, channels):

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import route_kernels as rk
-from route_detr.boxes import corners, generalized_iou, inverse_sigmoid
 from route_detr.config import TrainConfig
-from route_detr.criterion import Criterion
-from route_detr.denoising import Denoised, DenoisingTargets
-from route_detr.detector import DetectorOutput
-from route_detr.heads import Predictions
-from route_detr.matcher import Matcher, padded_targets
+from route_detr.model.boxes import corners, generalized_iou, inverse_sigmoid
+from route_detr.model.criterion import Criterion
+from route_detr.model.denoising import Denoised, DenoisingTargets
+from route_detr.model.detector import DetectorOutput
+from route_detr.model.heads import Predictions
+from route_detr.model.matcher import Matcher, padded_targets
 
 CLASSES = 3
 

@@ -7,12 +7,12 @@ from small_detector import SMALL, assert_close, resnet, small_batch, small_detec
 from torch import nn
 
 import route_kernels as rk
-from route_detr.backbone import FrozenBatchNorm
-from route_detr.boxes import corners, generalized_iou
 from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig, preset
-from route_detr.criterion import Criterion
-from route_detr.detector import Detector, detections, parameter_groups
-from route_detr.encoder import flatten_levels
+from route_detr.model.backbone import FrozenBatchNorm
+from route_detr.model.boxes import corners, generalized_iou
+from route_detr.model.criterion import Criterion
+from route_detr.model.detector import Detector, detections, parameter_groups
+from route_detr.model.encoder import flatten_levels
 
 
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])

@@ -6,7 +6,7 @@ from small_detector import assert_close, small_batch, small_detector, trained_st
 
 import route_kernels as rk
 from route_detr.config import TrainConfig
-from route_detr.criterion import Criterion
+from route_detr.model.criterion import Criterion
 from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
 
 

@@ -11,9 +11,9 @@ from small_detector import small_batch, small_detector
 from torch.nn import functional
 
 from route_detr.config import TrainConfig
-from route_detr.criterion import Criterion
-from route_detr.detector import detections
-from route_detr.masks import (
+from route_detr.model.criterion import Criterion
+from route_detr.model.detector import detections
+from route_detr.model.masks import (
     MaskTargets,
     full_masks,
     image_mask_logits,
@@ -94,7 +94,7 @@ def test_losses_are_the_formula_summed_over_pairs(monkeypatch):
     masks = [truth(3), truth(0)]
     pairs = [(torch.tensor([[0, 3], [2, 1]]), torch.tensor([[1, 2], [0, 2]])), (torch.zeros(2, 0).long(),) * 2]
     all_pixels = lambda maps, extent, count: grid(3, 2).expand(len(maps), -1, -1)  # noqa: E731
-    monkeypatch.setattr("route_detr.masks.uncertain_points", all_pixels)
+    monkeypatch.setattr("route_detr.model.masks.uncertain_points", all_pixels)
     losses = mask_losses(embeddings, pixels, whole(masks, pixels), pairs, 6)
     for branch in range(2):
         expected = np.zeros(2)

@@ -10,12 +10,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from small_detector import small_batch, small_detector
 
-from route_detr import matcher as matching
 from route_detr.config import TrainConfig
-from route_detr.criterion import Criterion
-from route_detr.heads import Predictions
-from route_detr.masks import mask_targets
-from route_detr.matcher import Matcher, padded_targets
+from route_detr.model import matcher as matching
+from route_detr.model.criterion import Criterion
+from route_detr.model.heads import Predictions
+from route_detr.model.masks import mask_targets
+from route_detr.model.matcher import Matcher, padded_targets
 
 CONFIG = TrainConfig(mask_points=400)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_detector import small_batch, small_detector, trained_step
 
-from route_detr.blocks import AddNorm, saves
 from route_detr.config import DetectorConfig, TrainConfig
+from route_detr.model.blocks import AddNorm, saves
 from route_detr.planner import LEVELS
 from route_detr.public_form import PublicCriterion, make_public, public_config
 from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn
@@ -68,7 +68,7 @@ def test_the_public_form_has_our_loss_and_gradients(changes):
 
 
 def _ours(config):
-    from route_detr.criterion import Criterion
+    from route_detr.model.criterion import Criterion
 
     return Criterion(config)
 

@@ -16,7 +16,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from route_detr import cli, engine
 from route_detr.checkpoint import load_checkpoint
 from route_detr.config import Config
-from route_detr.criterion import Criterion
+from route_detr.model.criterion import Criterion
 from route_detr.run import Run
 from route_detr.scale_out import start_processes
 from route_detr.training import Training

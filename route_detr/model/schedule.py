@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from .config import Config, ScheduleConfig
+from ..config import Config, ScheduleConfig
 
 RouteType = Literal["gated", "suppressor", "delegator"]
 ROUTE_TYPES: tuple[RouteType, ...] = ("gated", "suppressor", "delegator")

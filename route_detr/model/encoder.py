@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from route_kernels.recompute import recomputed
 
+from ..config import DetectorConfig
 from .blocks import add_norm, deformable_attention, feed_forward, saves
-from .config import DetectorConfig
 from .position import sine_embedding
 
 

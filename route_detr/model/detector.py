@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import route_kernels as rk
 
+from ..config import DetectorConfig, TrainConfig
+from ..eager import make_eager
 from .backbone import Backbone, FeatureLevels
 from .boxes import corners
-from .config import DetectorConfig, TrainConfig
 from .decoder import Decoder
 from .denoising import Denoised, Denoising
-from .eager import make_eager
 from .encoder import Encoder, Memory, flatten_levels
 from .heads import Predictions
 from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import route_kernels as rk
 from route_kernels.nn import QueryRouter, RoutedSelfAttention
 
+from ..config import DetectorConfig
 from .blocks import add_norm, deformable_attention, feed_forward, mlp, saves
-from .config import DetectorConfig
 from .denoising import group_similarity
 from .encoder import Memory
 from .heads import PredictionHead, Predictions, side_by_side

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import route_kernels as rk
 
+from ..config import DetectorConfig
 from .boxes import corners, inverse_sigmoid
-from .config import DetectorConfig
 from .heads import Predictions
 from .matcher import PaddedTargets
 

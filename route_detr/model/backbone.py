@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_FOR_BACKBONE_MAPPING_NAMES
 
-from .config import BackboneConfig, unknown_key
+from ..config import BackboneConfig, unknown_key
 
 SETTINGS = "detector.backbone.settings"
 NOT_THE_NETWORK = {

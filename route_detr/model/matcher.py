@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
+from ..config import TrainConfig
 from .boxes import corners, generalized_iou
-from .config import TrainConfig
 from .heads import Predictions
 from .masks import MaskTargets, mask_cost
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import route_kernels as rk
 
+from ..config import TrainConfig
 from .boxes import corners, generalized_iou
-from .config import TrainConfig
 from .denoising import DenoisingTargets
 from .detector import DetectorOutput
 from .heads import Predictions, side_by_side

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import DetectorConfig
+from ..config import DetectorConfig
 from .encoder import Memory
 from .position import sine_embedding
 

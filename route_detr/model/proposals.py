@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from route_kernels.recompute import recomputed
 
+from ..config import DetectorConfig
 from .blocks import saves
 from .boxes import inverse_sigmoid
-from .config import DetectorConfig
 from .denoising import DenoisingTargets
 from .encoder import Memory
 from .heads import PredictionHead, Predictions

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn
 
-from .config import DetectorConfig, MemoryLevel
+from ..config import DetectorConfig, MemoryLevel
 
 CHUNKS = 8  # of the tokens, in a feed-forward that is computed again in backward
 
