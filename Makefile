@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 SET_UP := $(VENV)/.set-up
-KERNEL_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+KERNEL_SOURCES := $(shell find csrc -type f)
 
 .PHONY: demo test bench gpu-report lint clean
 .NOTPARALLEL:
@@ -46,6 +46,7 @@ gpu-report:
 lint: $(SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # Everything installed, kernels built; done again when a version, the build or a kernel source changed.
 $(SET_UP): constraints.txt pyproject.toml setup.py $(KERNEL_SOURCES)

@@ -48,8 +48,7 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
   m.def(
       "sigmoid_focal_loss_forward(Tensor logits, Tensor targets, float alpha, float gamma, float scale, "
       "Tensor(a!) loss, Tensor(b!)? grad) -> ()");
-  m.def(
-      "sigmoid_focal_loss_backward(Tensor grad_loss, Tensor grad, float scale, Tensor(a!) grad_logits) -> ()");
+  m.def("sigmoid_focal_loss_backward(Tensor grad_loss, Tensor grad, float scale, Tensor(a!) grad_logits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {

@@ -1,9 +1,8 @@
 // LayerNorm of a sum, a token at a time; its backward reads the output. Each worker owns whole tokens, and whole parts
 // of the sums over tokens, so there are no atomics and results do not depend on the number of workers.
 
-#include "args.h"
-
 #include "../common/rows.h"
+#include "args.h"
 #include "math.h"
 
 namespace rk {

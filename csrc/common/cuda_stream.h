@@ -30,8 +30,8 @@ class CudaStream {
 // What a launch returned.
 inline void expect_launched(int error) {
   STD_TORCH_CHECK(
-      error == cudaSuccess, "route_kernels: a CUDA kernel was not launched: ",
-      cudaGetErrorString(static_cast<cudaError_t>(error)));
+      error == cudaSuccess,
+      "route_kernels: a CUDA kernel was not launched: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
 }  // namespace rk

@@ -31,8 +31,8 @@ inline void write_row(const T* from, int64_t n, DType dtype, void* data, int64_t
 
 // to[i, 0..padded) = row i of `rows` rows `stride` apart, zeros in [n, padded).
 template <typename T>
-inline void read_rows(T* to, int64_t rows, int64_t n, int64_t padded, DType dtype, const void* data, int64_t offset,
-                      int64_t stride) {
+inline void read_rows(
+    T* to, int64_t rows, int64_t n, int64_t padded, DType dtype, const void* data, int64_t offset, int64_t stride) {
   const bool whole_vectors = dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32) && n == padded;
   for (int64_t i = 0; i < rows; ++i) {
     if (whole_vectors) {

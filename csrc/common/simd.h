@@ -214,7 +214,7 @@ inline float to_float(Half x) {
   return _cvtsh_ss(x.bits);
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
-  if (magnitude >= 0x7C00u) return from_bits(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));  // inf, NaN
+  if (magnitude >= 0x7C00u) return from_bits(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));        // inf, NaN
   if (magnitude < 0x400u) return from_bits(sign | to_bits(float(magnitude) * 5.9604644775390625e-8f));  // 2^-24
   return from_bits(sign | ((magnitude << 13) + 0x38000000u));
 #endif

@@ -37,8 +37,8 @@ inline Ordered ordered_by(const Tensor& keys, int64_t count) {
   std::array<StableIValue, 4> sort{from(keys), from(std::optional<bool>(true)), from(int64_t(-1)), from(false)};
   call_aten("aten::sort", "stable", sort);
   const Tensor sorted = to<Tensor>(sort[0]), order = to<Tensor>(sort[1]);
-  std::array<StableIValue, 6> search{from(sorted),        from(range(keys, count)), from(false), from(false),
-                                     from(std::nullopt), from(std::nullopt)};
+  std::array<StableIValue, 6> search{from(sorted), from(range(keys, count)), from(false),
+                                     from(false),  from(std::nullopt),       from(std::nullopt)};
   call_aten("aten::searchsorted", "Tensor", search);
   return {order, to<Tensor>(search[0])};
 }

@@ -43,8 +43,8 @@ inline View view_of(const Tensor& tensor) {
 
 inline View view_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? view_of(*tensor) : View{}; }
 
-// Workers are PyTorch's own threads: torch.set_num_threads() rules. More than `at_most`, what the work is worth, are more
-// trouble than help. One worker is the calling thread.
+// Workers are PyTorch's own threads: torch.set_num_threads() rules. More than `at_most`, what the work is worth, do
+// not help. One worker is the calling thread.
 inline Parallel torch_threads(int64_t at_most) {
   if (in_forked_child()) {
     static std::mutex one_at_a_time;  // PyTorch makes its pool anew at the first call, and fails where two do it
@@ -62,8 +62,7 @@ inline Parallel torch_threads(int64_t at_most) {
 // Scratch memory from PyTorch's allocator: an out-of-memory is PyTorch's error, and nothing leaks.
 inline Tensor workspace(int64_t bytes) {
   const int64_t size[1] = {bytes};
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(size, 1), torch::headeronly::ScalarType::Byte);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 1), torch::headeronly::ScalarType::Byte);
 }
 
 inline std::string simd_level_string() { return simd_level_name(); }

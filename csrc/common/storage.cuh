@@ -109,8 +109,9 @@ __device__ __forceinline__ Access<STORAGE, COUNT> pack(const T (&from)[COUNT]) {
 template <DType STORAGE, int COUNT>
 __device__ __forceinline__ void read_vector(const void* data, int64_t at, AccumulateOf<STORAGE> (&to)[COUNT]) {
   unpack<STORAGE, COUNT>(
-      __ldg(reinterpret_cast<const Access<STORAGE, COUNT>*>(
-          static_cast<const char*>(data) + at * StorageOf<STORAGE>::BYTES)),
+      __ldg(
+          reinterpret_cast<const Access<STORAGE, COUNT>*>(
+              static_cast<const char*>(data) + at * StorageOf<STORAGE>::BYTES)),
       to);
 }
 

@@ -20,8 +20,8 @@ struct Args {
   View value_mask;  // [B, S] bool, true counts as zero; may be absent
 
   bool fused;
-  View places;   // [B, N, H, K, 2], last two contiguous: sampling locations, or offsets if fused
-  View weights;  // [B, N, H, K], last contiguous: attention weights, or logits if fused
+  View places;               // [B, N, H, K, 2], last two contiguous: sampling locations, or offsets if fused
+  View weights;              // [B, N, H, K], last contiguous: attention weights, or logits if fused
   View reference;            // [B, N, reference_levels, reference_size], last contiguous; fused only
   int64_t reference_levels;  // 1 or L
   int64_t reference_size;    // 2 as (x, y) or 4 as (cx, cy, w, h)

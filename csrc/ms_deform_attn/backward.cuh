@@ -61,8 +61,8 @@ __device__ __forceinline__ Products<T> products_of(
     Access<STORAGE, VEC> read[CORNERS];
 #pragma unroll
     for (int c = 0; c < CORNERS; ++c)
-      read[c] = rows.read(point.value_row + to_corner(steps, c), channel - lane * VEC,
-                          readable && is_there(point.weight[c]));
+      read[c] =
+          rows.read(point.value_row + to_corner(steps, c), channel - lane * VEC, readable && is_there(point.weight[c]));
 #pragma unroll
     for (int c = 0; c < CORNERS; ++c) {
       T corner[VEC];
@@ -148,11 +148,11 @@ constexpr int BACKWARD_THREADS = 128;
 
 // Blocks of a multiprocessor, as many as can be without spilling registers.
 template <DType STORAGE, int VECTORS>
-constexpr int BACKWARD_BLOCKS = STORAGE == DType::float64 || VECTORS != 1 ? 2 : WIDEST_ADDED == 1 ? 3 : 4;
+constexpr int BACKWARD_BLOCKS = STORAGE == DType::float64 || VECTORS != 1 ? 2 : (WIDEST_ADDED == 1 ? 3 : 4);
 
 template <DType STORAGE, int VEC, int LANES, int VECTORS>
 __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS<STORAGE, VECTORS>)
-deform_backward(const __grid_constant__ DeviceArgs args, const __grid_constant__ WorkOrder order) {
+    deform_backward(const __grid_constant__ DeviceArgs args, const __grid_constant__ WorkOrder order) {
   using T = AccumulateOf<STORAGE>;
   constexpr int POINT_BYTES = int(sizeof(SharedPoint<T>)), QUERY_BYTES = SHARED_POINTS_BYTES<T, LANES>;
   const int lane = int(threadIdx.x) % LANES, query_of_block = int(threadIdx.x) / LANES;

@@ -91,8 +91,7 @@ void gather(const Args& args, int64_t blocks, const PointBlock<T>* points, const
 // grad_rows += weight grad_output, and the lanes of grad_output . row, of the points of one block
 template <typename T, typename Storage, int V, bool FIRST>
 void scatter(
-    const PointBlock<T>& p, int64_t count, const Storage* rows, const T* grad_output, T* grad_rows,
-    T* products) {
+    const PointBlock<T>& p, int64_t count, const Storage* rows, const T* grad_output, T* grad_rows, T* products) {
   Vec<T> grad[V];
   for (int v = 0; v < V; ++v) grad[v] = load(grad_output + v * LANES<T>);
   for (int64_t i = 0; i < count; ++i) {
@@ -224,8 +223,7 @@ T* reference_parts(const Args& args) {  // [B, H, N, reference_levels, reference
 }
 
 template <typename T, typename Storage>
-void backward_pair(
-    const Args& args, int64_t pair, int64_t first, int64_t end, T* grad_rows, const Scratch<T>& s) {
+void backward_pair(const Args& args, int64_t pair, int64_t first, int64_t end, T* grad_rows, const Scratch<T>& s) {
   const int64_t b = pair / args.H, h = pair % args.H, reference_row = args.reference_levels * args.reference_size;
   memset(grad_rows, 0, size_t((args.S + 1) * s.row) * sizeof(T));
   const Rows rows = value_rows<T, Storage>(args, b, h, end - first, s);
@@ -248,8 +246,9 @@ void backward_pair(
         });
         sample_adjoints(s.products, points[block]);
       }
-      T* grad_reference =
-          args.grad_reference.data == nullptr ? nullptr : reference_parts<T>(args) + (pair * args.N + n) * reference_row;
+      T* grad_reference = args.grad_reference.data == nullptr
+          ? nullptr
+          : reference_parts<T>(args) + (pair * args.N + n) * reference_row;
       write_gradients(args, (b * args.N + n) * args.H + h, s, points, grad_reference);
     }
   }
@@ -312,8 +311,7 @@ void finish_worker(int64_t worker, void* context) {
     previous = pair;
   }
   if (args.grad_reference.data == nullptr) return;
-  finish_references(
-      args, share_of(args.B * args.N, worker, workers), scratch_of<T>(args, worker, true).reference_sums);
+  finish_references(args, share_of(args.B * args.N, worker, workers), scratch_of<T>(args, worker, true).reference_sums);
 }
 
 template <typename T>
@@ -325,7 +323,8 @@ void backward(Args& args) {
   }
   args.parallel.run(args.parallel.workers, backward_worker<T>, &args);
   const bool shares_pairs = args.B * args.H % args.parallel.workers != 0;
-  if (shares_pairs || args.grad_reference.data != nullptr) args.parallel.run(args.parallel.workers, finish_worker<T>, &args);
+  if (shares_pairs || args.grad_reference.data != nullptr)
+    args.parallel.run(args.parallel.workers, finish_worker<T>, &args);
 }
 
 }  // namespace
@@ -346,7 +345,8 @@ int64_t deform_backward_workspace(const Args& args) {
 
 void deform_forward(Args& args) {
   args.parallel.run(
-      args.parallel.workers, args.value.dtype == DType::float64 ? forward_worker<double> : forward_worker<float>, &args);
+      args.parallel.workers, args.value.dtype == DType::float64 ? forward_worker<double> : forward_worker<float>,
+      &args);
 }
 
 void deform_backward(Args& args) {

@@ -8,8 +8,8 @@ namespace rk {
 namespace deform {
 
 constexpr int64_t MAX_LEVELS = 32;
-constexpr int64_t MAX_POINTS = 4096;              // K; a query's gradients of weights meet in shared memory
-constexpr int64_t MAX_POSITIONS = INT32_MAX;      // S; products of a position and a stride are 64-bit
+constexpr int64_t MAX_POINTS = 4096;          // K; a query's gradients of weights meet in shared memory
+constexpr int64_t MAX_POSITIONS = INT32_MAX;  // S; products of a position and a stride are 64-bit
 
 struct DeviceLevel {
   int64_t start;  // among positions
@@ -25,8 +25,8 @@ struct DeviceArgs {
   View value_mask;  // [B, S] bool, true counts as zero; may be absent
 
   bool fused;
-  View places;   // [B, N, H, K, 2], last two contiguous: sampling locations, or offsets if fused
-  View weights;  // [B, N, H, K], last contiguous: attention weights, or logits if fused
+  View places;               // [B, N, H, K, 2], last two contiguous: sampling locations, or offsets if fused
+  View weights;              // [B, N, H, K], last contiguous: attention weights, or logits if fused
   View reference;            // [B, N, reference_levels, reference_size], last contiguous; fused only
   int64_t reference_levels;  // 1 or L
   int64_t reference_size;    // 2 as (x, y) or 4 as (cx, cy, w, h)

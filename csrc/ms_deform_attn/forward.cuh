@@ -95,7 +95,7 @@ __device__ __forceinline__ void forward_channels(
 
 template <DType STORAGE, int VEC, int LANES, int VECTORS>
 __global__ void __launch_bounds__(THREADS, VEC == 1 || VECTORS > 2 ? 2 : 3)
-deform_forward(const __grid_constant__ DeviceArgs args, const __grid_constant__ WorkOrder order) {
+    deform_forward(const __grid_constant__ DeviceArgs args, const __grid_constant__ WorkOrder order) {
   using T = AccumulateOf<STORAGE>;
   const int lane = int(threadIdx.x) % LANES;
   const Work work = work_of(args, order, int32_t(threadIdx.x) / LANES);

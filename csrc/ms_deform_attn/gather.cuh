@@ -32,8 +32,7 @@ __device__ __forceinline__ void add_run(
 
 // `lanes` have one row of channels; the 32 / lanes groups of a warp share the points of a position.
 template <DType STORAGE, int VEC>
-__global__ void __launch_bounds__(THREADS, 4)
-deform_gather(const __grid_constant__ DeviceArgs args, const int lanes) {
+__global__ void __launch_bounds__(THREADS, 4) deform_gather(const __grid_constant__ DeviceArgs args, const int lanes) {
   using T = AccumulateOf<STORAGE>;
   const int lane_of_warp = int(threadIdx.x) % 32, lane = lane_of_warp % lanes, group = lane_of_warp / lanes;
   const int64_t row = blockIdx.x * int64_t(blockDim.x / 32) + threadIdx.x / 32;  // [B, S, H]
@@ -41,8 +40,9 @@ deform_gather(const __grid_constant__ DeviceArgs args, const int lanes) {
   const int64_t h = row % args.H, position = row / args.H % args.S, b = row / args.H / args.S;
   const int64_t grad_row = b * args.grad_output.stride[0] + h * args.D;
   const bool masked = args.value_mask.data != nullptr &&
-      __ldg(static_cast<const unsigned char*>(args.value_mask.data) + b * args.value_mask.stride[0] +
-            position * args.value_mask.stride[1]) != 0;
+      __ldg(
+          static_cast<const unsigned char*>(args.value_mask.data) + b * args.value_mask.stride[0] +
+          position * args.value_mask.stride[1]) != 0;
   for (int64_t channel = lane * VEC; channel - lane * VEC < args.D; channel += lanes * VEC) {
     T sums[VEC] = {};
     int64_t first_cell = (b * args.H + h) * args.cells;

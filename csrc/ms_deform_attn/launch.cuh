@@ -94,8 +94,7 @@ struct Backward {
       if (shared > SHARED_BYTES) return run<STORAGE, 1, 32, 0>(args, stream);
     const WorkOrder order = order_of(args, threads / LANES);
     return enqueue(
-        deform_backward<STORAGE, VEC, LANES, VECTORS>, blocks_of(args, order), threads, shared, stream, args,
-        order);
+        deform_backward<STORAGE, VEC, LANES, VECTORS>, blocks_of(args, order), threads, shared, stream, args, order);
   }
 };
 
@@ -106,9 +105,10 @@ int launch(const DeviceArgs& args, CUstream_st* stream) {
   constexpr int VEC = VECTOR_OF<STORAGE>, CHANNELS = VEC * LANES * VECTORS;
   if (args.D > 256 || !rows_are_vectors<STORAGE>(args))
     return Kernel::template run<STORAGE, 1, 32, Kernel::ONE_BY_ONE>(args, stream);
-  if constexpr (CHANNELS < 256)
-    if (args.D > CHANNELS)
-      return launch<Kernel, STORAGE, LANES < 32 ? 2 * LANES : 32, LANES < 32 ? 1 : 2 * VECTORS>(args, stream);
+  if constexpr (CHANNELS < 256) {
+    constexpr int MORE_LANES = LANES < 32 ? 2 * LANES : 32, MORE_VECTORS = LANES < 32 ? 1 : 2 * VECTORS;
+    if (args.D > CHANNELS) return launch<Kernel, STORAGE, MORE_LANES, MORE_VECTORS>(args, stream);
+  }
   return Kernel::template run<STORAGE, VEC, LANES, VECTORS>(args, stream);
 }
 

@@ -64,8 +64,8 @@ void ms_deform_attn_backward(
 }
 
 void ms_deform_attn_fused_forward(
-    Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets, Tensor logits,
-    Ints points, std::optional<Tensor> value_mask, Tensor output) {
+    Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets, Tensor logits, Ints points,
+    std::optional<Tensor> value_mask, Tensor output) {
   deform::Args a =
       fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
   forward(a, output);

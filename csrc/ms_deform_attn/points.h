@@ -113,19 +113,19 @@ void read_offsets(const Args& args, int64_t b, int64_t n, const Scratch<T>& s, P
       p.reference_y[i] = references[level.reference_at[i] + 1];
     }
     if (args.reference_size == 2) {
-    RK_INDEPENDENT
-    for (int64_t i = 0; i < BLOCK; ++i) {
+      RK_INDEPENDENT
+      for (int64_t i = 0; i < BLOCK; ++i) {
         p.x[i] = pixel_of_point(p.reference_x[i], p.offset_x[i], T(level.width[i]));
         p.y[i] = pixel_of_point(p.reference_y[i], p.offset_y[i], T(level.height[i]));
       }
     } else {
-    RK_INDEPENDENT
-    for (int64_t i = 0; i < BLOCK; ++i) {
+      RK_INDEPENDENT
+      for (int64_t i = 0; i < BLOCK; ++i) {
         p.extent_x[i] = references[level.reference_at[i] + 2];
         p.extent_y[i] = references[level.reference_at[i] + 3];
       }
-    RK_INDEPENDENT
-    for (int64_t i = 0; i < BLOCK; ++i) {
+      RK_INDEPENDENT
+      for (int64_t i = 0; i < BLOCK; ++i) {
         const T step = level.half_step[i], width = T(level.width[i]), height = T(level.height[i]);
         p.x[i] = pixel_of_box(p.reference_x[i], p.extent_x[i], p.offset_x[i], step, width);
         p.y[i] = pixel_of_box(p.reference_y[i], p.extent_y[i], p.offset_y[i], step, height);
@@ -147,7 +147,8 @@ void read_points(const Args& args, int64_t b, int64_t n, int64_t h, const Scratc
 // corner that does not exist is the row of zeros and weighs 0, and its gradient goes to the row after the last, which
 // nobody reads: the loops over rows have no branches.
 template <typename T, bool GRADIENTS>
-void find_corners(const LevelBlock<T>& level, const Rows& rows, int64_t grad_stride, int64_t positions, PointBlock<T>& p) {
+void find_corners(
+    const LevelBlock<T>& level, const Rows& rows, int64_t grad_stride, int64_t positions, PointBlock<T>& p) {
   const int64_t stride = rows.stride, zeros_at = rows.zeros_at, nowhere = positions * grad_stride;
   int32_t exists[CORNERS][BLOCK];
   RK_INDEPENDENT
@@ -302,8 +303,7 @@ void write_reference_part(const Args& args, const Scratch<T>& s, const PointBloc
 
 // `row` counts (batch, query, head) triples; grad_reference is null where not asked for.
 template <typename T>
-void write_gradients(
-    const Args& args, int64_t row, const Scratch<T>& s, PointBlock<T>* points, T* grad_reference) {
+void write_gradients(const Args& args, int64_t row, const Scratch<T>& s, PointBlock<T>* points, T* grad_reference) {
   if (args.fused) softmax_adjoints(s, points);
   for (int64_t block = 0; block < s.blocks; ++block) {
     place_adjoints(args, s.levels[block], points[block], s.pairs + block * 2 * BLOCK);

@@ -14,9 +14,9 @@ namespace {
 #define RK_INDEPENDENT _Pragma("GCC ivdep") _Pragma("GCC unroll 1")  // before unrolling to single values, vectors
 #endif
 
-constexpr int64_t BLOCK = 16;    // points: loops of fixed length, which the compiler turns into vectors
-constexpr int64_t CORNERS = 4;   // (row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)
-constexpr int64_t QUERIES = 4;   // planned together, so that the latency of one hides behind the others
+constexpr int64_t BLOCK = 16;   // points: loops of fixed length, which the compiler turns into vectors
+constexpr int64_t CORNERS = 4;  // (row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)
+constexpr int64_t QUERIES = 4;  // planned together, so that the latency of one hides behind the others
 
 // Of the level that a point samples. A padding point is in a level without pixels, so it has no corner.
 template <typename T>
@@ -43,11 +43,11 @@ struct Scratch {
   int64_t blocks;  // of the K points of a query and head
   int64_t row;     // D rounded up to whole vectors
   int64_t small_bytes, bytes;
-  LevelBlock<T>* levels;  // [blocks]
-  PointBlock<T>* points;  // [QUERIES, blocks]
-  T *pairs, *singles;     // [blocks, BLOCK, 2], [blocks, BLOCK]: rows of points as they are in memory
-  T* products;            // [CORNERS, BLOCK, LANES]: lanes of grad_output . corner
-  T *channels, *zeros;    // [row]
+  LevelBlock<T>* levels;           // [blocks]
+  PointBlock<T>* points;           // [QUERIES, blocks]
+  T *pairs, *singles;              // [blocks, BLOCK, 2], [blocks, BLOCK]: rows of points as they are in memory
+  T* products;                     // [CORNERS, BLOCK, LANES]: lanes of grad_output . corner
+  T *channels, *zeros;             // [row]
   T *references, *reference_sums;  // [reference_levels, reference_size]
   // of one batch element and head: [S + 1, row], the last row zero (values) or for what falls nowhere (gradients)
   char* value_slice;  // of the storage type

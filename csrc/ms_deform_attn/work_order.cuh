@@ -9,7 +9,7 @@ namespace rk {
 namespace deform {
 
 struct WorkOrder {
-  uint32_t tiles;  // of a batch element and head
+  uint32_t tiles;                   // of a batch element and head
   int32_t tile_height, tile_width;  // their product is the number of queries of a block
   bool queries_are_positions;
 };

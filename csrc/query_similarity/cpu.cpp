@@ -1,10 +1,9 @@
 // s_i = (1/N) sum_{j != i} relu(x^_i . x^_j): cosines are summed as they leave the registers of the product.
 // Each worker owns whole blocks of queries.
 
-#include "args.h"
-
 #include "../common/gemm.h"
 #include "../common/rows.h"
+#include "args.h"
 #include "math.h"
 
 namespace rk {
@@ -71,7 +70,7 @@ void sum_similarities(const QuerySimilarity& a, const Workspace<T>& w, int64_t w
     for (int64_t j = 0; j < a.queries; j += BLOCK_M<T>)
       gemm<T>(
           rows, BLOCK_M<T>, a.channels, w.unit + (b * a.queries + first) * a.channels, a.channels, 1,
-          w.flipped + (b * w.tiles_of_image + j / BLOCK_M<T>) * a.channels * BLOCK_M<T>, BLOCK_M<T>,
+          w.flipped + (b * w.tiles_of_image * BLOCK_M<T> + j) * a.channels, BLOCK_M<T>,
           [&](int64_t i, int64_t c, Vec<T> cosine) RK_INLINE {
             Vec<T> similarity = cosine < 0 ? Vec<T>{} : cosine;  // a NaN stays one
             const int64_t own_lane = first + i - (j + c);
@@ -80,8 +79,7 @@ void sum_similarities(const QuerySimilarity& a, const Workspace<T>& w, int64_t w
           });
     T sums[BLOCK_N];
     for (int64_t i = 0; i < rows; ++i) sums[i] = sum_of_lanes<T>(lanes[i]);
-    write_row<T>(
-        sums, rows, a.output.dtype, a.output.data, b * a.output.stride[0] + first, T(1) / T(a.queries));
+    write_row<T>(sums, rows, a.output.dtype, a.output.data, b * a.output.stride[0] + first, T(1) / T(a.queries));
   }
 }
 

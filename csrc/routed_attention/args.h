@@ -12,23 +12,23 @@ struct RoutedAttention {
   int64_t sup_rank, del_rank, gate_rank;  // read where routed
   bool routed, clamped;
   double scale, limit;
-  View query;              // [B, H, N, D]
-  View key, value;         // [B, H, M, D]
-  View sup_q, del_q;       // [B, N, R]
-  View sup_k, del_k;       // [B, M, R]
-  View gate_q;             // [B, N, G]
-  View gate_k;             // [B, M, G]
-  View attn_mask;          // [B, H, N, M], any strides; bool (true = may attend) or floating; or none
-  View key_ranges;         // int32 [B, N, 2, 2], contiguous but for B and N; or none
-  View output;             // [B, H, N, D]
-  View lse;                // [B, H, N] log2(sum_j exp(S)), accumulate type; +inf where a query has no key to attend
+  View query;         // [B, H, N, D]
+  View key, value;    // [B, H, M, D]
+  View sup_q, del_q;  // [B, N, R]
+  View sup_k, del_k;  // [B, M, R]
+  View gate_q;        // [B, N, G]
+  View gate_k;        // [B, M, G]
+  View attn_mask;     // [B, H, N, M], any strides; bool (true = may attend) or floating; or none
+  View key_ranges;    // int32 [B, N, 2, 2], contiguous but for B and N; or none
+  View output;        // [B, H, N, D]
+  View lse;           // [B, H, N] log2(sum_j exp(S)), accumulate type; +inf where a query has no key to attend
   Parallel parallel;
   char* workspace;
 };
 
 struct RoutedAttentionGradients {
-  View output;                                   // [B, H, N, D], incoming
-  View query, key, value;                        // contiguous, as their inputs
+  View output;             // [B, H, N, D], incoming
+  View query, key, value;  // contiguous, as their inputs
   View sup_q, sup_k, del_q, del_k, gate_q, gate_k;
 };
 

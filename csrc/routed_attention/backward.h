@@ -30,31 +30,33 @@ struct KeyGradients {
 template <typename T>
 struct BackwardScratch {
   BiasTile<T> bias;
-  QueryRows<T> query;                                // [H, BLOCK_N, D] scale log2(e) q
-  QueryRows<T> grad_output;                          // [H, BLOCK_N, D]
-  QueryRows<T> grad_query;                           // [H, BLOCK_N, D] sum_j dS_hij k_hj
-  T* grad_sup_q;   // [R, BLOCK_N]
-  T* grad_del_q;   // [R, BLOCK_N]
-  T* grad_gate_q;  // [G, BLOCK_N]
-  T* minus_lse;    // [H, BLOCK_N]
-  T* minus_dot;    // [H, BLOCK_N] -T_hi = -dO_hi . O_hi
+  QueryRows<T> query;        // [H, BLOCK_N, D] scale log2(e) q
+  QueryRows<T> grad_output;  // [H, BLOCK_N, D]
+  QueryRows<T> grad_query;   // [H, BLOCK_N, D] sum_j dS_hij k_hj
+  T* grad_sup_q;             // [R, BLOCK_N]
+  T* grad_del_q;             // [R, BLOCK_N]
+  T* grad_gate_q;            // [G, BLOCK_N]
+  T* minus_lse;              // [H, BLOCK_N]
+  T* minus_dot;              // [H, BLOCK_N] -T_hi = -dO_hi . O_hi
   OnlineSoftmax<T> softmax;  // of rows whose lse could not carry the sum
-  T* pairs;        // [BLOCK_M, BLOCK_N] P, then dS in its place: the weights of `softmax`
-  T* grad_bias;    // [BLOCK_M, BLOCK_N] sum_h dS
-  T* key;          // [BLOCK_M, D]
-  T* value;        // [BLOCK_M, D]
-  T* sum;          // [BLOCK_M, widest of D, R, G]
+  T* pairs;                  // [BLOCK_M, BLOCK_N] P, then dS in its place: the weights of `softmax`
+  T* grad_bias;              // [BLOCK_M, BLOCK_N] sum_h dS
+  T* key;                    // [BLOCK_M, D]
+  T* value;                  // [BLOCK_M, D]
+  T* sum;                    // [BLOCK_M, widest of D, R, G]
 
   BackwardScratch(Blocks& blocks, const RoutedAttention& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), grad_output(blocks, a.heads, a.channels, true),
         grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks.take<T>(a.sup_rank * BLOCK_N)),
         grad_del_q(blocks.take<T>(a.del_rank * BLOCK_N)), grad_gate_q(blocks.take<T>(a.gate_rank * BLOCK_N)),
         minus_lse(blocks.take<T>(a.heads * BLOCK_N)), minus_dot(blocks.take<T>(a.heads * BLOCK_N)),
-        softmax(blocks, a.heads), pairs(softmax.weights), grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
-        value(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        softmax(blocks, a.heads), pairs(softmax.weights), grad_bias(blocks.take<T>(TILE_SIZE)),
+        key(blocks.take<T>(BLOCK_M * query.padded_columns)), value(blocks.take<T>(BLOCK_M * query.padded_columns)),
         sum(blocks.take<T>(
-            BLOCK_M * larger(larger(query.padded_columns, bias.sup.queries.padded_columns),
-                             larger(bias.del.queries.padded_columns, bias.gate.queries.padded_columns)))) {}
+            BLOCK_M *
+            larger(
+                larger(query.padded_columns, bias.sup.queries.padded_columns),
+                larger(bias.del.queries.padded_columns, bias.gate.queries.padded_columns)))) {}
 };
 
 template <typename T>
@@ -262,8 +264,9 @@ struct Backward {
   }
 
   // grad = factor * (sum of the slots of image b, in the order of the workers)
-  void write_key_gradient(const View& to, int64_t b, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
-                          T* KeyGradients<T>::*member, int64_t first, T* sum, T factor) const {
+  void write_key_gradient(
+      const View& to, int64_t b, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
+      T* KeyGradients<T>::* member, int64_t first, T* sum, T factor) const {
     const int64_t padded = round_up_to_lanes<T>(columns), count = smaller(BLOCK_M, a.keys - first);
     const int64_t offset = (h * a.keys + first) * padded;
     memset(sum, 0, size_t(count * padded) * sizeof(T));
@@ -274,8 +277,8 @@ struct Backward {
     }
     for (int64_t j = 0; j < count; ++j)
       write_row<T>(
-          sum + j * padded, columns, to.dtype, to.data,
-          b * to.stride[0] + h * head_stride + (first + j) * row_stride, factor);
+          sum + j * padded, columns, to.dtype, to.data, b * to.stride[0] + h * head_stride + (first + j) * row_stride,
+          factor);
   }
 
   void write_keys(int64_t worker) const {

@@ -28,8 +28,9 @@ struct OnlineSoftmax {
   }
 
   // The keys of a tile, for one head: afterwards `weights` are theirs.
-  void add(const QueryRows<T>& query, const BiasTile<T>& tile, const Place& at, int64_t h, const KeyRows<T>& key,
-           const T* bias) const {
+  void add(
+      const QueryRows<T>& query, const BiasTile<T>& tile, const Place& at, int64_t h, const KeyRows<T>& key,
+      const T* bias) const {
     if (bias == nullptr) add_tile<false, false>(query, at, h, key, bias);
     else if (tile.masked) add_tile<true, true>(query, at, h, key, bias);
     else add_tile<true, false>(query, at, h, key, bias);
@@ -51,9 +52,8 @@ struct OnlineSoftmax {
     Vec<T> largest[BLOCK_N / LANES<T>] = {}, sum[BLOCK_N / LANES<T>] = {};
     gemm<T>(
         at.count, at.columns, query.columns, key.data, key.stride, 1, query.flipped_of_head(h), BLOCK_N,
-        [&](int64_t j, int64_t i) RK_INLINE {
-          return BIASED ? load(bias + j * BLOCK_N + i) - load(row_max + i) : -load(row_max + i);
-        },
+        [&](int64_t j, int64_t i)
+            RK_INLINE { return BIASED ? load(bias + j * BLOCK_N + i) - load(row_max + i) : -load(row_max + i); },
         [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
           if constexpr (MASKED) logit = where_visible<T>(logit, load(bias + j * BLOCK_N + i));
           const Vec<T> weight = exp2_nonpositive(logit);
@@ -117,12 +117,13 @@ struct ForwardScratch {
   QueryRows<T> query;   // [H, BLOCK_N, D] scale log2(e) q
   QueryRows<T> output;  // [H, BLOCK_N, D] sum_j 2^(S_hij - max) v_hj
   OnlineSoftmax<T> softmax;
-  T* key;               // [BLOCK_M, D]
-  T* value;             // [BLOCK_M, D]
+  T* key;    // [BLOCK_M, D]
+  T* value;  // [BLOCK_M, D]
 
   ForwardScratch(Blocks& blocks, const RoutedAttention& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), output(blocks, a.heads, a.channels, false),
-        softmax(blocks, a.heads), key(blocks.take<T>(BLOCK_M * query.padded_columns)), value(blocks.take<T>(BLOCK_M * query.padded_columns)) {}
+        softmax(blocks, a.heads), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        value(blocks.take<T>(BLOCK_M * query.padded_columns)) {}
 };
 
 template <typename T>
@@ -147,7 +148,8 @@ struct Forward {
   }
 
   void attend_block(ForwardScratch<T>& s, const Place& block) const {
-    s.query.read(a.query, start_of(a.query, block), a.query.stride[1], a.query.stride[2], block.rows, T(a.scale * LOG2_E));
+    s.query.read(
+        a.query, start_of(a.query, block), a.query.stride[1], a.query.stride[2], block.rows, T(a.scale * LOG2_E));
     s.bias.read_queries(a, block);
     s.output.clear();
     s.softmax.start();

@@ -23,8 +23,8 @@ RoutedAttention arguments(
   a.attn_mask = view_of(attn_mask);
   a.key_ranges = view_of(key_ranges);
   a.output = view_of(output), a.lse = view_of(lse);
-  a.parallel = torch_threads(
-      a.batch * a.queries * a.keys * (a.heads * a.channels + a.sup_rank + a.del_rank) / (1 << 17));
+  a.parallel =
+      torch_threads(a.batch * a.queries * a.keys * (a.heads * a.channels + a.sup_rank + a.del_rank) / (1 << 17));
   return a;
 }
 

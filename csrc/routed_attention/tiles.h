@@ -1,6 +1,6 @@
 #pragma once
-// A worker's tiles. A tile holds pairs of 64 keys (rows) and 128 queries (columns): a vector holds 16 queries of one key,
-// so that maxima and sums over keys need no reduction within a vector, and keys are read as they lie, a row a key.
+// A worker's tiles. A tile holds pairs of 64 keys (rows) and 128 queries (columns): a vector holds 16 queries of one
+// key, so that maxima and sums over keys need no reduction within a vector, and keys are read as they lie, a row a key.
 
 #include "../common/gemm.h"
 #include "../common/rows.h"
@@ -42,8 +42,8 @@ inline bool works_on(const RoutedAttention& a, int64_t worker, int64_t b) {
 
 // Where a block of queries meets a tile of keys.
 struct Place {
-  int64_t b, first, rows;    // queries [first, first + rows) of image b
-  int64_t columns;           // rows, rounded up to whole vectors
+  int64_t b, first, rows;      // queries [first, first + rows) of image b
+  int64_t columns;             // rows, rounded up to whole vectors
   int64_t key = 0, count = 0;  // keys [key, key + count)
 };
 
@@ -93,8 +93,8 @@ struct KeyRows {
 
 // Keys [key, key + count) as they lie where they are of type T, else converted into `copy`.
 template <typename T>
-inline KeyRows<T> key_rows(const View& view, int64_t offset, int64_t row_stride, int64_t width, const Place& at, T* copy,
-                           bool must_copy) {
+inline KeyRows<T> key_rows(
+    const View& view, int64_t offset, int64_t row_stride, int64_t width, const Place& at, T* copy, bool must_copy) {
   const int64_t start = offset + at.key * row_stride, padded = round_up_to_lanes<T>(width);
   const bool is_t = view.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
   const bool dense = row_stride == width && width == padded;
@@ -149,18 +149,19 @@ struct FactorTile {
   }
 
   void multiply(const Place& at) const {
-    multiply(at, [this](int64_t j, int64_t i, Vec<T> product) RK_INLINE { store(products + j * BLOCK_N + i, product); });
+    multiply(
+        at, [this](int64_t j, int64_t i, Vec<T> product) RK_INLINE { store(products + j * BLOCK_N + i, product); });
   }
 };
 
 // What is added to the logits of one tile, [BLOCK_M, BLOCK_N], times log2(e), and what backward needs of it.
 template <typename T>
 struct BiasTile {
-  FactorTile<T> sup;   // for backward its products become sup - del
-  FactorTile<T> del;   // for backward its products become r, before the clamp
-  FactorTile<T> gate;  // for backward its products become p
-  T* shared;           // bias and masks that all heads have in common
-  T* of_one_head;      // the same and the mask of one head
+  FactorTile<T> sup;    // for backward its products become sup - del
+  FactorTile<T> del;    // for backward its products become r, before the clamp
+  FactorTile<T> gate;   // for backward its products become p
+  T* shared;            // bias and masks that all heads have in common
+  T* of_one_head;       // the same and the mask of one head
   bool filled = false;  // something is to be added to the logits
   bool masked = false;  // some of it may be NOT_VISIBLE
 
@@ -266,7 +267,7 @@ inline Vec<T> where_visible(Vec<T> biased_logits, Vec<T> bias) {
   return bias == NOT_VISIBLE<T> ? bias : biased_logits;
 }
 
-// S. A mask is added last: added first, -1e9 would round every step of the product, and finfo.min swallows it either way.
+// S. A mask is added last: added first, -1e9 would round every step of the product, and finfo.min swallows it anyway.
 template <typename T>
 inline Vec<T> masked_logit(Vec<T> product, Vec<T> bias) {
   return where_visible<T>(product + bias, bias);
@@ -276,8 +277,7 @@ inline Vec<T> masked_logit(Vec<T> product, Vec<T> bias) {
 template <typename Object, void (Object::*METHOD)(int64_t) const>
 void on_workers(const Parallel& parallel, const Object& object) {
   parallel.run(
-      parallel.workers,
-      [](int64_t worker, void* context) { (static_cast<const Object*>(context)->*METHOD)(worker); },
+      parallel.workers, [](int64_t worker, void* context) { (static_cast<const Object*>(context)->*METHOD)(worker); },
       const_cast<Object*>(&object));
 }
 

@@ -1,8 +1,7 @@
 // Losses and gradients of a block of queries at a time, classes side by side in vectors.
 
-#include "args.h"
-
 #include "../common/rows.h"
+#include "args.h"
 #include "math.h"
 
 namespace rk {
@@ -46,15 +45,13 @@ void forward_queries(const SigmoidFocalLoss& a, int64_t worker) {
     const int64_t rows = share.end - first < block.queries ? share.end - first : block.queries;
     const int64_t used = rows * a.K, padded = round_up_to_lanes<T>(used);
     for (int64_t i = 0; i < rows; ++i)
-      read_row<T>(
-          block.z + i * a.K, a.K, a.K, a.logits.dtype, a.logits.data, (first + i) * a.logits.stride[0], T(1));
+      read_row<T>(block.z + i * a.K, a.K, a.K, a.logits.dtype, a.logits.data, (first + i) * a.logits.stride[0], T(1));
     for (int64_t i = used; i < padded; ++i) block.z[i] = 0;
     const int64_t* const targets = a.targets + first;
     for (int64_t i = 0; i < rows; ++i)
       if (targets[i] >= 0 && targets[i] < a.K) block.z[i * a.K + targets[i]] *= -1;
     for (int64_t i = 0; i < padded; i += LANES<T>) {
-      const auto terms =
-          focal_terms<T, Vec<T>>(load(block.z + i), gamma, [](Vec<T> x) { return exp_nonpositive(x); });
+      const auto terms = focal_terms<T, Vec<T>>(load(block.z + i), gamma, [](Vec<T> x) { return exp_nonpositive(x); });
       store(block.loss + i, terms.loss);
       store(block.grad + i, terms.grad);
     }
@@ -70,8 +67,7 @@ void forward_queries(const SigmoidFocalLoss& a, int64_t worker) {
       if (a.grad.data == nullptr) continue;
       const int64_t start = (first + i) * a.K;
       write_row<T>(grad, a.K, a.grad.dtype, a.grad.data, start, scale * (1 - alpha));
-      if (has_target)
-        write_row<T>(grad + targets[i], 1, a.grad.dtype, a.grad.data, start + targets[i], -scale * alpha);
+      if (has_target) write_row<T>(grad + targets[i], 1, a.grad.dtype, a.grad.data, start + targets[i], -scale * alpha);
     }
   }
 }

@@ -1,5 +1,5 @@
-// The host half of the CUDA kernels, csrc/ms_deform_attn/cuda_op.cpp, over the emulation: PyTorch's CPU tensors as if they
-// were on a device, every launch with the memory that its arguments describe.
+// The host half of the CUDA kernels, csrc/ms_deform_attn/cuda_op.cpp, over the emulation: PyTorch's CPU tensors as if
+// they were on a device, every launch with the memory that its arguments describe.
 
 #define launch_forward emulated_forward
 #define launch_backward emulated_backward
@@ -39,8 +39,10 @@ using Shape = std::vector<int64_t>;
 
 int64_t bytes_of(DType dtype) {
   switch (dtype) {
-    case DType::float64: case DType::int64: return 8;
-    case DType::float32: case DType::int32: return 4;
+    case DType::float64:
+    case DType::int64: return 8;
+    case DType::float32:
+    case DType::int32: return 4;
     case DType::boolean: return 1;
     default: return 2;
   }
@@ -129,7 +131,7 @@ int launch_gather(const DeviceArgs& given, CUstream_st*) {
   return launch.run(emulated_gather<STORAGE>);
 }
 
-#define RK_EMULATED(STORAGE)                                                    \
+#define RK_EMULATED(STORAGE)                                                     \
   template int launch_forward<DType::STORAGE>(const DeviceArgs&, CUstream_st*);  \
   template int launch_backward<DType::STORAGE>(const DeviceArgs&, CUstream_st*); \
   template int launch_gather<DType::STORAGE>(const DeviceArgs&, CUstream_st*);

@@ -87,9 +87,7 @@ T __shfl_xor_sync(unsigned mask, T value, int distance, int width = simt::WARP, 
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_SITE) {
   simt::Block::current().wait(simt::Meeting::warp_barrier, mask, {file, line});
 }
-inline void __syncthreads(SIMT_SITE) {
-  simt::Block::current().wait(simt::Meeting::block_barrier, 0, {file, line});
-}
+inline void __syncthreads(SIMT_SITE) { simt::Block::current().wait(simt::Meeting::block_barrier, 0, {file, line}); }
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 

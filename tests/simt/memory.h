@@ -40,8 +40,7 @@ class Memory {
   template <typename T>
   T read(const T* from) {
     const Buffer& buffer = *access(from, sizeof(T), "reads");
-    if (buffer.access != Access::input)
-      throw Error("reads " + buffer.name + " as constant, which the kernel writes");
+    if (buffer.access != Access::input) throw Error("reads " + buffer.name + " as constant, which the kernel writes");
     T value;
     memcpy(&value, place(buffer, from), sizeof(T));
     return value;

@@ -15,9 +15,10 @@ struct EmulatedTensor {
   int32_t dtype, access;
 };
 
-constexpr const char* NAMES[] = {
-    "value", "value_mask", "places", "weights", "reference", "output", "grad_output", "grad_places", "grad_weights",
-    "grad_reference", "grad_value_sums", "cell", "corner_weight", "order", "bounds", "grad_value"};
+constexpr const char* NAMES[] = {"value",         "value_mask",     "places",          "weights",
+                                 "reference",     "output",         "grad_output",     "grad_places",
+                                 "grad_weights",  "grad_reference", "grad_value_sums", "cell",
+                                 "corner_weight", "order",          "bounds",          "grad_value"};
 
 struct EmulatedArgs {
   int64_t B, S, H, D, N, L, K, cells, reference_levels, reference_size;
@@ -35,15 +36,15 @@ DeviceArgs device_args(const EmulatedArgs& given, simt::Memory& memory) {
     const int64_t* level = given.levels + 5 * l;
     args.levels[l] = {level[0], int32_t(level[1]), int32_t(level[2]), int32_t(level[3]), int32_t(level[4])};
   }
-  View* const views[] = {
-      &args.value, &args.value_mask, &args.places, &args.weights, &args.reference, &args.output, &args.grad_output,
-      &args.grad_places, &args.grad_weights, &args.grad_reference, &args.grad_value_sums, &args.cell,
-      &args.corner_weight, &args.order, &args.bounds, &args.grad_value};
+  View* const views[] = {&args.value,         &args.value_mask,     &args.places,          &args.weights,
+                         &args.reference,     &args.output,         &args.grad_output,     &args.grad_places,
+                         &args.grad_weights,  &args.grad_reference, &args.grad_value_sums, &args.cell,
+                         &args.corner_weight, &args.order,          &args.bounds,          &args.grad_value};
   for (int i = 0; i < 16; ++i) {
     const EmulatedTensor& tensor = given.tensors[i];
     if (tensor.storage == nullptr) continue;
-    views[i]->data = tensor.offset +
-        memory.add(NAMES[i], tensor.storage, tensor.bytes, tensor.belongs, simt::Access(tensor.access));
+    views[i]->data =
+        tensor.offset + memory.add(NAMES[i], tensor.storage, tensor.bytes, tensor.belongs, simt::Access(tensor.access));
     views[i]->dtype = DType(tensor.dtype);
     std::copy(tensor.stride, tensor.stride + 5, views[i]->stride);
   }

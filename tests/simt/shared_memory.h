@@ -24,8 +24,7 @@ class SharedMemory {
     for (int64_t i = 0; i < size; ++i) {
       Byte& byte = bytes[size_t(at + i)];
       if (byte.writer < 0) throw Error("reads shared memory at byte " + std::to_string(at + i) + ", never written");
-      if (!is_before(byte.writer, byte.written_at, thread, clock))
-        throw race("reads", byte.writer, "wrote");
+      if (!is_before(byte.writer, byte.written_at, thread, clock)) throw race("reads", byte.writer, "wrote");
       byte.readers.push_back({thread, clock[size_t(thread)]});
       static_cast<uint8_t*>(to)[i] = byte.value;
     }
@@ -38,8 +37,7 @@ class SharedMemory {
       if (byte.writer >= 0 && !is_before(byte.writer, byte.written_at, thread, clock))
         throw race("writes", byte.writer, "wrote");
       for (const auto& reader : byte.readers)
-        if (!is_before(reader.first, reader.second, thread, clock))
-          throw race("writes", reader.first, "read");
+        if (!is_before(reader.first, reader.second, thread, clock)) throw race("writes", reader.first, "read");
       byte = {static_cast<const uint8_t*>(from)[i], thread, clock[size_t(thread)], {}};
     }
   }
@@ -58,14 +56,15 @@ class SharedMemory {
   }
 
   static Error race(const char* verb, int other, const char* other_verb) {
-    return Error(std::string(verb) + " shared memory that thread " + std::to_string(other) + " " + other_verb +
-                 " with no barrier since");
+    return Error(
+        std::string(verb) + " shared memory that thread " + std::to_string(other) + " " + other_verb +
+        " with no barrier since");
   }
 
   void check_place(const char* verb, int64_t at, int64_t size, int64_t alignment) const {
     if (at < 0 || at + size > int64_t(bytes.size()))
-      throw Error(std::string(verb) + " shared memory at byte " + std::to_string(at) + " of " +
-                  std::to_string(bytes.size()));
+      throw Error(
+          std::string(verb) + " shared memory at byte " + std::to_string(at) + " of " + std::to_string(bytes.size()));
     if (at % alignment != 0)
       throw Error(std::string(verb) + " shared memory at a misaligned byte " + std::to_string(at));
   }
