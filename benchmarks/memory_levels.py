@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from route_detr.config import PRESETS, preset
-from route_detr.planner import LEVELS
-from route_kernels.memory.command import image_size
+from route_detr.memory.command import image_size
+from route_detr.memory.planner import LEVELS
 
 from .device import RESULTS, circumstances
 from .report import aligned, origin

@@ -21,7 +21,7 @@ import torch
 
 from route_detr.config import PRESETS, preset
 from route_detr.evaluation import in_words
-from route_detr.planner import LEVELS, Request, plan
+from route_detr.memory.planner import LEVELS, Request, plan
 from route_detr.run import Run
 
 from .device import RESULTS, circumstances
@@ -66,7 +66,7 @@ def settings_of(name: str) -> list[Setting]:
 
 
 def planned_bytes(setting: Setting) -> dict[str, int]:
-    """Peak of the routed step at each level of `detector.memory`, in float32, as `route-kernels memory` plans it."""
+    """Peak of the routed step at each level of `detector.memory`, in float32, as `route-detr memory` plans it."""
     config = preset(setting.preset).updated({"detector.num_queries": setting.queries})
     request = Request(config, setting.batch, (setting.height, setting.width), torch.float32)
     return {level: plan(request.at(level)).peak for level in LEVELS}

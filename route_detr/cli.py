@@ -1,4 +1,4 @@
-"""route-detr train | eval | predict | import | export | inspect | data."""
+"""route-detr train | eval | predict | import | export | inspect | data | memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from route_detr.errors import Interrupted, RunFailed, WriteError
+from route_detr.memory import command as memory
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 FAILURES = (RunFailed, WriteError, FloatingPointError)  # whose message is a sentence
@@ -141,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
     cityscapes.add_argument("root", type=Path, help="folder with leftImg8bit/ and gtFine/")
     cityscapes.add_argument("out", type=Path)
     cityscapes.add_argument("--workers", type=int, help="processes (default: one a CPU)")
+
+    memory.add_parser(commands, common)
     return top
 
 

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from route_detr import data as detection_data
 from route_detr.checkpoint import (
     SOFTWARE,
     check_replaceable,
@@ -33,13 +32,10 @@ from route_detr.config import Config, first_error, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, killed_worker, read_rgb
 from route_detr.data.check import as_text
 from route_detr.data.check import check_data as check_data_set
-from route_detr.data.cityscapes import write_cityscapes as write_cityscapes_folder
 from route_detr.engine import evaluate as evaluate_detector
 from route_detr.errors import RunError, RunFailed, UsageError
 from route_detr.evaluation import table
-from route_detr.export import export as export_detector
-from route_detr.importing import imported, read_published
-from route_detr.plots import plot_curves, plot_detections, plot_routing, plot_schedule
+from route_detr.memory.command import plan_memory  # noqa: F401
 from route_detr.prediction import (
     PREDICTIONS,
     Trained,
@@ -51,6 +47,11 @@ from route_detr.prediction import (
 )
 from route_detr.run import Run, find_checkpoint
 from route_detr.scale_out import start_processes, take_weights
+from route_detr.tools import digits
+from route_detr.tools.cityscapes import write_cityscapes as write_cityscapes_folder
+from route_detr.tools.export import export as export_detector
+from route_detr.tools.importing import imported, read_published
+from route_detr.tools.plots import plot_curves, plot_detections, plot_routing, plot_schedule
 from route_detr.training import Training
 
 BUNDLED_DATA = "data/digits"
@@ -152,7 +153,7 @@ def _started(args: argparse.Namespace, run: Run) -> Training:
     if paths is None:
         with accelerator.local_main_process_first():
             if not Path(BUNDLED_DATA).is_dir():
-                detection_data.write_digits(BUNDLED_DATA)
+                digits.write_digits(BUNDLED_DATA)
         args.data = Path(BUNDLED_DATA)
         paths = _data_paths(args, ("train", "val"))
     backbone_is_read = config.detector.backbone.weights is not None and (init is None or args.init_partial)
@@ -396,7 +397,7 @@ def check_data(args: argparse.Namespace) -> int:
 def write_digits(args: argparse.Namespace) -> int:
     sizes = {name: getattr(args, name) for name in ("seed", "train_images", "val_images", "image_size")}
     try:
-        written = detection_data.write_digits(args.out, **sizes)
+        written = digits.write_digits(args.out, **sizes)
     except ValidationError as error:
         raise UsageError(first_error(error)) from error
     print(f"{'written to' if written else 'already in'} {args.out}")

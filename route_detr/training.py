@@ -30,7 +30,6 @@ from route_detr.evaluation import in_words
 from route_detr.model.backbone import self_contained
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector, parameter_groups
-from route_detr.plots import plot_curves
 from route_detr.progress import LossSums, Progress
 from route_detr.run import Run
 from route_detr.scale_out import (
@@ -42,6 +41,7 @@ from route_detr.scale_out import (
     prepared,
     whole,
 )
+from route_detr.tools.plots import plot_curves
 
 CURVES_EVERY_SECONDS = 30.0
 SKIPPED_AT_MOST = 40  # steps in a row: each halves the scale of float16 gradients, which begins at 2**16

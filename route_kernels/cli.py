@@ -1,4 +1,4 @@
-"""route-kernels info | bench | doctor | tune | memory."""
+"""route-kernels info | bench | doctor | tune."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import route_kernels as rk
 
 from . import native
 from .backends import BACKENDS, OPS
-from .memory import command as memory_command
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKOUT = Path(__file__).parents[1]
@@ -92,7 +91,7 @@ def tune(ops: Sequence[str], dtypes: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="route-kernels", description="Fused training kernels for DETR detectors.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | doctor | tune | memory")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | doctor | tune")
     commands.add_parser("info", help="what is installed, and which backend runs each op")
     commands.add_parser(
         "bench", help="verify, then time; options as benchmarks/run.py, for one --quick", add_help=False
@@ -120,19 +119,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     measure.add_argument("--op", action="append", choices=OPS, help="may be repeated [all]")
     measure.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated [all]")
-    planned = commands.add_parser(
-        "memory", help="plan the peak memory of a training step without a GPU", description=memory_command.DESCRIPTION
-    )
-    memory_command.add_options(planned)
+    commands.add_parser("memory", add_help=False)  # it was here until it became a command of the detector
     args, options = parser.parse_known_args(argv)
     if args.command == "bench":
         return bench(options)
+    if args.command == "memory":
+        print(
+            "route-kernels memory: it is now `route-detr memory` (pip install 'route-kernels[detr]')", file=sys.stderr
+        )
+        return 2
     if options:
         parser.error(f"unknown options: {' '.join(options)}")
     if args.command == "doctor":
         return doctor(args)
-    if args.command == "memory":
-        return memory_command.run(args)
     if args.command == "tune":
         return tune(args.op or OPS, args.dtype or DTYPES)
     print("\n".join(info()))

@@ -8,7 +8,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from route_detr.cli import main
-from route_detr.data import DatasetError, TransformConfig, coco_layout, open_splits, write_cityscapes
+from route_detr.data import DatasetError, TransformConfig, coco_layout, open_splits
+from route_detr.tools.cityscapes import write_cityscapes
 
 HEIGHT, WIDTH = 32, 64
 NAMES = ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]

@@ -17,10 +17,9 @@ from route_detr.data import (
     TransformConfig,
     coco_layout,
     open_splits,
-    write_digits,
 )
-from route_detr.data import digits as generator
-from route_detr.data.digits import DigitsParameters, digit_scans, generate_scene, is_digits_folder
+from route_detr.tools import digits as generator
+from route_detr.tools.digits import DigitsParameters, digit_scans, generate_scene, is_digits_folder, write_digits
 
 SMALL = {"train_images": 6, "val_images": 3, "progress": False}
 
@@ -180,7 +179,7 @@ def test_an_interrupted_generator_leaves_nothing(tmp_path, monkeypatch):
 def test_a_killed_generator_leaves_no_folder_that_looks_complete_and_does_not_hinder_the_next(tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from route_detr.data import digits\n"
+        "from route_detr.tools import digits\n"
         "whole = digits.scene_annotations\n"
         "def killed(scene, image_id, first_id):\n"
         "    if image_id == 3: os._exit(9)\n"

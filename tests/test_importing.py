@@ -25,10 +25,10 @@ from route_detr.checkpoint import load_checkpoint, save_checkpoint
 from route_detr.cli import main
 from route_detr.config import DetectorConfig, preset
 from route_detr.errors import CheckpointError
-from route_detr.importing import imported, read_published, source_config, transformers_config
 from route_detr.model.detector import Detector
 from route_detr.prediction import load_trained, stored_config
 from route_detr.scale_out import take_weights
+from route_detr.tools.importing import imported, read_published, source_config, transformers_config
 
 
 def small_transformers_model(**changes) -> DeformableDetrForObjectDetection:

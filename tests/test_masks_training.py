@@ -7,7 +7,7 @@ from pycocotools import mask as rle
 from small_training import options
 
 from route_detr.cli import main
-from route_detr.data import write_digits
+from route_detr.tools.digits import write_digits
 
 BACKBONE = {"layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1]}
 MASKS = {"detector.masks": True, "detector.backbone.settings": BACKBONE, "train.epochs": 1, "train.mask_points": 64}

@@ -5,9 +5,9 @@ import torch
 from small_detector import small_batch, small_detector, trained_step
 
 from route_detr.config import DetectorConfig, TrainConfig
+from route_detr.memory.planner import LEVELS
+from route_detr.memory.public_form import PublicCriterion, make_public, public_config
 from route_detr.model.blocks import AddNorm, saves
-from route_detr.planner import LEVELS
-from route_detr.public_form import PublicCriterion, make_public, public_config
 from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn
 
 STRENGTH, AUX_WEIGHT = 0.3, 0.5

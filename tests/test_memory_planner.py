@@ -13,11 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import route_kernels as rk
-from route_detr import memory_plot, planner
+from route_detr import cli
 from route_detr.config import preset
-from route_detr.planner import LEVELS, PARTS, Request, largest_batch, plan
-from route_kernels import backends, cli
-from route_kernels.memory import CARDS, Ledger, card, command, mixed_precision, workspace_bytes
+from route_detr.memory import command, planner, plot
+from route_detr.memory.cards import CARDS, card
+from route_detr.memory.ledger import Ledger
+from route_detr.memory.planner import LEVELS, PARTS, Request, largest_batch, plan
+from route_detr.memory.precision import mixed_precision
+from route_detr.memory.workspaces import workspace_bytes
+from route_kernels import backends
+from route_kernels.cli import main as route_kernels_main
 
 GIB = 2**30
 SMALLER = {"detector.encoder_layers": 1, "detector.decoder_layers": 2, "detector.num_levels": 3}
@@ -43,7 +48,7 @@ def test_levels_cost_products_and_save_memory(tiny_plans):
 
 
 def test_the_peak_is_the_same_in_every_process(tiny_plans):
-    command = [sys.executable, "-m", "route_kernels.cli", "memory", "--preset", "tiny-dino", "--batch", "2"]
+    command = [sys.executable, "-m", "route_detr", "memory", "--preset", "tiny-dino", "--batch", "2"]
     command += ["--image", "96x128", "--memory", "lean", "--json"]
     command += [f"{key}={value}" for key, value in SMALLER.items()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -212,16 +217,14 @@ def test_the_largest_batch_is_found(fixed, each):
 def test_errors_of_the_command(options, said, capsys):
     if options[-1] == "--measure" and torch.cuda.is_available():
         pytest.skip("there is a GPU to measure with")
-    assert cli.main(["memory", *options]) == 1
+    assert cli.main(["memory", *options]) == (cli.FAILED if options[-1] == "--measure" else cli.BAD_INPUT)
     assert said in capsys.readouterr().err
 
 
-def test_the_command_says_when_the_detector_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "route_detr", None)
-    for name in [name for name in sys.modules if name.startswith("route_detr.")]:
-        monkeypatch.delitem(sys.modules, name)
-    assert cli.main(["memory"]) == 1
-    assert "route-kernels[detr]" in capsys.readouterr().err
+def test_the_command_of_the_kernels_says_where_it_is_now(capsys):
+    assert route_kernels_main(["memory", "--preset", "dino-r50", "detector.num_queries=300"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "route-detr memory" in line and "route-kernels[detr]" in line
 
 
 def test_the_command_prints_a_table_and_what_fits(capsys):
@@ -245,7 +248,7 @@ def test_the_picture_has_the_rows_of_the_table(tmp_path, capsys, monkeypatch, op
     drawn = []
     planned = planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})
     monkeypatch.setattr(planner, "plan", lambda request: planned)
-    monkeypatch.setattr(memory_plot, "_stack", lambda axes, plans: drawn.extend(plans))
+    monkeypatch.setattr(plot, "_stack", lambda axes, plans: drawn.extend(plans))
     assert cli.main(["memory", "--preset", "tiny", "--plot", str(tmp_path / "memory.png"), *options.split()]) == 0
     assert drawn == rows
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[3 : 3 + len(rows)]] == rows
@@ -254,7 +257,7 @@ def test_the_picture_has_the_rows_of_the_table(tmp_path, capsys, monkeypatch, op
 
 def test_nothing_of_the_picture_lies_over_the_title_of_its_bars():
     axes = Figure(layout="constrained").subplots()
-    memory_plot._stack(axes, {"none": planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})})
+    plot._stack(axes, {"none": planner.Plan(GIB, {**dict.fromkeys(PARTS, 0), "heads": GIB})})
     axes.figure.draw_without_rendering()
     assert max(text.get_window_extent().y1 for text in axes.texts) < axes._left_title.get_window_extent().y0
 

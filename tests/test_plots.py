@@ -5,9 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from route_detr import plots
 from route_detr.config import preset
-from route_detr.plots import (
+from route_detr.prediction import draw_detections
+from route_detr.run import Run
+from route_detr.tools import plots
+from route_detr.tools.plots import (
     competing_groups,
     matched,
     pairwise_iou,
@@ -16,8 +18,6 @@ from route_detr.plots import (
     plot_routing,
     plot_schedule,
 )
-from route_detr.prediction import draw_detections
-from route_detr.run import Run
 
 BOXES = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [30.0, 0.0, 40.0, 10.0], [5.0, 0.0, 15.0, 10.0]])
 

@@ -375,7 +375,7 @@ def test_data_digits_writes_a_coco_folder(tmp_path):
 
 
 def test_without_data_the_bundled_digits_are_made_once(tmp_path, monkeypatch):
-    from route_detr import data as data_module
+    from route_detr.tools import digits
 
     made = []
 
@@ -383,8 +383,8 @@ def test_without_data_the_bundled_digits_are_made_once(tmp_path, monkeypatch):
         made.append(out)
         return write_digits(out, train_images=2, val_images=1, progress=False)
 
-    write_digits = data_module.write_digits
-    monkeypatch.setattr(data_module, "write_digits", few_digits)
+    write_digits = digits.write_digits
+    monkeypatch.setattr(digits, "write_digits", few_digits)
     monkeypatch.chdir(tmp_path)
     small = [*options({"train.epochs": 1}), "--device", "cpu"]
     assert main(["train", "--name", "a", *small]) == 0

@@ -8,13 +8,13 @@ from transformers import ResNetConfig, ResNetModel
 
 from route_detr.config import PRESETS, BackboneConfig, DetectorConfig, preset
 from route_detr.data import collate
-from route_detr.data.digits import write_digits
 from route_detr.data.layout import coco_layout, open_splits
 from route_detr.model.backbone import Backbone, self_contained
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector, parameter_groups
 from route_detr.model.matcher import padded_targets
 from route_detr.prediction import stored_config
+from route_detr.tools.digits import write_digits
 
 CONTENTS = {content: {"query_content": content} for content in ("encoded", "box", "joint")}
 ALL = {**VARIANTS, **CONTENTS}

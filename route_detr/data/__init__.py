@@ -1,9 +1,7 @@
-"""Detection data: COCO-format sets, their transforms, the bundled crowded digits, and Cityscapes as a COCO folder."""
+"""Detection data: COCO-format sets, their transforms and batches."""
 
 from route_detr.data.batch import Batch, Target, collate
-from route_detr.data.cityscapes import write_cityscapes
 from route_detr.data.coco import CocoDetection
-from route_detr.data.digits import write_digits
 from route_detr.data.images import read_rgb
 from route_detr.data.layout import coco_layout, open_splits
 from route_detr.data.loader import batch_loader, epoch_batches, killed_worker, micro_batches, shuffled
@@ -31,6 +29,4 @@ __all__ = [
     "read_rgb",
     "shuffled",
     "train_view",
-    "write_cityscapes",
-    "write_digits",
 ]

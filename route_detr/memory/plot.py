@@ -10,8 +10,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from route_detr.tools.plots import save_figure
+
 from .planner import PARTS, Plan, Request
-from .plots import save_figure
 
 GIB = 2**30
 QUERIES = (300, 600, 900, 1200, 1500)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ops import add_linear, feed_forward  # noqa: F401  (they define the operators)
+from route_kernels.ops import add_linear, feed_forward  # noqa: F401  (they define the operators)
 
 Shape = tuple[int, ...]
 

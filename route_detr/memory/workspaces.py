@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..ops.levels import level_count
-from ..reference.precision import accumulate_dtype
+from route_kernels.ops.levels import level_count
+from route_kernels.reference.precision import accumulate_dtype
 
 
 def workspace_bytes(op: Any, arguments: Sequence[Any], backend: str) -> int:

@@ -16,16 +16,15 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional
 
+from route_detr.config import DetectorConfig
+from route_detr.eager import make_eager
+from route_detr.model.criterion import Criterion
+from route_detr.model.detector import Detector, DetectorOutput
+from route_detr.model.heads import Predictions
+from route_detr.model.matcher import padded_targets
 from route_kernels.backends import assumed
 from route_kernels.nn import FeedForward
 from route_kernels.ops.ms_deform_attn import ms_deform_attn
-
-from .config import DetectorConfig
-from .eager import make_eager
-from .model.criterion import Criterion
-from .model.detector import Detector, DetectorOutput
-from .model.heads import Predictions
-from .model.matcher import padded_targets
 
 
 def public_config(config: DetectorConfig) -> DetectorConfig:

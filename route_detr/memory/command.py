@@ -1,11 +1,10 @@
-"""`route-kernels memory`: the peak of a detector's training step, planned on fake tensors."""
+"""`route-detr memory`: the peak of a detector's training step, planned on fake tensors."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .cards import CARDS, Card, card
 
 if TYPE_CHECKING:
-    from route_detr.planner import Plan, Request
+    from .planner import Plan, Request
 
 MIB, GIB = 2**20, 2**30
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -25,8 +24,15 @@ DESCRIPTION = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `route-kernels memory`."""
+def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    """Add `memory` to the commands of route-detr; common: options that all of them have."""
+    parser = commands.add_parser(
+        *("memory",),
+        parents=[common],
+        help="plan the peak memory of a training step without a GPU",
+        description=DESCRIPTION,
+    )
+    parser.set_defaults(action="plan_memory")
     parser.add_argument("--preset", default="dino-r50", help="of route-detr [%(default)s]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any field, as detector.num_queries=300")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images [%(default)s]")
@@ -52,22 +58,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Exit code: 0; 1 for an error, or a measured peak more than 5 % off the planned one."""
-    try:
-        from tqdm import tqdm
+def plan_memory(options: argparse.Namespace) -> int:
+    """Exit code: 0; 1 for a measured peak more than 5 % off the planned one."""
+    from tqdm import tqdm
 
-        from route_detr import memory_plot, planner
-        from route_detr.checkpoint import check_replaceable, with_folder
-    except ImportError as error:
-        return _failure(f"needs the detector: pip install 'route-kernels[detr]' ({error})")
-    try:
-        if options.plot:
-            check_replaceable("picture", options.plot)
-        request = _request(options, planner)
-        requests = _rows(options, request, planner.LEVELS)
-    except ValueError as error:
-        return _failure(str(error))
+    from route_detr.checkpoint import check_replaceable, with_folder
+
+    from . import planner, plot
+
+    if options.plot:
+        check_replaceable("picture", options.plot)
+    request = _request(options, planner)
+    requests = _rows(options, request, planner.LEVELS)
     progress = tqdm(desc="steps planned", unit="step", leave=False, disable=None)
 
     planned: dict[str, Plan] = {}
@@ -79,10 +81,7 @@ def run(options: argparse.Namespace) -> int:
             progress.update()
         return planned[repr(row)]
 
-    try:
-        rows = {name: plan(row) for name, row in requests.items()}
-    except ValueError as error:  # a detector that cannot be built
-        return _failure(str(error))
+    rows = {name: plan(row) for name, row in requests.items()}
     result: dict[str, Any] = {
         "request": _described(request),
         "rows": {n: dataclasses.asdict(p) for n, p in rows.items()},
@@ -101,15 +100,12 @@ def run(options: argparse.Namespace) -> int:
         lines += ["", *_fit_lines(fitting, batches)]
     agrees = True
     if options.measure:
-        try:
-            measured = {name: planner.measured_peak(row) for name, row in requests.items()}
-        except RuntimeError as error:
-            return _failure(str(error))
+        measured = {name: planner.measured_peak(row) for name, row in requests.items()}
         result["measured"] = measured
         agrees = all(abs(size / rows[name].peak - 1) <= AGREEMENT for name, size in measured.items())
         lines += ["", *(f"{n}: measured {_gib(m)}, planned {_gib(rows[n].peak)}" for n, m in measured.items())]
     if options.plot:
-        memory_plot.draw(requests, with_folder(options.plot), plan)
+        plot.draw(requests, with_folder(options.plot), plan)
         lines += ["", f"drawn to {options.plot}"]
     progress.close()
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
@@ -189,8 +185,3 @@ def _fit_lines(fitting: Card, batches: dict[str, int]) -> list[str]:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB"
-
-
-def _failure(message: str) -> int:
-    print(f"route-kernels memory: {message}", file=sys.stderr)
-    return 1

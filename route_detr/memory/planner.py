@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from route_detr.config import Config, DetectorConfig, MemoryLevel
+from route_detr.data import Target
+from route_detr.errors import RunFailed
+from route_detr.model.criterion import Criterion
+from route_detr.model.decoder import DecoderLayer
+from route_detr.model.detector import Detector
+from route_detr.model.heads import PredictionHead, Predictions
+from route_detr.model.matcher import Matcher, Matches, PaddedTargets
 from route_kernels.backends import assumed
-from route_kernels.memory import PRODUCTS, WORKSPACES, Ledger, mixed_precision
 
-from .config import Config, DetectorConfig, MemoryLevel
-from .data import Target
-from .model.criterion import Criterion
-from .model.decoder import DecoderLayer
-from .model.detector import Detector
-from .model.heads import PredictionHead, Predictions
-from .model.matcher import Matcher, Matches, PaddedTargets
+from .ledger import WORKSPACES, Ledger
+from .precision import mixed_precision
+from .products import PRODUCTS
 from .public_form import PublicCriterion, make_public, public_config
 
 LEVELS = get_args(MemoryLevel)
@@ -309,12 +312,12 @@ def _plan(ledger: Ledger, shares: dict[str, tuple[str, ...]]) -> Plan:
 def measured_peak(request: Request) -> int:
     """The peak of the second of two real steps on this GPU, in bytes, as PyTorch's allocator counts.
 
-    Raises RuntimeError without a GPU, or for a scope that is no whole step.
+    Raises RunFailed without a GPU, or for a scope that is no whole step.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("measuring needs a GPU: none was found")
+        raise RunFailed("measuring needs a GPU: none was found")
     if request.scope != "step":
-        raise RuntimeError(f"scope: only a whole step can be measured, got {request.scope!r}")
+        raise RunFailed(f"scope: only a whole step can be measured, got {request.scope!r}")
     config, device = request.config, torch.device("cuda")
     if request.public:
         config = dataclasses.replace(config, detector=public_config(config.detector))

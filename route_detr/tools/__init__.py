@@ -1,0 +1,1 @@
+"""What `route-detr` has beside training: imported by its commands alone, each where it is used."""
