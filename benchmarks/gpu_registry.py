@@ -9,7 +9,14 @@ from functools import partial
 import torch
 
 import route_kernels as rk
-from route_kernels.testing import EAGER, Arguments, map_tensors, query_similarity_arguments, routed_attention_arguments
+from route_kernels.testing import (
+    EAGER,
+    Arguments,
+    map_tensors,
+    query_similarity_arguments,
+    routed_attention_arguments,
+    under_eager,
+)
 
 from .gpu_contenders import COMPILED_PUBLIC, FLEX_FACTORED, FLEX_LOOKED_UP, PUBLIC, compiled, on_backend
 from .registry import (
@@ -108,7 +115,7 @@ OF_THE_PARTS = 1 / 1.3
 
 
 def _compiled_eager(op: str) -> Contender:
-    return Contender("eager, torch.compile", compiled(EAGER[op]), EAGER[op])
+    return Contender("eager, torch.compile", under_eager(compiled(getattr(rk, op))), EAGER[op])
 
 
 def _deformable_cases() -> list[GpuCase]:

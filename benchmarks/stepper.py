@@ -11,35 +11,18 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import route_kernels as rk
 from route_detr.config import preset as named_config
 from route_detr.data import Target
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
-from route_kernels.testing import EAGER
 
 from .worker import serve
 
 STRENGTH, AUX_WEIGHT = 0.3, 0.7  # lambda and alpha at the end of their schedules
 BOXES = 15  # an image
-
-
-def use_eager_ops() -> None:
-    """From now on the modules call the public formulations instead of the fused ops."""
-
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors | None, **masks: None
-    ) -> Tensor:
-        if routing is None:
-            return F.scaled_dot_product_attention(query, key, value)
-        return EAGER["routed_attention"](query, key, value, routing, **masks)
-
-    rk.nn.attention.routed_attention = attention
-    rk.nn.attention.ms_deform_attn_fused = EAGER["ms_deform_attn_fused"]
-    rk.query_similarity = EAGER["query_similarity"]
 
 
 class Stepper:
@@ -49,8 +32,7 @@ class Stepper:
         self, *, route: bool, fused: bool, preset: str, batch: int, height: int, width: int, queries: int,
         memory: str = "lean",
     ) -> None:  # fmt: skip
-        if not fused:
-            use_eager_ops()
+        self.backend = None if fused else "eager"
         config = named_config(preset).updated(
             {
                 "detector.route": route,
@@ -84,7 +66,8 @@ class Stepper:
     def step(self) -> dict[str, float]:
         """Everything that a step of `route-detr train` does but reading images."""
         started = perf_counter()
-        losses = self.criterion(self.detector(self.images, None, self.targets), self.targets)
+        with rk.backend(self.backend):
+            losses = self.criterion(self.detector(self.images, None, self.targets), self.targets)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip_norm)

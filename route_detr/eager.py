@@ -16,12 +16,12 @@ from torch.nn import functional
 from route_kernels.nn import MSDeformAttn, RoutedSelfAttention
 from route_kernels.ops.routed_attention import RoutingFactors
 from route_kernels.reference.routed_attention import routing_bias, visible_keys
-from route_kernels.testing.eager import ms_deform_attn as grid_samples
+from route_kernels.testing import EAGER
 
 Sampling = Callable[[Tensor, Sequence[tuple[int, int]], None, Tensor, Tensor], Tensor]
 
 
-def make_eager(model: nn.Module, sample: Sampling = grid_samples) -> None:
+def make_eager(model: nn.Module, sample: Sampling = EAGER["ms_deform_attn"]) -> None:
     """Change the forwards of a model's attention modules, in place.
 
     sample: value [B, S, H, D], spatial shapes, None, locations [B, N, H, L, P, 2], weights [B, N, H, L, P] ->

@@ -1,6 +1,7 @@
 """Which backend runs an op, and why another cannot.
 
-`reference` is plain PyTorch, differentiated by PyTorch. `cpu` is the native C++ library. `triton` compiles its kernels
+`reference` is plain PyTorch, differentiated by PyTorch. `eager` is the same ops as PyTorch users write them, the
+baseline of every figure: it runs on request alone. `cpu` is the native C++ library. `triton` compiles its kernels
 on the GPU that runs them. `cuda` is the library of kernels that nvcc compiled with the package. An explicit request
 runs or raises: it never falls back.
 """
@@ -13,11 +14,13 @@ from contextlib import contextmanager
 
 import torch
 
-from . import cuda, native
+from . import cuda, eager, native, reference
 from .ops.contract import FLOATING
 from .triton import availability
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "eager", "cpu", "triton", "cuda")
+PLAIN = {"reference": reference, "eager": eager}
+"""Backends that are functions of PyTorch operators, one of each op's name; PyTorch differentiates them."""
 OPS = (
     "routed_attention", "query_similarity", "ms_deform_attn", "ms_deform_attn_fused", "add_layer_norm",
     "sigmoid_focal_loss",
@@ -127,8 +130,8 @@ def can_run(op: str, name: str, *tensors: torch.Tensor) -> tuple[bool, str]:
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     _validated(name)
-    if name == "reference":
-        return True, "plain PyTorch"
+    if name in PLAIN:
+        return True, "plain PyTorch" if name == "reference" else "PyTorch's own operators, as its users write the op"
     if name == "triton":
         return availability.can_run(op, *tensors)
     if name == "cuda":

@@ -28,12 +28,13 @@ def recomputed(function: Callable[..., Any], *inputs: Any, kept: Sequence[str] =
             synchronises a GPU.
 
     Returns:
-        What the function returns; the gradients are the same.
+        What the function returns; the gradients are the same. On backend `eager`, the baseline, nothing is computed
+        again: it keeps what PyTorch keeps.
     """
     unknown = [kept] if isinstance(kept, str) else [name for name in kept if name not in _OPS]
     if unknown:
         raise ValueError(f"recomputed: kept: expected names out of {', '.join(_OPS)}, got {unknown[0]!r}")
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or backends.requested_backend() == "eager":
         return function(*inputs)
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, frozenset(kept)))}
     run = partial(_on_backend, backends.requested_backend(), function)

@@ -151,7 +151,7 @@ def test_an_exception_ends_the_request():
 
 @pytest.mark.parametrize("name", ["gpu", "", "Reference", 3])
 def test_unknown_backends(name):
-    message = f"backend: expected one of reference, cpu, triton, cuda or None, got {name!r}"
+    message = f"backend: expected one of reference, eager, cpu, triton, cuda or None, got {name!r}"
     with pytest.raises(ValueError, match=message):
         rk.set_backend(name)
     with pytest.raises(ValueError, match=message), rk.backend(name):
@@ -174,6 +174,7 @@ def test_available_backends_says_what_runs_and_why_not(op, label):
         available = rk.available_backends(op, *inputs)
         assert tuple(available) == BACKENDS
         assert available["reference"] == (True, "plain PyTorch")
+        assert available["eager"] == (True, "PyTorch's own operators, as its users write the op")
         assert available["cpu"] == (
             (True, "native C++ kernel") if native.load_error is None else (False, native.load_error)
         )

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 import route_kernels as rk
 from route_kernels.nn import AddLayerNorm, MSDeformAttn, QueryRouter, RoutedSelfAttention
-from route_kernels.testing import routed_attention_arguments
-from route_kernels.testing.eager import ms_deform_attn_fused, routed_attention
+from route_kernels.testing import EAGER, routed_attention_arguments
 
 # ---- QueryRouter ---------------------------------------------------------------------------------------------------
 
@@ -267,7 +266,7 @@ def test_self_attention_equals_plain_operators():
         F.linear(x, w, b).unflatten(-1, (3, 8)).transpose(1, 2)
         for x, w, b in zip((query + position, query + position, query), weights, biases, strict=True)
     )
-    expected = module.out_proj(routed_attention(q, k, v, routing).transpose(1, 2).flatten(2))
+    expected = module.out_proj(EAGER["routed_attention"](q, k, v, routing).transpose(1, 2).flatten(2))
     torch.testing.assert_close(module(query, position, routing), expected)
     with pytest.raises(ValueError, match=r"query: expected shape \[B, N, C=24\], got \[2, 11, 25\]"):
         module(torch.zeros(2, 11, 25))
@@ -338,7 +337,9 @@ def test_deformable_attention_equals_plain_operators(coordinates, reference_leve
         value = module.value_proj(memory).unflatten(-1, (heads, -1))
         offsets = module.sampling_offsets(query).view(2, 7, heads, 2 * points, 2)
         logits = module.attention_weights(query).view(2, 7, heads, 2 * points)
-        return module.output_proj(ms_deform_attn_fused(value, shapes, references, offsets, logits, value_mask=mask))
+        return module.output_proj(
+            EAGER["ms_deform_attn_fused"](value, shapes, references, offsets, logits, value_mask=mask)
+        )
 
     leaves = [query.requires_grad_(), memory.requires_grad_(), references.requires_grad_(), *module.parameters()]
     grad_output = torch.randn(2, 7, channels).double()

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from route_kernels.testing import assert_as_accurate, check_accuracy, routed_attention_arguments
-from route_kernels.testing.eager import routed_attention
+from route_kernels.testing import EAGER, assert_as_accurate, check_accuracy, routed_attention_arguments
 
 
 def attend(query, key, value, bias, scale=None):
@@ -86,7 +85,7 @@ ARGUMENTS = dict(queries=37, limit=2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize("function", [right, routed_attention], ids=["by hand", "SDPA"])
+@pytest.mark.parametrize("function", [right, EAGER["routed_attention"]], ids=["by hand", "SDPA"])
 def test_a_right_form_passes(function, dtype):
     check_accuracy("routed_attention", routed_attention_arguments(dtype=dtype, **ARGUMENTS), function)
 

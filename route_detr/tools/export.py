@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import route_kernels as rk
 from route_detr.checkpoint import SOFTWARE, check_replaceable, with_folder, write_atomically
 from route_detr.errors import UsageError
 from route_detr.prediction import Trained
-from route_kernels.nn import attention
-from route_kernels.testing.eager import ms_deform_attn_fused as grid_sampled
 
 OPSET = 20  # GridSample of any batch, LayerNormalization, Gelu
 TOLERANCE = 1e-3  # of logits and boxes, relative to the largest: float32 through a whole detector
@@ -33,16 +31,6 @@ class Inference(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         output = self.detector(images)
         return output.logits, output.boxes
-
-
-@contextmanager
-def sampling_by_grid() -> Iterator[None]:
-    """Deformable attention as `grid_sample`, an operator that ONNX has, in place of its gathers written out."""
-    fused, attention.ms_deform_attn_fused = attention.ms_deform_attn_fused, grid_sampled
-    try:
-        yield
-    finally:
-        attention.ms_deform_attn_fused = fused
 
 
 def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> str:
@@ -70,7 +58,7 @@ def export(trained: Trained, path: Path, size: Sequence[int] | None = None) -> s
         raise FloatingPointError(f"{path}: not written, what the trained detector computes is not finite")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # PyTorch's remarks on its own exporters
-        with sampling_by_grid():
+        with rk.backend("eager"):  # sampling is grid_sample, an operator that ONNX has
             batches = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(model, (images,), dynamic_shapes=batches, strict=False)
         written = Path(folder) / path.name

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import backends, reference
+from .. import backends
 from ..reference.precision import accumulate_dtype, autocast_dtype
 from .contract import (
     expect_choice,
@@ -72,9 +72,9 @@ def add_layer_norm(
     dtype = _output_dtype(x, residual)
     chosen = backends.choose(OP, x, residual, weight, bias)
     inputs = (x, residual, weight, bias)
-    if chosen == "reference":
+    if chosen in backends.PLAIN:
         check(*inputs, eps, dtype)
-        return reference.add_layer_norm(*inputs, eps, dtype)
+        return backends.PLAIN[chosen].add_layer_norm(*inputs, eps, dtype)
     channels = weight.shape[0] if weight.dim() else 0
     kept = (channels if keep == "normalized" else min(SPARE, channels)) if may_be_differentiated(*inputs) else 0
     return torch.ops.route_kernels.add_layer_norm(*inputs, eps, kept, dtype, chosen)[0]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
 from ..reference.precision import accumulate_dtype
 from .contract import expect_same_device, expect_shape, expect_tensors
 from .products import (
@@ -19,7 +18,7 @@ from .products import (
     autocast_dtype,
     expect_dtypes,
     linear_into,
-    plain_form_wanted,
+    plain_form,
     rows_of,
     rows_of_chunk,
     sum_of_rows,
@@ -51,9 +50,10 @@ def add_linear(
     """
     expect_tensors(OP, x=x, position=position, weight=weight, **({} if bias is None else {"bias": bias}))
     dtype = autocast_dtype(x)
-    if plain_form_wanted():
+    plain = plain_form()
+    if plain is not None:
         check(x, position, weight, bias, dtype)
-        return reference.add_linear(x, position, weight, bias, dtype)
+        return plain.add_linear(x, position, weight, bias, dtype)
     return torch.ops.route_kernels.add_linear(x, position, weight, bias, dtype)[0]
 
 

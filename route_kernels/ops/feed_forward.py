@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-from .. import reference
 from ..reference.feed_forward import ACTIVATIONS
 from ..reference.precision import accumulate_dtype
 from .contract import expect_choice, expect_same_device, expect_shape, expect_tensors, integer
@@ -24,7 +23,7 @@ from .products import (
     expect_dtypes,
     in_dtype,
     linear_into,
-    plain_form_wanted,
+    plain_form,
     rows_of,
     rows_of_chunk,
     sum_of_rows,
@@ -73,9 +72,10 @@ def feed_forward(
     expect_choice(OP, "activation", activation, ACTIVATIONS)
     chunks = integer(OP, "chunks", chunks)
     dtype = autocast_dtype(x)
-    if plain_form_wanted():
+    plain = plain_form()
+    if plain is not None:
         check(x, w1, b1, w2, b2, activation, chunks, dtype)
-        return reference.feed_forward(x, w1, b1, w2, b2, activation, dtype)
+        return plain.feed_forward(x, w1, b1, w2, b2, activation, dtype)
     return torch.ops.route_kernels.feed_forward(x, w1, b1, w2, b2, activation, chunks, dtype)[0]
 
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from .. import backends, reference
+from .. import backends, eager, reference
 from ..reference.precision import accumulate_dtype, autocast_dtype
 from .contract import (
     FLOATING,
@@ -85,9 +85,9 @@ def ms_deform_attn(
     inputs = (value, sizes, starts, sampling_locations, attention_weights, counts)
     if isinstance(sizes, torch.Tensor):
         chosen = backends.requested_backend() if chosen == "reference" else chosen  # exported: chosen where it runs
-    elif chosen == "reference":
+    elif chosen in backends.PLAIN:
         check(*inputs)
-        return reference.ms_deform_attn(
+        return backends.PLAIN[chosen].ms_deform_attn(
             value, level_pairs(sizes), level_starts(sizes, starts), sampling_locations, attention_weights,
             None if counts is None else tuple(counts),
         )  # fmt: skip
@@ -174,13 +174,13 @@ def _backward_fake(
     return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
 
 
-def _reference_forward(value, spatial_shapes, starts, locations, weights, points):
-    return reference.ms_deform_attn(value, level_pairs(spatial_shapes), starts, locations, weights, tuple(points))
+def _plain_forward(formulas, value, spatial_shapes, starts, locations, weights, points):
+    return formulas.ms_deform_attn(value, level_pairs(spatial_shapes), starts, locations, weights, tuple(points))
 
 
-def _reference_backward(grad_output, value, spatial_shapes, starts, locations, weights, points, *grads):
+def _plain_backward(formulas, grad_output, value, spatial_shapes, starts, locations, weights, points, *grads):
     def forward(value, locations, weights):
-        return _reference_forward(value, spatial_shapes, starts, locations, weights, points)
+        return _plain_forward(formulas, value, spatial_shapes, starts, locations, weights, points)
 
     for grad, found in zip(grads, gradients(forward, (value, locations, weights), grad_output), strict=True):
         grad.copy_(found)
@@ -218,11 +218,19 @@ def _triton_backward(grad_output, *inputs_and_grads):
 
 
 _FORWARD = {
-    "reference": _reference_forward, "cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward,
-}  # fmt: skip
+    "reference": partial(_plain_forward, reference),
+    "eager": partial(_plain_forward, eager),
+    "cpu": _native_forward,
+    "cuda": _native_forward,
+    "triton": _triton_forward,
+}
 _BACKWARD = {
-    "reference": _reference_backward, "cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward,
-}  # fmt: skip
+    "reference": partial(_plain_backward, reference),
+    "eager": partial(_plain_backward, eager),
+    "cpu": _native_backward,
+    "cuda": _cuda_backward,
+    "triton": _triton_backward,
+}
 
 
 def _setup_context(ctx, inputs, output):

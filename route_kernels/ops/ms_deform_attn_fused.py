@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from .. import backends, reference
+from .. import backends, eager, reference
 from .contract import (
     expect_floating,
     expect_same_device,
@@ -91,9 +91,9 @@ def ms_deform_attn_fused(
     chosen = backends.choose(OP, value, *tensors, value_mask)
     if isinstance(sizes, torch.Tensor):
         chosen = backends.requested_backend() if chosen == "reference" else chosen  # exported: chosen where it runs
-    elif chosen == "reference":
+    elif chosen in backends.PLAIN:
         check(value, sizes, *tensors, points, value_mask)
-        return reference.ms_deform_attn_fused(
+        return backends.PLAIN[chosen].ms_deform_attn_fused(
             value, level_pairs(sizes), level_starts(sizes, None), *tensors,
             _points(sizes, attention_logits, points), value_mask,
         )  # fmt: skip
@@ -195,17 +195,20 @@ def _new_grads(value, sampling_offsets, attention_logits, reference_points, refe
     return [x.new_empty(x.shape) for x in wanted]
 
 
-def _reference_forward(value, spatial_shapes, *inputs):
+def _plain_forward(formulas, value, spatial_shapes, *inputs):
     *tensors, points, value_mask = inputs[1:]
     pairs = level_pairs(spatial_shapes)
-    return reference.ms_deform_attn_fused(value, pairs, inputs[0], *tensors, tuple(points), value_mask)
+    return formulas.ms_deform_attn_fused(value, pairs, inputs[0], *tensors, tuple(points), value_mask)
 
 
-def _reference_backward(
-    grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, reference_grad
+def _plain_backward(
+    formulas, grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask,
+    reference_grad,
 ):  # fmt: skip
     def forward(value, offsets, logits, reference_points=reference_points):
-        return _reference_forward(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask)
+        return _plain_forward(
+            formulas, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask
+        )
 
     inputs = (value, offsets, logits, *((reference_points,) if reference_grad else ()))
     return [grad.contiguous() for grad in gradients(forward, inputs, grad_output)]
@@ -250,11 +253,19 @@ def _triton_backward(grad_output, *inputs):
 
 
 _FORWARD = {
-    "reference": _reference_forward, "cpu": _native_forward, "cuda": _native_forward, "triton": _triton_forward,
-}  # fmt: skip
+    "reference": partial(_plain_forward, reference),
+    "eager": partial(_plain_forward, eager),
+    "cpu": _native_forward,
+    "cuda": _native_forward,
+    "triton": _triton_forward,
+}
 _BACKWARD = {
-    "reference": _reference_backward, "cpu": _native_backward, "cuda": _cuda_backward, "triton": _triton_backward,
-}  # fmt: skip
+    "reference": partial(_plain_backward, reference),
+    "eager": partial(_plain_backward, eager),
+    "cpu": _native_backward,
+    "cuda": _cuda_backward,
+    "triton": _triton_backward,
+}
 
 
 def _setup_context(ctx, inputs, output):

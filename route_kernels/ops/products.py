@@ -6,6 +6,7 @@ Such an op runs on every device. It is an op and not a composition so that a com
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 
@@ -19,10 +20,10 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else precision.autocast_dtype(x.device)
 
 
-def plain_form_wanted() -> bool:
-    """Whether the reference backend is requested, or a graph is exported that shall run without this package."""
+def plain_form() -> ModuleType | None:
+    """`reference` or `eager` where one is requested, `reference` for a graph that shall run without this package."""
     requested = backends.requested_backend()
-    return requested == "reference" or (requested is None and backends.exporting())
+    return backends.PLAIN.get("reference" if requested is None and backends.exporting() else requested)
 
 
 def expect_dtypes(op: str, dtype: torch.dtype | None, x: torch.Tensor, **others: torch.Tensor | None) -> None:

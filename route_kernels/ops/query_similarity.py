@@ -37,9 +37,9 @@ def query_similarity(x: torch.Tensor, mode: str = "relu") -> torch.Tensor:
     expect_tensors(OP, x=x)
     expect_choice(OP, "mode", mode, MODES)
     chosen = backends.choose(OP, x)
-    if mode == "mean" or chosen == "reference":  # O(N C) in plain PyTorch: nothing to fuse, on any backend
+    if mode == "mean" or chosen in backends.PLAIN:  # O(N C) in plain PyTorch: nothing to fuse, on any backend
         check(x, mode)
-        return reference.query_similarity(x, mode)
+        return backends.PLAIN.get(chosen, reference).query_similarity(x, mode)
     return torch.ops.route_kernels.query_similarity(x.detach(), mode, chosen)
 
 

@@ -100,9 +100,9 @@ def routed_attention(
         factors = (*routing[:6], limit)
     scale = None if scale is None else number(OP, "scale", scale)
     chosen = backends.choose(OP, query, key, value, *factors[:6])
-    if chosen == "reference":
+    if chosen in backends.PLAIN:
         check(query, key, value, *factors, attn_mask, key_ranges, scale)
-        return reference.routed_attention(
+        return backends.PLAIN[chosen].routed_attention(
             query, key, value, None if routing is None else factors[:6], factors[6], attn_mask, key_ranges,
             _scale(query, scale),
         )  # fmt: skip

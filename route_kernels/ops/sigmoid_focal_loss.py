@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import backends, reference
+from .. import backends
 from ..reference.precision import accumulate_dtype
 from .contract import (
     expect_choice,
@@ -66,8 +66,8 @@ def sigmoid_focal_loss(
     check(logits, targets, alpha, gamma)
     if weight is not None:
         _check_weight(weight, targets)
-    if chosen == "reference":
-        loss = reference.sigmoid_focal_loss(logits, targets, alpha, gamma)
+    if chosen in backends.PLAIN:
+        loss = backends.PLAIN[chosen].sigmoid_focal_loss(logits, targets, alpha, gamma)
     else:
         source = _source(logits) if may_be_differentiated(logits) else None
         loss, _ = torch.ops.route_kernels.sigmoid_focal_loss(logits, targets, alpha, gamma, source, chosen)

@@ -3,7 +3,7 @@
 from .accuracy import assert_as_accurate, check_accuracy, errors, outcome, root_mean_square
 from .arguments import Arguments, call, converted, map_tensors, named_tensors
 from .bad_inputs import BAD_INPUTS, BadInput
-from .eager import EAGER
+from .eager import EAGER, under_eager
 from .samples import (
     add_layer_norm_arguments,
     add_linear_arguments,
@@ -45,4 +45,5 @@ __all__ = [
     "sigmoid_focal_loss_arguments",
     "tensors_in",
     "training_step",
+    "under_eager",
 ]
