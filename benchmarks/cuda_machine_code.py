@@ -82,7 +82,7 @@ def kernels(storage: str, chip: str) -> Iterator[Kernel]:
 
 
 def _instantiation(symbol: str) -> tuple[str, tuple[int, ...]]:
-    """ "_ZN2rk6deform14deform_forwardILNS_5DTypeE3ELi8ELi4ELi1EEEv..." -> ("deform_forward", (8, 4, 1))."""
+    """ "_ZN2rk14ms_deform_attn14deform_forwardILNS_5DTypeE3ELi8ELi4ELi1EEEv..." -> ("deform_forward", (8, 4, 1))."""
     name, arguments = re.search(r"\d+(deform_[a-z]+)I(.*?)EEv", symbol).groups()
     return name, tuple(int(number) for number in re.findall(r"Li(\d+)E?", arguments))
 

@@ -56,15 +56,15 @@ STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
-  m.impl("routed_attention_forward", TORCH_BOX(&rk::routed_attention_forward));
-  m.impl("routed_attention_backward", TORCH_BOX(&rk::routed_attention_backward));
-  m.impl("query_similarity_relu", TORCH_BOX(&rk::query_similarity_relu));
-  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn_forward));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn_backward));
-  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn_fused_forward));
-  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn_fused_backward));
-  m.impl("add_layer_norm_forward", TORCH_BOX(&rk::add_layer_norm_forward));
-  m.impl("add_layer_norm_backward", TORCH_BOX(&rk::add_layer_norm_backward));
-  m.impl("sigmoid_focal_loss_forward", TORCH_BOX(&rk::sigmoid_focal_loss_forward));
-  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&rk::sigmoid_focal_loss_backward));
+  m.impl("routed_attention_forward", TORCH_BOX(&rk::routed_attention::forward));
+  m.impl("routed_attention_backward", TORCH_BOX(&rk::routed_attention::backward));
+  m.impl("query_similarity_relu", TORCH_BOX(&rk::query_similarity::forward));
+  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn::forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn::backward));
+  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn::fused_forward));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn::fused_backward));
+  m.impl("add_layer_norm_forward", TORCH_BOX(&rk::add_layer_norm::forward));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&rk::add_layer_norm::backward));
+  m.impl("sigmoid_focal_loss_forward", TORCH_BOX(&rk::sigmoid_focal_loss::forward));
+  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&rk::sigmoid_focal_loss::backward));
 }

@@ -23,8 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CUDA, m) {
-  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn_forward));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn_backward));
-  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn_fused_forward));
-  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn_fused_backward));
+  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn::forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn::backward));
+  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn::fused_forward));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn::fused_backward));
 }

@@ -64,6 +64,21 @@ def test_backward_keeps_inputs_output_and_lse_and_nothing_else(routed):
     assert len(kept) == len(inputs) + 2
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_lse_is_a_natural_logarithm_on_every_backend(backend):
+    arguments = routed_attention_arguments(routed=False)
+    kept = []
+    with (
+        rk.backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        output = rk.routed_attention(**arguments)
+    (lse,) = (tensor for tensor in kept if tensor.shape == output.shape[:3])
+    query, key = arguments["query"].detach(), arguments["key"].detach()
+    expected = torch.logsumexp(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1)
+    torch.testing.assert_close(lse, expected)
+
+
 def test_nothing_of_queries_times_keys_is_allocated():
     queries, masks = 4096, {"key_ranges": torch.tensor([[0, 4096], [0, 0]], dtype=torch.int32).repeat(4096, 1, 1)}
     arguments = routed_attention_arguments(batch=1, heads=1, queries=queries, channels=4, rank=2, gate_rank=1)

@@ -5,9 +5,9 @@
 #include "../common/parallel.h"
 #include "../common/view.h"
 
-namespace rk {
+namespace rk::add_layer_norm {
 
-struct AddLayerNorm {
+struct Args {
   int64_t T, C, kept;
   double eps;
   View x, residual;         // [T, C]
@@ -24,8 +24,7 @@ struct AddLayerNorm {
   char* workspace;
 };
 
-RK_DECLARE_LEVELS(int64_t, add_layer_norm_workspace, const AddLayerNorm&)
-RK_DECLARE_LEVELS(void, add_layer_norm_forward, const AddLayerNorm&)
-RK_DECLARE_LEVELS(void, add_layer_norm_backward, const AddLayerNorm&)
+RK_DECLARE_KERNEL(forward)
+RK_DECLARE_KERNEL(backward)
 
-}  // namespace rk
+}  // namespace rk::add_layer_norm

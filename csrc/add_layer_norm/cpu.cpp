@@ -5,12 +5,11 @@
 #include "args.h"
 #include "math.h"
 
-namespace rk {
-namespace RK_SIMD {
-namespace {
+namespace rk::add_layer_norm::RK_SIMD {
 
-inline float root(float x) { return __builtin_sqrtf(x); }
-inline double root(double x) { return __builtin_sqrt(x); }
+using namespace rk::RK_SIMD;
+
+namespace {
 
 // Relative error of rounding to a storage type.
 template <typename T>
@@ -31,7 +30,7 @@ struct Rows {
   int64_t width;
   T *weight, *bias, *inverse_weight, *first, *second, *weight_sum, *bias_sum;
 
-  Rows(const AddLayerNorm& a, int64_t worker) {
+  Rows(const Args& a, int64_t worker) {
     width = round_up_to_lanes<T>(a.C);
     Blocks blocks(a.workspace);
     T* const rows = blocks.take<T>(a.parallel.workers * ROWS_OF_WORKER * width) + worker * ROWS_OF_WORKER * width;
@@ -43,7 +42,7 @@ struct Rows {
 };
 
 template <typename T>
-void forward_tokens(const AddLayerNorm& a, int64_t worker) {
+void forward_tokens(const Args& a, int64_t worker) {
   const Rows<T> rows(a, worker);
   T *const s = rows.first, *const residual = rows.second;
   const Share share = share_of(a.T, worker, a.parallel.workers);
@@ -60,7 +59,7 @@ void forward_tokens(const AddLayerNorm& a, int64_t worker) {
     for (int64_t c = 0; c < a.C; ++c) s[c] -= mean;
     Vec<T> squares{};
     for (int64_t c = 0; c < rows.width; c += LANES<T>) squares += load(s + c) * load(s + c);
-    const T rstd = 1 / root(sum_of_lanes<T>(squares) / T(a.C) + T(a.eps));
+    const T rstd = 1 / square_root(sum_of_lanes<T>(squares) / T(a.C) + T(a.eps));
     T* const y = residual;
     for (int64_t c = 0; c < rows.width; c += LANES<T>) {
       const Vec<T> x_hat = load(s + c) * rstd;
@@ -79,7 +78,7 @@ void forward_tokens(const AddLayerNorm& a, int64_t worker) {
 }
 
 template <typename T>
-void read_normalized(const AddLayerNorm& a, const Rows<T>& rows, int64_t t, T* x_hat) {
+void read_normalized(const Args& a, const Rows<T>& rows, int64_t t, T* x_hat) {
   if (a.kept == a.C) {
     read_row<T>(x_hat, a.C, rows.width, a.normalized.dtype, a.normalized.data, t * a.C, T(1));
     return;
@@ -92,7 +91,7 @@ void read_normalized(const AddLayerNorm& a, const Rows<T>& rows, int64_t t, T* x
 }
 
 template <typename T>
-void backward_parts(const AddLayerNorm& a, int64_t worker) {
+void backward_parts(const Args& a, int64_t worker) {
   const Rows<T> rows(a, worker);
   const T roundoff = unit_roundoff<T>(a.output.dtype);
   for (int64_t c = 0; c < rows.width; ++c) {
@@ -132,37 +131,24 @@ void backward_parts(const AddLayerNorm& a, int64_t worker) {
   }
 }
 
-template <typename T>
-void forward(const AddLayerNorm& a) {
-  a.parallel.run(
-      a.parallel.workers,
-      [](int64_t worker, void* c) { forward_tokens<T>(*static_cast<const AddLayerNorm*>(c), worker); },
-      const_cast<AddLayerNorm*>(&a));
-}
-
-template <typename T>
-void backward(const AddLayerNorm& a) {
-  a.parallel.run(
-      a.parallel.workers,
-      [](int64_t worker, void* c) { backward_parts<T>(*static_cast<const AddLayerNorm*>(c), worker); },
-      const_cast<AddLayerNorm*>(&a));
-}
-
 }  // namespace
 
-int64_t add_layer_norm_workspace(const AddLayerNorm& a) {
+int64_t forward_workspace(const Args& a) {
   const bool wide = a.rstd.dtype == DType::float64;
   const int64_t width = wide ? round_up_to_lanes<double>(a.C) * 8 : round_up_to_lanes<float>(a.C) * 4;
   return a.parallel.workers * ROWS_OF_WORKER * width + 2 * ALIGNMENT;
 }
 
-void add_layer_norm_forward(const AddLayerNorm& a) {
-  a.rstd.dtype == DType::float64 ? forward<double>(a) : forward<float>(a);
+void forward(const Args& a) {
+  const auto work = a.rstd.dtype == DType::float64 ? forward_tokens<double> : forward_tokens<float>;
+  a.parallel.each([&](int64_t worker) { work(a, worker); });
 }
 
-void add_layer_norm_backward(const AddLayerNorm& a) {
-  a.rstd.dtype == DType::float64 ? backward<double>(a) : backward<float>(a);
+int64_t backward_workspace(const Args& a) { return forward_workspace(a); }
+
+void backward(const Args& a) {
+  const auto work = a.rstd.dtype == DType::float64 ? backward_parts<double> : backward_parts<float>;
+  a.parallel.each([&](int64_t worker) { work(a, worker); });
 }
 
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::add_layer_norm::RK_SIMD

@@ -3,7 +3,7 @@
 
 #include "../common/host_device.h"
 
-namespace rk {
+namespace rk::add_layer_norm {
 
 template <typename T>
 RK_HOST_DEVICE T scaled_and_shifted(T x_hat, T weight, T bias) {
@@ -22,4 +22,4 @@ RK_HOST_DEVICE T sum_adjoint(T g, T x_hat, T mean_g, T mean_g_x_hat, T rstd) {
   return (g - mean_g - x_hat * mean_g_x_hat) * rstd;
 }
 
-}  // namespace rk
+}  // namespace rk::add_layer_norm

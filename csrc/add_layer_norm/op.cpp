@@ -2,13 +2,13 @@
 
 #include "args.h"
 
-namespace rk {
+namespace rk::add_layer_norm {
 namespace {
 
-AddLayerNorm arguments(
+Args arguments(
     const Tensor& output, const Tensor& rstd, const Tensor& normalized, const Tensor& channels, const Tensor& weight,
     const Tensor& bias) {
-  AddLayerNorm a{};
+  Args a{};
   a.T = output.size(0), a.C = output.size(1), a.kept = channels.size(0);
   a.weight = view_of(weight), a.bias = view_of(bias);
   a.output = view_of(output), a.rstd = view_of(rstd), a.normalized = view_of(normalized);
@@ -18,27 +18,23 @@ AddLayerNorm arguments(
 
 }  // namespace
 
-void add_layer_norm_forward(
+void forward(
     Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps, Tensor channels, Tensor output, Tensor rstd,
     Tensor normalized) {
-  AddLayerNorm a = arguments(output, rstd, normalized, channels, weight, bias);
+  Args a = arguments(output, rstd, normalized, channels, weight, bias);
   a.x = view_of(x), a.residual = view_of(residual), a.eps = eps;
   a.parallel = torch_threads(a.T / 64);
-  const Tensor scratch = workspace(RK_CALL_LEVEL(add_layer_norm_workspace, a));
-  a.workspace = static_cast<char*>(scratch.data_ptr());
-  RK_CALL_LEVEL(add_layer_norm_forward, a);
+  RK_RUN(forward, a);
 }
 
-void add_layer_norm_backward(
+void backward(
     Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, Tensor weight, Tensor bias,
     Tensor grad_sum, Tensor sums) {
-  AddLayerNorm a = arguments(output, rstd, normalized, channels, weight, bias);
+  Args a = arguments(output, rstd, normalized, channels, weight, bias);
   a.grad_output = view_of(grad_output), a.grad_sum = view_of(grad_sum), a.sums = view_of(sums);
   a.parts = sums.size(0);
   a.parallel = torch_threads(a.parts);
-  const Tensor scratch = workspace(RK_CALL_LEVEL(add_layer_norm_workspace, a));
-  a.workspace = static_cast<char*>(scratch.data_ptr());
-  RK_CALL_LEVEL(add_layer_norm_backward, a);
+  RK_RUN(backward, a);
 }
 
-}  // namespace rk
+}  // namespace rk::add_layer_norm

@@ -1,14 +1,14 @@
 #pragma once
 #include "../common/stable_tensor.h"
 
-namespace rk {
+namespace rk::add_layer_norm {
 
-void add_layer_norm_forward(
+void forward(
     Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps, Tensor channels, Tensor output, Tensor rstd,
     Tensor normalized);
 
-void add_layer_norm_backward(
+void backward(
     Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, Tensor weight, Tensor bias,
     Tensor grad_sum, Tensor sums);
 
-}  // namespace rk
+}  // namespace rk::add_layer_norm

@@ -4,7 +4,6 @@
 
 #include "simd.h"
 
-#define RK_INLINE __attribute__((always_inline))
 #if defined(__clang__)
 #define RK_UNROLL(times) _Pragma("clang loop unroll(full)")
 #define RK_UNROLL_PARTLY _Pragma("clang loop unroll_count(4)")

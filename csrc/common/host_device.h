@@ -1,16 +1,10 @@
 #pragma once
-// One macro for scalar formulas that both host and device compile, and what a storage type is accumulated in.
+// Macros for scalar formulas that both host and device compile, and for loops of the host that must be in one piece.
 
-#include <stdint.h>
+#define RK_INLINE __attribute__((always_inline))
 
 #if defined(__CUDACC__)
 #define RK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define RK_HOST_DEVICE inline __attribute__((always_inline))
+#define RK_HOST_DEVICE inline RK_INLINE
 #endif
-
-namespace rk {
-
-enum class DType : int32_t { float64, float32, float16, bfloat16, boolean, int32, int64, none };
-
-}  // namespace rk

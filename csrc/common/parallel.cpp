@@ -16,7 +16,7 @@ bool forked = false;
 
 bool in_forked_child() { return forked; }
 
-void run_on_new_threads(int64_t workers, WorkerBody body, void* context) {
+void run_on_new_threads(int64_t workers, Parallel::Body body, const void* context) {
   std::vector<std::thread> threads;
   threads.reserve(size_t(workers));
   for (int64_t worker = 1; worker < workers; ++worker) {

@@ -33,7 +33,7 @@ inline void write_row(const T* from, int64_t n, DType dtype, void* data, int64_t
 template <typename T>
 inline void read_rows(
     T* to, int64_t rows, int64_t n, int64_t padded, DType dtype, const void* data, int64_t offset, int64_t stride) {
-  const bool whole_vectors = dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32) && n == padded;
+  const bool whole_vectors = dtype == DTYPE_OF<T> && n == padded;
   for (int64_t i = 0; i < rows; ++i) {
     if (whole_vectors) {
       const T* from = static_cast<const T*>(data) + offset + i * stride;

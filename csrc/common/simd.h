@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "host_device.h"
+#include "view.h"
 
 #if defined(__AVX512F__)
 #define RK_SIMD_BYTES 64
@@ -66,6 +67,9 @@ template <typename T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, so this folds to one broadcast
 }
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 template <typename T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
@@ -173,6 +177,9 @@ inline Vec<float> exp2_nonpositive(Vec<float> x) {
 }
 
 inline Vec<double> exp2_nonpositive(Vec<double> x) { return exp_nonpositive(x * 0.69314718055994530942); }
+
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
 
 // 1 / x for normal numbers: AVX-512 divides 16 floats in 10 cycles, its estimate and a step of Newton take a third.
 inline Vec<float> reciprocal(Vec<float> x) {
@@ -284,16 +291,56 @@ inline Half store_as<Half, double>(double x) {
   return to_half(float(x));
 }
 
-// Calls `call(Storage{})` with the C++ type of a floating dtype.
+// A vector of T from as many stored values.
+template <typename T>
+inline RK_INLINE Vec<T> load_vector(const T* from) {
+  return load(from);
+}
+
+template <typename T>
+inline RK_INLINE Vec<T> load_vector(const BFloat16* from) {
+  typedef uint16_t Narrow __attribute__((vector_size(RK_SIMD_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(RK_SIMD_BYTES)));
+  Narrow narrow;
+  memcpy(&narrow, from, sizeof(narrow));
+  return (Vec<T>)(__builtin_convertvector(narrow, Wide) << 16);
+}
+
+template <typename T>
+inline RK_INLINE Vec<T> load_vector(const Half* from) {
+#if defined(__AVX512F__)
+  return (Vec<T>)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (Vec<T>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec<T> wide = {};
+  for (int64_t lane = 0; lane < LANES<T>; ++lane) wide[lane] = to_float(from[lane]);
+  return wide;
+#endif
+}
+
+// The dtype of values that are accumulated in T and stored as they are.
+template <typename T>
+constexpr DType DTYPE_OF = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Calls `call(Storage{})` with the C++ type of a floating dtype that is accumulated in T.
+template <typename T, typename Call>
+inline void with_storage_of(DType dtype, Call call) {
+  if constexpr (sizeof(T) == 8) return call(double{});
+  else switch (dtype) {
+      case DType::float32: return call(float{});
+      case DType::float16: return call(Half{});
+      case DType::bfloat16: return call(BFloat16{});
+      default: return;
+    }
+}
+
+// The same with any floating dtype.
 template <typename Call>
 inline void with_storage(DType dtype, Call call) {
-  switch (dtype) {
-    case DType::float64: return call(double{});
-    case DType::float32: return call(float{});
-    case DType::float16: return call(Half{});
-    case DType::bfloat16: return call(BFloat16{});
-    default: return;
-  }
+  dtype == DType::float64 ? with_storage_of<double>(dtype, call) : with_storage_of<float>(dtype, call);
 }
 
 }  // namespace

@@ -10,7 +10,6 @@
 #include <mutex>
 
 #include "dispatch.h"
-#include "host_device.h"
 #include "parallel.h"
 #include "view.h"
 
@@ -46,24 +45,30 @@ inline View view_of(const std::optional<Tensor>& tensor) { return tensor.has_val
 // Workers are PyTorch's own threads: torch.set_num_threads() rules. More than `at_most`, what the work is worth, do
 // not help. One worker is the calling thread.
 inline Parallel torch_threads(int64_t at_most) {
-  if (in_forked_child()) {
-    static std::mutex one_at_a_time;  // PyTorch makes its pool anew at the first call, and fails where two do it
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
-    return {std::max<int64_t>(1, std::min(int64_t(torch::stable::get_num_threads()), at_most)), run_on_new_threads};
-  }
+  static std::mutex one_at_a_time;  // in a forked child PyTorch makes its pool anew, and fails where two do it
+  std::unique_lock<std::mutex> lock(one_at_a_time, std::defer_lock);
+  if (in_forked_child()) lock.lock();
   const int64_t workers = std::max<int64_t>(1, std::min(int64_t(torch::stable::get_num_threads()), at_most));
-  return {workers, [](int64_t count, WorkerBody body, void* context) {
+  if (in_forked_child()) return {workers, run_on_new_threads};
+  return {workers, [](int64_t count, Parallel::Body body, const void* context) {
             torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
               for (int64_t worker = begin; worker < end; ++worker) body(worker, context);
             });
           }};
 }
 
-// Scratch memory from PyTorch's allocator: an out-of-memory is PyTorch's error, and nothing leaks.
-inline Tensor workspace(int64_t bytes) {
-  const int64_t size[1] = {bytes};
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 1), torch::headeronly::ScalarType::Byte);
+// Scratch memory from PyTorch's allocator while `kernel` runs: an out-of-memory is PyTorch's error, and nothing leaks.
+template <typename Args>
+void run_with_workspace(int64_t (*bytes)(const Args&), void (*kernel)(const Args&), Args& args) {
+  const int64_t size[1] = {bytes(args)};
+  const Tensor scratch =
+      torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 1), torch::headeronly::ScalarType::Byte);
+  args.workspace = static_cast<char*>(scratch.data_ptr());
+  kernel(args);
 }
+
+// Runs a kernel of the op whose namespace this is used in.
+#define RK_RUN(kernel, args) ::rk::run_with_workspace(RK_OF_LEVEL(kernel##_workspace), RK_OF_LEVEL(kernel), args)
 
 inline std::string simd_level_string() { return simd_level_name(); }
 

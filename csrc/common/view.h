@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-#include "host_device.h"
-
 namespace rk {
+
+enum class DType : int32_t { float64, float32, float16, bfloat16, boolean, int32, int64, none };
 
 struct View {
   void* data = nullptr;  // null: the argument was not given

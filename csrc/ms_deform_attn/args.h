@@ -7,8 +7,7 @@
 #include "../common/parallel.h"
 #include "../common/view.h"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 struct Args {
   int64_t B, S, H, D, N, L, K;
@@ -37,11 +36,7 @@ struct Args {
   Parallel parallel;
 };
 
-}  // namespace deform
+RK_DECLARE_KERNEL(forward)
+RK_DECLARE_KERNEL(backward)
 
-RK_DECLARE_LEVELS(int64_t, deform_forward_workspace, const ::rk::deform::Args&)
-RK_DECLARE_LEVELS(int64_t, deform_backward_workspace, const ::rk::deform::Args&)
-RK_DECLARE_LEVELS(void, deform_forward, ::rk::deform::Args&)
-RK_DECLARE_LEVELS(void, deform_backward, ::rk::deform::Args&)
-
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -5,8 +5,7 @@
 
 #include "value_gradient.cuh"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 // grad_output . corner of the four corners of a point
 template <typename T>
@@ -205,5 +204,4 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS<STORAGE, VEC
     write_grad_logits<LANES>(args, work, softmax, row, lane, grad_weights_at, sum_over_lanes<LANES>(expected));
 }
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -4,10 +4,11 @@
 // summed in worker order afterwards: no atomics, and the same bits for the same number of threads.
 
 #include "points.h"
-#include "stored_vectors.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::ms_deform_attn::RK_SIMD {
+
+using namespace rk::RK_SIMD;
+
 namespace {
 
 template <typename Storage>
@@ -50,7 +51,7 @@ struct Vectors {
 
 // Calls call(Vectors<V>, first channel) over the channels of a row in pieces of 4, 2 and 1 vectors.
 template <typename T, typename Call>
-inline __attribute__((always_inline)) void for_channels(int64_t row, Call call) {
+inline RK_INLINE void for_channels(int64_t row, Call call) {
   int64_t channel = 0;
   for (; channel + 4 * LANES<T> <= row; channel += 4 * LANES<T>) call(Vectors<4>{}, channel);
   if (channel + 2 * LANES<T> <= row) {
@@ -60,10 +61,7 @@ inline __attribute__((always_inline)) void for_channels(int64_t row, Call call) 
   if (channel < row) call(Vectors<1>{}, channel);
 }
 
-inline int64_t points_of_block(const Args& args, int64_t block) {
-  const int64_t left = args.K - block * BLOCK;
-  return left < BLOCK ? left : BLOCK;
-}
+inline int64_t points_of_block(const Args& args, int64_t block) { return smaller(args.K - block * BLOCK, BLOCK); }
 
 // sum over points and corners of weight times row
 template <typename T, typename Storage, int V>
@@ -125,8 +123,8 @@ inline void for_pairs(const Args& args, int64_t worker, Call call) {
 }
 
 // always_inline: GCC takes a function of prefetches alone for one without effects and drops its calls
-inline __attribute__((always_inline)) void prefetch_row(const View& view, int64_t offset, int64_t count) {
-  const int64_t size = view.dtype == DType::float64 ? 8 : view.dtype == DType::float32 ? 4 : 2;
+inline RK_INLINE void prefetch_row(const View& view, int64_t offset, int64_t count) {
+  const int64_t size = bytes_of(view.dtype);
   const char* row = static_cast<const char*>(view.data) + offset * size;
   for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(row + byte);
 }
@@ -136,7 +134,7 @@ inline int64_t row_of_channels(const View& view, const Args& args, int64_t b, in
 }
 
 // One head's rows are far apart, each in a page of its own: asked for together, their page walks overlap.
-inline __attribute__((always_inline)) void prefetch_queries(
+inline RK_INLINE void prefetch_queries(
     const Args& args, int64_t b, int64_t first, int64_t end, int64_t h, const View& channels) {
   for (int64_t n = first; n < end; ++n) {
     prefetch_row(args.places, row_of_points(args.places, b, n, h), 2 * args.K);
@@ -144,8 +142,6 @@ inline __attribute__((always_inline)) void prefetch_queries(
     prefetch_row(channels, row_of_channels(channels, args, b, n, h), args.D);
   }
 }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
 int64_t bytes_of_worker(const Args& args, bool backward) {
@@ -180,14 +176,12 @@ void forward_pair(const Args& args, int64_t pair, int64_t first, int64_t end, co
 }
 
 template <typename T>
-void forward_worker(int64_t worker, void* context) {
-  const Args& args = *static_cast<const Args*>(context);
+void forward_worker(const Args& args, int64_t worker) {
   Scratch<T> scratch = scratch_of<T>(args, worker, false);
   scratch.prepare(args);
   for_pairs(args, worker, [&](int64_t pair, int64_t first, int64_t end) {
-    with_storage_of(T{}, args.value.dtype, [&](auto storage) {
-      forward_pair<T, decltype(storage)>(args, pair, first, end, scratch);
-    });
+    with_storage_of<T>(
+        args.value.dtype, [&](auto storage) { forward_pair<T, decltype(storage)>(args, pair, first, end, scratch); });
   });
 }
 
@@ -205,7 +199,7 @@ void write_grad_value(const Args& args, int64_t pair, const Share& positions, co
   const int64_t b = pair / args.H, h = pair % args.H;
   const uint8_t* mask = static_cast<const uint8_t*>(args.value_mask.data);
   if (mask != nullptr) mask += b * args.value_mask.stride[0];
-  with_storage_of(T{}, args.value.dtype, [&](auto storage) {
+  with_storage_of<T>(args.value.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     for (int64_t s = positions.begin; s < positions.end; ++s) {
       Storage* to = static_cast<Storage*>(args.grad_value.data) + ((b * args.S + s) * args.H + h) * args.D;
@@ -255,14 +249,13 @@ void backward_pair(const Args& args, int64_t pair, int64_t first, int64_t end, T
 }
 
 template <typename T>
-void backward_worker(int64_t worker, void* context) {
-  const Args& args = *static_cast<const Args*>(context);
+void backward_worker(const Args& args, int64_t worker) {
   const Share share = share_of(args.B * args.H * args.N, worker, args.parallel.workers);
   Scratch<T> scratch = scratch_of<T>(args, worker, true);
   scratch.prepare(args);
   for_pairs(args, worker, [&](int64_t pair, int64_t first, int64_t end) {
     T* grad_rows = scratch.grad_slice[slice_of(args, share, pair)];
-    with_storage_of(T{}, args.value.dtype, [&](auto storage) {
+    with_storage_of<T>(args.value.dtype, [&](auto storage) {
       backward_pair<T, decltype(storage)>(args, pair, first, end, grad_rows, scratch);
     });
     if (first == 0 && end == args.N) write_grad_value(args, pair, {0, args.S}, grad_rows, scratch.row);
@@ -301,8 +294,7 @@ void finish_references(const Args& args, const Share& queries, T* sums) {
 }
 
 template <typename T>
-void finish_worker(int64_t worker, void* context) {
-  const Args& args = *static_cast<const Args*>(context);
+void finish_worker(const Args& args, int64_t worker) {
   const int64_t workers = args.parallel.workers, items = args.B * args.H * args.N;
   for (int64_t other = 0, previous = -1; other < workers; ++other) {
     const int64_t end = share_of(items, other, workers).end, pair = end / args.N;
@@ -315,44 +307,41 @@ void finish_worker(int64_t worker, void* context) {
 }
 
 template <typename T>
-void backward(Args& args) {
+void backward_all(const Args& args) {
   if (args.N == 0) {
     const int64_t count = args.B * args.S * args.H * args.D;
-    memset(args.grad_value.data, 0, size_t(count * Scratch<T>::size_of(args.grad_value.dtype)));
+    memset(args.grad_value.data, 0, size_t(count * bytes_of(args.grad_value.dtype)));
     return;
   }
-  args.parallel.run(args.parallel.workers, backward_worker<T>, &args);
+  args.parallel.each([&](int64_t worker) { backward_worker<T>(args, worker); });
   const bool shares_pairs = args.B * args.H % args.parallel.workers != 0;
   if (shares_pairs || args.grad_reference.data != nullptr)
-    args.parallel.run(args.parallel.workers, finish_worker<T>, &args);
+    args.parallel.each([&](int64_t worker) { finish_worker<T>(args, worker); });
+}
+
+int64_t bytes_of_workers(const Args& args, bool backward) {
+  const bool wide = args.value.dtype == DType::float64;
+  return args.parallel.workers *
+      (wide ? bytes_of_worker<double>(args, backward) : bytes_of_worker<float>(args, backward));
 }
 
 }  // namespace
 
-int64_t deform_forward_workspace(const Args& args) {
-  const bool wide = args.value.dtype == DType::float64;
-  return args.parallel.workers * (wide ? bytes_of_worker<double>(args, false) : bytes_of_worker<float>(args, false));
+int64_t forward_workspace(const Args& args) { return bytes_of_workers(args, false); }
+
+void forward(const Args& args) {
+  const auto work = args.value.dtype == DType::float64 ? forward_worker<double> : forward_worker<float>;
+  args.parallel.each([&](int64_t worker) { work(args, worker); });
 }
 
-int64_t deform_backward_workspace(const Args& args) {
-  const bool wide = args.value.dtype == DType::float64;
-  const int64_t references = args.grad_reference.data == nullptr
-      ? 0
-      : args.B * args.H * args.N * args.reference_levels * args.reference_size * (wide ? 8 : 4);
-  return args.parallel.workers * (wide ? bytes_of_worker<double>(args, true) : bytes_of_worker<float>(args, true)) +
-      references;
+int64_t backward_workspace(const Args& args) {
+  const int64_t queries = args.grad_reference.data == nullptr ? 0 : args.B * args.H * args.N;
+  const int64_t size = args.value.dtype == DType::float64 ? 8 : 4;
+  return bytes_of_workers(args, true) + queries * args.reference_levels * args.reference_size * size;
 }
 
-void deform_forward(Args& args) {
-  args.parallel.run(
-      args.parallel.workers, args.value.dtype == DType::float64 ? forward_worker<double> : forward_worker<float>,
-      &args);
+void backward(const Args& args) {
+  args.value.dtype == DType::float64 ? backward_all<double>(args) : backward_all<float>(args);
 }
 
-void deform_backward(Args& args) {
-  if (args.value.dtype == DType::float64) backward<double>(args);
-  else backward<float>(args);
-}
-
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::ms_deform_attn::RK_SIMD

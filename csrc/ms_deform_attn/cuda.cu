@@ -6,12 +6,10 @@
 #error "RK_STORAGE names the dtype of value: float64, float32, float16 or bfloat16"
 #endif
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 template int launch_forward<DType::RK_STORAGE>(const DeviceArgs&, CUstream_st*);
 template int launch_backward<DType::RK_STORAGE>(const DeviceArgs&, CUstream_st*);
 template int launch_gather<DType::RK_STORAGE>(const DeviceArgs&, CUstream_st*);
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -8,10 +8,9 @@
 #include "launch.h"
 #include "op.h"
 
-namespace rk {
+namespace rk::ms_deform_attn {
 namespace {
 
-using deform::DeviceArgs;
 using torch::headeronly::ScalarType;
 using Ints = std::vector<int64_t>;
 
@@ -26,9 +25,9 @@ DeviceArgs arguments(
     const Tensor& weights) {
   DeviceArgs a{};
   a.B = value.size(0), a.H = value.size(2), a.D = value.size(3), a.N = weights.size(1);
-  a.S = at_most(deform::MAX_POSITIONS, "feature positions", value.size(1));
-  a.K = at_most(deform::MAX_POINTS, "points of a query and head", weights.size(3));
-  a.L = at_most(deform::MAX_LEVELS, "levels", int64_t(starts.size()));
+  a.S = at_most(MAX_POSITIONS, "feature positions", value.size(1));
+  a.K = at_most(MAX_POINTS, "points of a query and head", weights.size(3));
+  a.L = at_most(MAX_LEVELS, "levels", int64_t(starts.size()));
   int64_t point = 0;
   for (int64_t l = 0; l < a.L; ++l) {
     const int64_t height = spatial_shapes[2 * l], width = spatial_shapes[2 * l + 1];
@@ -67,7 +66,7 @@ void launch_for(DType storage, const Launch& launch) {
 void forward(DeviceArgs& a, const Tensor& value, const Tensor& output) {
   const CudaStream stream(value);
   a.output = view_of(output);
-  launch_for(a.value.dtype, [&](auto storage) { return deform::launch_forward<storage.value>(a, stream); });
+  launch_for(a.value.dtype, [&](auto storage) { return launch_forward<storage.value>(a, stream); });
 }
 
 ScalarType accumulate_type(const Tensor& value) {
@@ -79,7 +78,7 @@ Tensor empty_on_device_of(const Tensor& value, const Ints& sizes, ScalarType dty
 }
 
 void launch_backward(const DeviceArgs& a, cudaStream_t stream) {
-  launch_for(a.value.dtype, [&](auto storage) { return deform::launch_backward<storage.value>(a, stream); });
+  launch_for(a.value.dtype, [&](auto storage) { return launch_backward<storage.value>(a, stream); });
 }
 
 // Into grad_value itself where it has the dtype that is added in.
@@ -102,7 +101,7 @@ void backward_in_order(DeviceArgs& a, const Tensor& value, Tensor grad_value, cu
   launch_backward(a, stream);
   const Ordered ordered = ordered_by(torch::stable::flatten(cell), cells);
   a.order = view_of(ordered.order), a.bounds = view_of(ordered.bounds), a.grad_value = view_of(grad_value);
-  launch_for(a.value.dtype, [&](auto storage) { return deform::launch_gather<storage.value>(a, stream); });
+  launch_for(a.value.dtype, [&](auto storage) { return launch_gather<storage.value>(a, stream); });
 }
 
 void backward(
@@ -123,27 +122,27 @@ void sum_over_heads(const DeviceArgs& a, const Tensor& of_heads, Tensor grad_ref
 
 }  // namespace
 
-void ms_deform_attn_forward(
+void forward(
     Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points, Tensor output) {
   DeviceArgs a = arguments(value, spatial_shapes, starts, points, locations, weights);
   forward(a, value, output);
 }
 
-void ms_deform_attn_backward(
+void backward(
     Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points,
     Tensor grad_value, Tensor grad_locations, Tensor grad_weights, bool deterministic) {
   DeviceArgs a = arguments(value, spatial_shapes, starts, points, locations, weights);
   backward(a, grad_output, value, grad_value, grad_locations, grad_weights, deterministic);
 }
 
-void ms_deform_attn_fused_forward(
+void fused_forward(
     Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets, Tensor logits, Ints points,
     std::optional<Tensor> value_mask, Tensor output) {
   DeviceArgs a = fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
   forward(a, value, output);
 }
 
-void ms_deform_attn_fused_backward(
+void fused_backward(
     Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets,
     Tensor logits, Ints points, std::optional<Tensor> value_mask, Tensor grad_value,
     std::optional<Tensor> grad_reference, Tensor grad_offsets, Tensor grad_logits, bool deterministic) {
@@ -156,4 +155,4 @@ void ms_deform_attn_fused_backward(
   if (grad_reference.has_value()) sum_over_heads(a, *of_heads, *grad_reference);
 }
 
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -4,8 +4,7 @@
 
 #include "../common/view.h"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 constexpr int64_t MAX_LEVELS = 32;
 constexpr int64_t MAX_POINTS = 4096;          // K; a query's gradients of weights meet in shared memory
@@ -52,5 +51,4 @@ struct DeviceArgs {
   View grad_value;     // [B, S, H, D] contiguous, dtype of value; written by launch_gather only
 };
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

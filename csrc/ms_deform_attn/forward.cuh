@@ -4,8 +4,7 @@
 
 #include "points.cuh"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 // As the lane that located a point tells the others.
 template <typename T>
@@ -108,5 +107,4 @@ __global__ void __launch_bounds__(THREADS, VEC == 1 || VECTORS > 2 ? 2 : 3)
   }
 }
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -5,8 +5,7 @@
 
 #include "points.cuh"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 __device__ __forceinline__ int64_t read_index(const View& view, int64_t at) {
   return __ldg(static_cast<const long long*>(view.data) + at);
@@ -68,5 +67,4 @@ __global__ void __launch_bounds__(THREADS, 4) deform_gather(const __grid_constan
   }
 }
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

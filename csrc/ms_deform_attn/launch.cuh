@@ -6,8 +6,7 @@
 #include "kernel.cuh"
 #include "launch.h"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 constexpr int64_t SHARED_BYTES = 48 * 1024;  // of a block without asking for more
 constexpr int64_t MAX_BLOCKS = INT32_MAX;
@@ -141,5 +140,4 @@ int launch_gather(const DeviceArgs& args, CUstream_st* stream) {
                                          : enqueue_gather<STORAGE, 1>(args, stream);
 }
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -6,8 +6,7 @@
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 // Each enqueues at most one kernel on the stream of the current device, allocates nothing and waits for nothing. It
 // returns a cudaError_t: 0, or why the launch was refused. Where there is nothing to write there is no launch.
@@ -20,5 +19,4 @@ int launch_backward(const DeviceArgs& args, CUstream_st* stream);
 template <DType STORAGE>
 int launch_gather(const DeviceArgs& args, CUstream_st* stream);  // after a deterministic backward
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

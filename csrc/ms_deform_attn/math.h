@@ -4,8 +4,7 @@
 
 #include "../common/host_device.h"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 // ---- sampling location -> pixel coordinate, in one dimension of `size` pixels ----------------------------------
 
@@ -123,5 +122,4 @@ RK_HOST_DEVICE T softmax_adjoint(T p, T grad_p, T expected) {
   return p * (grad_p - expected);
 }
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -2,16 +2,16 @@
 
 #include "args.h"
 
-namespace rk {
+namespace rk::ms_deform_attn {
 namespace {
 
 using Ints = std::vector<int64_t>;
 
 // What both ops have; `points` must outlive the result.
-deform::Args arguments(
+Args arguments(
     const Tensor& value, const Ints& spatial_shapes, const Ints& starts, const Ints& points, const Tensor& places,
     const Tensor& weights) {
-  deform::Args a{};
+  Args a{};
   a.B = value.size(0), a.S = value.size(1), a.H = value.size(2), a.D = value.size(3);
   a.N = weights.size(1), a.K = weights.size(3), a.L = int64_t(starts.size());
   a.spatial_shapes = spatial_shapes.data(), a.starts = starts.data(), a.points = points.data();
@@ -20,10 +20,10 @@ deform::Args arguments(
   return a;
 }
 
-deform::Args fused_arguments(
+Args fused_arguments(
     const Tensor& value, const Ints& spatial_shapes, const Ints& starts, const Tensor& reference_points,
     const Tensor& offsets, const Tensor& logits, const Ints& points, const std::optional<Tensor>& value_mask) {
-  deform::Args a = arguments(value, spatial_shapes, starts, points, offsets, logits);
+  Args a = arguments(value, spatial_shapes, starts, points, offsets, logits);
   a.fused = true;
   a.value_mask = view_of(value_mask);
   a.reference = view_of(reference_points);
@@ -31,55 +31,49 @@ deform::Args fused_arguments(
   return a;
 }
 
-void forward(deform::Args& a, const Tensor& output) {
+void forward(Args& a, const Tensor& output) {
   a.output = view_of(output);
-  const Tensor scratch = workspace(RK_CALL_LEVEL(deform_forward_workspace, a));
-  a.workspace = static_cast<char*>(scratch.data_ptr());
-  RK_CALL_LEVEL(deform_forward, a);
+  RK_RUN(forward, a);
 }
 
 void backward(
-    deform::Args& a, const Tensor& grad_output, const Tensor& grad_value, const Tensor& grad_places,
+    Args& a, const Tensor& grad_output, const Tensor& grad_value, const Tensor& grad_places,
     const Tensor& grad_weights) {
   a.grad_output = view_of(grad_output);
   a.grad_value = view_of(grad_value), a.grad_places = view_of(grad_places), a.grad_weights = view_of(grad_weights);
-  const Tensor scratch = workspace(RK_CALL_LEVEL(deform_backward_workspace, a));
-  a.workspace = static_cast<char*>(scratch.data_ptr());
-  RK_CALL_LEVEL(deform_backward, a);
+  RK_RUN(backward, a);
 }
 
 }  // namespace
 
-void ms_deform_attn_forward(
+void forward(
     Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points, Tensor output) {
-  deform::Args a = arguments(value, spatial_shapes, starts, points, locations, weights);
+  Args a = arguments(value, spatial_shapes, starts, points, locations, weights);
   forward(a, output);
 }
 
-void ms_deform_attn_backward(
+void backward(
     Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points,
     Tensor grad_value, Tensor grad_locations, Tensor grad_weights, bool /* deterministic: it always is */) {
-  deform::Args a = arguments(value, spatial_shapes, starts, points, locations, weights);
+  Args a = arguments(value, spatial_shapes, starts, points, locations, weights);
   backward(a, grad_output, grad_value, grad_locations, grad_weights);
 }
 
-void ms_deform_attn_fused_forward(
+void fused_forward(
     Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets, Tensor logits, Ints points,
     std::optional<Tensor> value_mask, Tensor output) {
-  deform::Args a =
-      fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
+  Args a = fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
   forward(a, output);
 }
 
-void ms_deform_attn_fused_backward(
+void fused_backward(
     Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets,
     Tensor logits, Ints points, std::optional<Tensor> value_mask, Tensor grad_value,
     std::optional<Tensor> grad_reference, Tensor grad_offsets, Tensor grad_logits,
     bool /* deterministic: it always is */) {
-  deform::Args a =
-      fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
+  Args a = fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
   a.grad_reference = view_of(grad_reference);
   backward(a, grad_output, grad_value, grad_offsets, grad_logits);
 }
 
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -4,25 +4,25 @@
 
 #include "../common/stable_tensor.h"
 
-namespace rk {
+namespace rk::ms_deform_attn {
 
-void ms_deform_attn_forward(
+void forward(
     Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor locations, Tensor weights,
     std::vector<int64_t> points, Tensor output);
 
-void ms_deform_attn_backward(
+void backward(
     Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
     Tensor locations, Tensor weights, std::vector<int64_t> points, Tensor grad_value, Tensor grad_locations,
     Tensor grad_weights, bool deterministic);
 
-void ms_deform_attn_fused_forward(
+void fused_forward(
     Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor reference_points,
     Tensor offsets, Tensor logits, std::vector<int64_t> points, std::optional<Tensor> value_mask, Tensor output);
 
-void ms_deform_attn_fused_backward(
+void fused_backward(
     Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
     Tensor reference_points, Tensor offsets, Tensor logits, std::vector<int64_t> points,
     std::optional<Tensor> value_mask, Tensor grad_value, std::optional<Tensor> grad_reference, Tensor grad_offsets,
     Tensor grad_logits, bool deterministic);
 
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -11,8 +11,7 @@
 #include "math.h"
 #include "work_order.cuh"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 constexpr int THREADS = 256;  // of a block, at most
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -202,5 +201,4 @@ struct ValueRows {
   }
 };
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

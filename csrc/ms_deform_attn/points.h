@@ -5,11 +5,11 @@
 #include "math.h"
 #include "scratch.h"
 
-namespace rk {
-namespace RK_SIMD {
-namespace {
+namespace rk::ms_deform_attn::RK_SIMD {
 
-using namespace deform;
+using namespace rk::RK_SIMD;
+
+namespace {
 
 // Rows of one (batch, head) pair: where the first is, the distance between two, and where a row of zeros is.
 struct Rows {
@@ -315,5 +315,4 @@ void write_gradients(const Args& args, int64_t row, const Scratch<T>& s, PointBl
 }
 
 }  // namespace
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::ms_deform_attn::RK_SIMD

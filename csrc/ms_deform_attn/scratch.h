@@ -4,8 +4,10 @@
 #include "../common/rows.h"
 #include "args.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::ms_deform_attn::RK_SIMD {
+
+using namespace rk::RK_SIMD;
+
 namespace {
 
 #if defined(__clang__)
@@ -53,7 +55,7 @@ struct Scratch {
   char* value_slice;  // of the storage type
   T* grad_slice[2];   // of a pair that other workers share, and of any other pair
 
-  Scratch(const deform::Args& args, char* base, bool backward) {
+  Scratch(const Args& args, char* base, bool backward) {
     Blocks memory(base);
     blocks = (args.K + BLOCK - 1) / BLOCK;
     row = round_up_to_lanes<T>(args.D);
@@ -69,20 +71,16 @@ struct Scratch {
     small_bytes = memory.used;
     const int64_t slice = (args.S + 1) * row;
     const bool shares_pairs = args.B * args.H % args.parallel.workers != 0;
-    value_slice = memory.take<char>(slice * size_of(args.value.dtype));
+    value_slice = memory.take<char>(slice * bytes_of(args.value.dtype));
     grad_slice[0] = memory.take<T>(backward && shares_pairs ? slice : 0);
     grad_slice[1] = memory.take<T>(backward ? slice : 0);
     bytes = memory.used + ALIGNMENT;  // wherever the allocation starts
   }
 
   // References of type T are read where they are, others converted into `references`.
-  static bool reads_references_in_place(const deform::Args& args) {
-    return args.reference.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
-  }
+  static bool reads_references_in_place(const Args& args) { return args.reference.dtype == DTYPE_OF<T>; }
 
-  static int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-  void prepare(const deform::Args& args) {
+  void prepare(const Args& args) {
     memset(static_cast<void*>(levels), 0, size_t(small_bytes));  // the first block of memory
     for (int64_t l = 0, k = 0; l < args.L; ++l) {
       for (int64_t p = 0; p < args.points[l]; ++p, ++k) {
@@ -102,5 +100,4 @@ struct Scratch {
 };
 
 }  // namespace
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::ms_deform_attn::RK_SIMD

@@ -6,8 +6,7 @@
 #include "../common/shared_memory.cuh"
 #include "points.cuh"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 // What a warp knows of a point.
 template <typename T>
@@ -154,5 +153,4 @@ __device__ __forceinline__ void write_cell(
   for (int c = 0; c < CORNERS; ++c) __stcs(to + c, corners.weight[c]);
 }
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

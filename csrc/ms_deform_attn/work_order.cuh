@@ -5,8 +5,7 @@
 
 #include "device_args.h"
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 
 struct WorkOrder {
   uint32_t tiles;                   // of a batch element and head
@@ -50,5 +49,4 @@ __device__ __forceinline__ Work work_of(const DeviceArgs& args, const WorkOrder&
   return work;
 }
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn

@@ -5,9 +5,9 @@
 #include "../common/parallel.h"
 #include "../common/view.h"
 
-namespace rk {
+namespace rk::query_similarity {
 
-struct QuerySimilarity {
+struct Args {
   int64_t batch, queries, channels;
   View x;       // [B, N, C]
   View output;  // [B, N]
@@ -15,7 +15,6 @@ struct QuerySimilarity {
   char* workspace;
 };
 
-RK_DECLARE_LEVELS(int64_t, query_similarity_workspace, const QuerySimilarity&)
-RK_DECLARE_LEVELS(void, query_similarity_relu, const QuerySimilarity&)
+RK_DECLARE_KERNEL(forward)
 
-}  // namespace rk
+}  // namespace rk::query_similarity

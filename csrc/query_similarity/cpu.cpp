@@ -6,8 +6,10 @@
 #include "args.h"
 #include "math.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::query_similarity::RK_SIMD {
+
+using namespace rk::RK_SIMD;
+
 namespace {
 
 constexpr int64_t BLOCK_N = 64;  // queries of a block
@@ -16,9 +18,6 @@ constexpr int64_t BLOCK_N = 64;  // queries of a block
 template <typename T>
 constexpr int64_t BLOCK_M = 2 * LANES<T>;
 
-inline float root(float x) { return __builtin_sqrtf(x); }
-inline double root(double x) { return __builtin_sqrt(x); }
-
 template <typename T>
 struct Workspace {
   int64_t tiles_of_image;
@@ -26,7 +25,7 @@ struct Workspace {
   T* flipped;  // [B, tiles, C, BLOCK_M] x^, a column a query
   int64_t bytes;
 
-  explicit Workspace(const QuerySimilarity& a) {
+  explicit Workspace(const Args& a) {
     Blocks blocks(a.workspace);
     tiles_of_image = (a.queries + BLOCK_M<T> - 1) / BLOCK_M<T>;
     unit = blocks.take<T>(a.batch * a.queries * a.channels);
@@ -36,12 +35,12 @@ struct Workspace {
 };
 
 template <typename T>
-void normalize(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) {
+void normalize(const Args& a, const Workspace<T>& w, int64_t worker) {
   const int64_t groups = w.tiles_of_image;
   const Share share = share_of(a.batch * groups, worker, a.parallel.workers);
   for (int64_t item = share.begin; item < share.end; ++item) {
     const int64_t b = item / groups, first = item % groups * BLOCK_M<T>;
-    const int64_t rows = a.queries - first < BLOCK_M<T> ? a.queries - first : BLOCK_M<T>;
+    const int64_t rows = smaller(a.queries - first, BLOCK_M<T>);
     T* unit = w.unit + (b * a.queries + first) * a.channels;
     for (int64_t i = 0; i < rows; ++i) {
       T* row = unit + i * a.channels;
@@ -49,7 +48,7 @@ void normalize(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) 
           row, a.channels, a.channels, a.x.dtype, a.x.data, b * a.x.stride[0] + (first + i) * a.x.stride[1], T(1));
       T squared = 0;
       for (int64_t c = 0; c < a.channels; ++c) squared += row[c] * row[c];
-      const T factor = inverse_norm<T>(squared, root);
+      const T factor = inverse_norm<T>(squared, square_root);
       for (int64_t c = 0; c < a.channels; ++c) row[c] *= factor;
     }
     T* columns = w.flipped + item * a.channels * BLOCK_M<T>;
@@ -60,12 +59,12 @@ void normalize(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) 
 }
 
 template <typename T>
-void sum_similarities(const QuerySimilarity& a, const Workspace<T>& w, int64_t worker) {
+void sum_similarities(const Args& a, const Workspace<T>& w, int64_t worker) {
   const int64_t groups = (a.queries + BLOCK_N - 1) / BLOCK_N;
   const Share share = share_of(a.batch * groups, worker, a.parallel.workers);
   for (int64_t item = share.begin; item < share.end; ++item) {
     const int64_t b = item / groups, first = item % groups * BLOCK_N;
-    const int64_t rows = a.queries - first < BLOCK_N ? a.queries - first : BLOCK_N;
+    const int64_t rows = smaller(a.queries - first, BLOCK_N);
     Vec<T> lanes[BLOCK_N] = {};
     for (int64_t j = 0; j < a.queries; j += BLOCK_M<T>)
       gemm<T>(
@@ -84,34 +83,21 @@ void sum_similarities(const QuerySimilarity& a, const Workspace<T>& w, int64_t w
 }
 
 template <typename T>
-void run(const QuerySimilarity& a) {
+void run(const Args& a) {
   const Workspace<T> w(a);
-  struct Context {
-    const QuerySimilarity* a;
-    const Workspace<T>* w;
-  } context{&a, &w};
-  a.parallel.run(
-      a.parallel.workers,
-      [](int64_t worker, void* c) { normalize(*static_cast<Context*>(c)->a, *static_cast<Context*>(c)->w, worker); },
-      &context);
-  a.parallel.run(
-      a.parallel.workers,
-      [](int64_t worker, void* c) {
-        sum_similarities(*static_cast<Context*>(c)->a, *static_cast<Context*>(c)->w, worker);
-      },
-      &context);
+  a.parallel.each([&](int64_t worker) { normalize(a, w, worker); });
+  a.parallel.each([&](int64_t worker) { sum_similarities(a, w, worker); });
 }
 
 }  // namespace
 
-int64_t query_similarity_workspace(const QuerySimilarity& a) {
+int64_t forward_workspace(const Args& a) {
   return a.x.dtype == DType::float64 ? Workspace<double>(a).bytes : Workspace<float>(a).bytes;
 }
 
-void query_similarity_relu(const QuerySimilarity& a) {
+void forward(const Args& a) {
   if (a.batch == 0 || a.queries == 0) return;
   a.x.dtype == DType::float64 ? run<double>(a) : run<float>(a);
 }
 
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::query_similarity::RK_SIMD

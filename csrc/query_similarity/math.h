@@ -3,7 +3,7 @@
 
 #include "../common/host_device.h"
 
-namespace rk {
+namespace rk::query_similarity {
 
 template <typename T>
 RK_HOST_DEVICE T inverse_norm(T squared_norm, T (*square_root)(T)) {
@@ -11,4 +11,4 @@ RK_HOST_DEVICE T inverse_norm(T squared_norm, T (*square_root)(T)) {
   return 1 / (norm > eps ? norm : eps);
 }
 
-}  // namespace rk
+}  // namespace rk::query_similarity

@@ -1,4 +1,4 @@
 #pragma once
 #include "../common/stable_tensor.h"
 
-namespace rk { void query_similarity_relu(Tensor x, Tensor output); }  // namespace rk
+namespace rk::query_similarity { void forward(Tensor x, Tensor output); }  // namespace rk::query_similarity

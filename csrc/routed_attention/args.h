@@ -5,9 +5,15 @@
 #include "../common/parallel.h"
 #include "../common/view.h"
 
-namespace rk {
+namespace rk::routed_attention {
 
-struct RoutedAttention {
+struct Gradients {
+  View output;             // [B, H, N, D], incoming
+  View query, key, value;  // contiguous, as their inputs
+  View sup_q, sup_k, del_q, del_k, gate_q, gate_k;
+};
+
+struct Args {
   int64_t batch, heads, queries, keys, channels;
   int64_t sup_rank, del_rank, gate_rank;  // read where routed
   bool routed, clamped;
@@ -21,20 +27,13 @@ struct RoutedAttention {
   View attn_mask;     // [B, H, N, M], any strides; bool (true = may attend) or floating; or none
   View key_ranges;    // int32 [B, N, 2, 2], contiguous but for B and N; or none
   View output;        // [B, H, N, D]
-  View lse;           // [B, H, N] log2(sum_j exp(S)), accumulate type; +inf where a query has no key to attend
+  View lse;           // [B, H, N] ln(sum_j exp(S)), accumulate type; +inf where a query has no key to attend
+  Gradients grad;     // of a backward pass
   Parallel parallel;
   char* workspace;
 };
 
-struct RoutedAttentionGradients {
-  View output;             // [B, H, N, D], incoming
-  View query, key, value;  // contiguous, as their inputs
-  View sup_q, sup_k, del_q, del_k, gate_q, gate_k;
-};
+RK_DECLARE_KERNEL(forward)
+RK_DECLARE_KERNEL(backward)
 
-RK_DECLARE_LEVELS(int64_t, routed_attention_forward_workspace, const RoutedAttention&)
-RK_DECLARE_LEVELS(void, routed_attention_forward, const RoutedAttention&)
-RK_DECLARE_LEVELS(int64_t, routed_attention_backward_workspace, const RoutedAttention&)
-RK_DECLARE_LEVELS(void, routed_attention_backward, const RoutedAttention&, const RoutedAttentionGradients&)
-
-}  // namespace rk
+}  // namespace rk::routed_attention

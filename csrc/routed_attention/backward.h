@@ -3,8 +3,10 @@
 
 #include "forward.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::routed_attention::RK_SIMD {
+
+using namespace rk::RK_SIMD;
+
 namespace {
 
 // Gradients of one image's keys, as one worker has summed them.
@@ -17,7 +19,7 @@ struct KeyGradients {
   T* gate;   // [M, padded G]
   int64_t bytes;
 
-  KeyGradients(Blocks& blocks, const RoutedAttention& a) {
+  KeyGradients(Blocks& blocks, const Args& a) {
     const int64_t before = blocks.used, padded = round_up_to_lanes<T>(a.channels);
     key = blocks.take<T>(a.heads * a.keys * padded), value = blocks.take<T>(a.heads * a.keys * padded);
     sup = blocks.take<T>(a.keys * round_up_to_lanes<T>(a.sup_rank));
@@ -36,7 +38,7 @@ struct BackwardScratch {
   T* grad_sup_q;             // [R, BLOCK_N]
   T* grad_del_q;             // [R, BLOCK_N]
   T* grad_gate_q;            // [G, BLOCK_N]
-  T* minus_lse;              // [H, BLOCK_N]
+  T* minus_lse;              // [H, BLOCK_N] times log2(e), as logits are
   T* minus_dot;              // [H, BLOCK_N] -T_hi = -dO_hi . O_hi
   OnlineSoftmax<T> softmax;  // of rows whose lse could not carry the sum
   T* pairs;                  // [BLOCK_M, BLOCK_N] P, then dS in its place: the weights of `softmax`
@@ -45,7 +47,7 @@ struct BackwardScratch {
   T* value;                  // [BLOCK_M, D]
   T* sum;                    // [BLOCK_M, widest of D, R, G]
 
-  BackwardScratch(Blocks& blocks, const RoutedAttention& a)
+  BackwardScratch(Blocks& blocks, const Args& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), grad_output(blocks, a.heads, a.channels, true),
         grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks.take<T>(a.sup_rank * BLOCK_N)),
         grad_del_q(blocks.take<T>(a.del_rank * BLOCK_N)), grad_gate_q(blocks.take<T>(a.gate_rank * BLOCK_N)),
@@ -61,11 +63,11 @@ struct BackwardScratch {
 
 template <typename T>
 struct Backward {
-  const RoutedAttention& a;
-  const RoutedAttentionGradients& grad;
+  const Args& a;
+  const Gradients& grad = a.grad;
   int64_t slot_bytes, scratch_bytes;
 
-  Backward(const RoutedAttention& args, const RoutedAttentionGradients& gradients) : a(args), grad(gradients) {
+  explicit Backward(const Args& args) : a(args) {
     Blocks counting_slot(nullptr), counting_scratch(nullptr);
     slot_bytes = KeyGradients<T>(counting_slot, a).bytes + ALIGNMENT;
     BackwardScratch<T>(counting_scratch, a);
@@ -112,7 +114,8 @@ struct Backward {
           for (int64_t d = i * padded; d < (i + 1) * padded; d += LANES<T>)
             dot += load(s.grad_output.of_head(h) + d) * load(s.grad_query.of_head(h) + d);
         s.minus_dot[h * BLOCK_N + i] = -sum_of_lanes<T>(dot);
-        s.minus_lse[h * BLOCK_N + i] = i < at.rows ? -lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : NOT_VISIBLE<T>;
+        s.minus_lse[h * BLOCK_N + i] =
+            i < at.rows ? -T(LOG2_E) * lse[h * a.lse.stride[1] + i * a.lse.stride[2]] : NOT_VISIBLE<T>;
       }
     s.bias.read_queries(a, at);
     if (a.attn_mask.data != nullptr) recompute_far_rows(s, at);
@@ -305,11 +308,10 @@ struct Backward {
   }
 
   void run() const {
-    on_workers<Backward, &Backward::differentiate>(a.parallel, *this);
-    on_workers<Backward, &Backward::write_keys>(a.parallel, *this);
+    a.parallel.each([this](int64_t worker) { differentiate(worker); });
+    a.parallel.each([this](int64_t worker) { write_keys(worker); });
   }
 };
 
 }  // namespace
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::routed_attention::RK_SIMD

@@ -5,26 +5,20 @@
 #include "backward.h"
 #include "forward.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::routed_attention::RK_SIMD {
 
-int64_t routed_attention_forward_workspace(const RoutedAttention& a) {
+using namespace rk::RK_SIMD;
+
+int64_t forward_workspace(const Args& a) {
   return a.query.dtype == DType::float64 ? Forward<double>(a).workspace_bytes() : Forward<float>(a).workspace_bytes();
 }
 
-void routed_attention_forward(const RoutedAttention& a) {
-  a.query.dtype == DType::float64 ? Forward<double>(a).run() : Forward<float>(a).run();
+void forward(const Args& a) { a.query.dtype == DType::float64 ? Forward<double>(a).run() : Forward<float>(a).run(); }
+
+int64_t backward_workspace(const Args& a) {
+  return a.query.dtype == DType::float64 ? Backward<double>(a).workspace_bytes() : Backward<float>(a).workspace_bytes();
 }
 
-int64_t routed_attention_backward_workspace(const RoutedAttention& a) {
-  const RoutedAttentionGradients none;
-  return a.query.dtype == DType::float64 ? Backward<double>(a, none).workspace_bytes()
-                                         : Backward<float>(a, none).workspace_bytes();
-}
+void backward(const Args& a) { a.query.dtype == DType::float64 ? Backward<double>(a).run() : Backward<float>(a).run(); }
 
-void routed_attention_backward(const RoutedAttention& a, const RoutedAttentionGradients& grad) {
-  a.query.dtype == DType::float64 ? Backward<double>(a, grad).run() : Backward<float>(a, grad).run();
-}
-
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::routed_attention::RK_SIMD

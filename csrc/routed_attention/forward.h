@@ -3,8 +3,10 @@
 
 #include "tiles.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::routed_attention::RK_SIMD {
+
+using namespace rk::RK_SIMD;
+
 namespace {
 
 inline float log2_of(float x) { return __builtin_log2f(x); }
@@ -120,7 +122,7 @@ struct ForwardScratch {
   T* key;    // [BLOCK_M, D]
   T* value;  // [BLOCK_M, D]
 
-  ForwardScratch(Blocks& blocks, const RoutedAttention& a)
+  ForwardScratch(Blocks& blocks, const Args& a)
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), output(blocks, a.heads, a.channels, false),
         softmax(blocks, a.heads), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
         value(blocks.take<T>(BLOCK_M * query.padded_columns)) {}
@@ -128,10 +130,10 @@ struct ForwardScratch {
 
 template <typename T>
 struct Forward {
-  const RoutedAttention& a;
+  const Args& a;
   int64_t scratch_bytes;
 
-  explicit Forward(const RoutedAttention& args) : a(args) {
+  explicit Forward(const Args& args) : a(args) {
     Blocks counting(nullptr);
     ForwardScratch<T>(counting, a);
     scratch_bytes = counting.used + ALIGNMENT;
@@ -176,24 +178,25 @@ struct Forward {
         });
   }
 
-  // O = output / sum, lse = max + log2(sum); a query that attended nothing gives 0 and lse = +inf, so that
-  // 2^(S - lse) is 0 in backward.
+  // O = output / sum, lse = ln(2) (max + log2(sum)); a query that attended nothing gives 0 and lse = +inf, so that
+  // exp(S - lse) is 0 in backward.
   void finish(const ForwardScratch<T>& s, const Place& block) const {
     T* lse = static_cast<T*>(a.lse.data) + start_of(a.lse, block);
     for (int64_t h = 0; h < a.heads; ++h)
       for (int64_t i = 0; i < block.rows; ++i) {
         const T sum = s.softmax.sums[h * BLOCK_N + i];
         lse[h * a.lse.stride[1] + i * a.lse.stride[2]] =
-            sum == 0 ? -NOT_VISIBLE<T> : s.softmax.maxima[h * BLOCK_N + i] + log2_of(sum);
+            sum == 0 ? -NOT_VISIBLE<T> : T(LN_2) * (s.softmax.maxima[h * BLOCK_N + i] + log2_of(sum));
         write_row<T>(
             s.output.of_head(h) + i * s.output.padded_columns, a.channels, a.output.dtype, a.output.data,
             start_of(a.output, block) + h * a.output.stride[1] + i * a.output.stride[2], sum == 0 ? T(0) : 1 / sum);
       }
   }
 
-  void run() const { on_workers<Forward, &Forward::attend>(a.parallel, *this); }
+  void run() const {
+    a.parallel.each([this](int64_t worker) { attend(worker); });
+  }
 };
 
 }  // namespace
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::routed_attention::RK_SIMD

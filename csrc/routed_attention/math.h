@@ -6,7 +6,7 @@
 
 #include "../common/host_device.h"
 
-namespace rk {
+namespace rk::routed_attention {
 
 // sigmoid(gate), with decay = exp(-|gate|) and inverse = 1 / (1 + decay): no overflow for any gate.
 template <typename T>
@@ -44,4 +44,4 @@ RK_HOST_DEVICE RouteGradient<T> route_adjoint(T p, T sup_minus_del, T grad_r) {
   return {to_sup, to_del, to_del * p * sup_minus_del};
 }
 
-}  // namespace rk
+}  // namespace rk::routed_attention

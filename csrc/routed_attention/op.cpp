@@ -2,15 +2,15 @@
 
 #include "args.h"
 
-namespace rk {
+namespace rk::routed_attention {
 namespace {
 
-RoutedAttention arguments(
+Args arguments(
     const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& sup_q, const MaybeTensor& sup_k,
     const MaybeTensor& del_q, const MaybeTensor& del_k, const MaybeTensor& gate_q, const MaybeTensor& gate_k,
     std::optional<double> limit, const MaybeTensor& attn_mask, const MaybeTensor& key_ranges, double scale,
     const Tensor& output, const Tensor& lse) {
-  RoutedAttention a{};
+  Args a{};
   a.batch = query.size(0), a.heads = query.size(1), a.queries = query.size(2), a.channels = query.size(3);
   a.keys = key.size(2);
   a.routed = sup_q.has_value();
@@ -30,33 +30,29 @@ RoutedAttention arguments(
 
 }  // namespace
 
-void routed_attention_forward(
+void forward(
     Tensor query, Tensor key, Tensor value, MaybeTensor sup_q, MaybeTensor sup_k, MaybeTensor del_q, MaybeTensor del_k,
     MaybeTensor gate_q, MaybeTensor gate_k, std::optional<double> limit, MaybeTensor attn_mask, MaybeTensor key_ranges,
     double scale, Tensor output, Tensor lse) {
-  RoutedAttention a = arguments(
+  Args a = arguments(
       query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale, output, lse);
-  const Tensor scratch = workspace(RK_CALL_LEVEL(routed_attention_forward_workspace, a));
-  a.workspace = static_cast<char*>(scratch.data_ptr());
-  RK_CALL_LEVEL(routed_attention_forward, a);
+  RK_RUN(forward, a);
 }
 
-void routed_attention_backward(
+void backward(
     Tensor grad_output, Tensor output, Tensor lse, Tensor query, Tensor key, Tensor value, MaybeTensor sup_q,
     MaybeTensor sup_k, MaybeTensor del_q, MaybeTensor del_k, MaybeTensor gate_q, MaybeTensor gate_k,
     std::optional<double> limit, MaybeTensor attn_mask, MaybeTensor key_ranges, double scale, Tensor grad_query,
     Tensor grad_key, Tensor grad_value, MaybeTensor grad_sup_q, MaybeTensor grad_sup_k, MaybeTensor grad_del_q,
     MaybeTensor grad_del_k, MaybeTensor grad_gate_q, MaybeTensor grad_gate_k) {
-  RoutedAttention a = arguments(
+  Args a = arguments(
       query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale, output, lse);
-  RoutedAttentionGradients grad;
+  Gradients& grad = a.grad;
   grad.output = view_of(grad_output);
   grad.query = view_of(grad_query), grad.key = view_of(grad_key), grad.value = view_of(grad_value);
   grad.sup_q = view_of(grad_sup_q), grad.sup_k = view_of(grad_sup_k), grad.del_q = view_of(grad_del_q);
   grad.del_k = view_of(grad_del_k), grad.gate_q = view_of(grad_gate_q), grad.gate_k = view_of(grad_gate_k);
-  const Tensor scratch = workspace(RK_CALL_LEVEL(routed_attention_backward_workspace, a));
-  a.workspace = static_cast<char*>(scratch.data_ptr());
-  RK_CALL_LEVEL(routed_attention_backward, a, grad);
+  RK_RUN(backward, a);
 }
 
-}  // namespace rk
+}  // namespace rk::routed_attention

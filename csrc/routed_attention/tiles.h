@@ -7,21 +7,20 @@
 #include "args.h"
 #include "math.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::routed_attention::RK_SIMD {
+
+using namespace rk::RK_SIMD;
+
 namespace {
 
 constexpr int64_t BLOCK_N = 128;  // queries of a tile
 constexpr int64_t BLOCK_M = 64;   // keys of a tile
 constexpr int64_t TILE_SIZE = BLOCK_M * BLOCK_N;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-
 // Calls block(b, first, rows) for the queries of one worker: equal shares of all B * N, cut at multiples of 8 rows and
 // walked in blocks of at most BLOCK_N that do not cross images.
 template <typename Block>
-inline void for_blocks_of(const RoutedAttention& a, int64_t worker, Block block) {
+inline void for_blocks_of(const Args& a, int64_t worker, Block block) {
   constexpr int64_t UNIT = 8;
   const int64_t units_of_image = (a.queries + UNIT - 1) / UNIT;
   const Share share = share_of(a.batch * units_of_image, worker, a.parallel.workers);
@@ -34,7 +33,7 @@ inline void for_blocks_of(const RoutedAttention& a, int64_t worker, Block block)
 }
 
 // Whether a worker's share has queries of image b.
-inline bool works_on(const RoutedAttention& a, int64_t worker, int64_t b) {
+inline bool works_on(const Args& a, int64_t worker, int64_t b) {
   bool found = false;
   for_blocks_of(a, worker, [&](int64_t image, int64_t, int64_t) { found = found || image == b; });
   return found;
@@ -96,7 +95,7 @@ template <typename T>
 inline KeyRows<T> key_rows(
     const View& view, int64_t offset, int64_t row_stride, int64_t width, const Place& at, T* copy, bool must_copy) {
   const int64_t start = offset + at.key * row_stride, padded = round_up_to_lanes<T>(width);
-  const bool is_t = view.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
+  const bool is_t = view.dtype == DTYPE_OF<T>;
   const bool dense = row_stride == width && width == padded;
   if (is_t && (dense || !must_copy)) return {static_cast<const T*>(view.data) + start, row_stride};
   read_rows<T>(copy, at.count, width, padded, view.dtype, view.data, start, row_stride);
@@ -165,16 +164,16 @@ struct BiasTile {
   bool filled = false;  // something is to be added to the logits
   bool masked = false;  // some of it may be NOT_VISIBLE
 
-  BiasTile(Blocks& blocks, const RoutedAttention& a)
+  BiasTile(Blocks& blocks, const Args& a)
       : sup(blocks, a.sup_rank), del(blocks, a.del_rank), gate(blocks, a.gate_rank), shared(blocks.take<T>(TILE_SIZE)),
         of_one_head(blocks.take<T>(TILE_SIZE)) {}
 
-  void read_queries(const RoutedAttention& a, const Place& at) const {
+  void read_queries(const Args& a, const Place& at) const {
     if (!a.routed) return;
     sup.read_queries(a.sup_q, at), del.read_queries(a.del_q, at), gate.read_queries(a.gate_q, at);
   }
 
-  void compute(const RoutedAttention& a, const Place& at, bool for_backward) {
+  void compute(const Args& a, const Place& at, bool for_backward) {
     filled = a.routed;
     masked = a.key_ranges.data != nullptr || a.attn_mask.data != nullptr;
     if (a.routed) compute_routes(a, at, for_backward);
@@ -186,7 +185,7 @@ struct BiasTile {
   }
 
   // What is added to the logits of head h, or null where nothing is.
-  const T* of_head(const RoutedAttention& a, const Place& at, int64_t h) const {
+  const T* of_head(const Args& a, const Place& at, int64_t h) const {
     if (a.attn_mask.data == nullptr || !mask_differs_by_head(a)) return filled ? shared : nullptr;
     memcpy(of_one_head, shared, size_t(at.count * BLOCK_N) * sizeof(T));
     add_mask(a, at, h, of_one_head);
@@ -194,7 +193,7 @@ struct BiasTile {
   }
 
   // Whether some query of the block may attend some key of the tile, by its key ranges.
-  static bool sees(const RoutedAttention& a, const Place& at) {
+  static bool sees(const Args& a, const Place& at) {
     if (a.key_ranges.data == nullptr) return true;
     for (int64_t i = 0; i < at.rows; ++i) {
       const int32_t* range = ranges_of(a, at, i);
@@ -205,14 +204,14 @@ struct BiasTile {
   }
 
  private:
-  static bool mask_differs_by_head(const RoutedAttention& a) { return a.attn_mask.stride[1] != 0 && a.heads > 1; }
+  static bool mask_differs_by_head(const Args& a) { return a.attn_mask.stride[1] != 0 && a.heads > 1; }
 
-  static const int32_t* ranges_of(const RoutedAttention& a, const Place& at, int64_t row) {
+  static const int32_t* ranges_of(const Args& a, const Place& at, int64_t row) {
     return static_cast<const int32_t*>(a.key_ranges.data) + at.b * a.key_ranges.stride[0] +
         (at.first + row) * a.key_ranges.stride[1];
   }
 
-  void compute_routes(const RoutedAttention& a, const Place& at, bool for_backward) {
+  void compute_routes(const Args& a, const Place& at, bool for_backward) {
     sup.read_keys(a.sup_k, at, for_backward), del.read_keys(a.del_k, at, for_backward);
     gate.read_keys(a.gate_k, at, for_backward);
     sup.multiply(at), del.multiply(at);
@@ -229,7 +228,7 @@ struct BiasTile {
     });
   }
 
-  void hide_outside_ranges(const RoutedAttention& a, const Place& at) const {
+  void hide_outside_ranges(const Args& a, const Place& at) const {
     for (int64_t i = 0; i < at.rows; ++i) {
       const int32_t* range = ranges_of(a, at, i);
       for (int64_t j = 0; j < at.count; ++j) {
@@ -240,7 +239,7 @@ struct BiasTile {
     }
   }
 
-  static void add_mask(const RoutedAttention& a, const Place& at, int64_t h, T* tile) {
+  static void add_mask(const Args& a, const Place& at, int64_t h, T* tile) {
     const View& mask = a.attn_mask;
     const int64_t step = mask.stride[3];
     for (int64_t i = 0; i < at.rows; ++i) {
@@ -273,14 +272,6 @@ inline Vec<T> masked_logit(Vec<T> product, Vec<T> bias) {
   return where_visible<T>(product + bias, bias);
 }
 
-// Runs `method(worker)` of an object on every worker.
-template <typename Object, void (Object::*METHOD)(int64_t) const>
-void on_workers(const Parallel& parallel, const Object& object) {
-  parallel.run(
-      parallel.workers, [](int64_t worker, void* context) { (static_cast<const Object*>(context)->*METHOD)(worker); },
-      const_cast<Object*>(&object));
-}
-
 inline int64_t start_of(const View& view, const Place& at) { return at.b * view.stride[0] + at.first * view.stride[2]; }
 inline int64_t start_of_head(const View& view, const Place& at, int64_t h) {
   return at.b * view.stride[0] + h * view.stride[1];
@@ -288,7 +279,7 @@ inline int64_t start_of_head(const View& view, const Place& at, int64_t h) {
 
 // Calls tile(place) for every tile of keys that a query of the block may see.
 template <typename T, typename Tile>
-inline void for_tiles_of(const RoutedAttention& a, Place at, Tile tile) {
+inline void for_tiles_of(const Args& a, Place at, Tile tile) {
   for (at.key = 0; at.key < a.keys; at.key += BLOCK_M) {
     at.count = smaller(BLOCK_M, a.keys - at.key);
     if (BiasTile<T>::sees(a, at)) tile(at);
@@ -296,5 +287,4 @@ inline void for_tiles_of(const RoutedAttention& a, Place at, Tile tile) {
 }
 
 }  // namespace
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::routed_attention::RK_SIMD

@@ -5,9 +5,9 @@
 #include "../common/parallel.h"
 #include "../common/view.h"
 
-namespace rk {
+namespace rk::sigmoid_focal_loss {
 
-struct SigmoidFocalLoss {
+struct Args {
   int64_t T, K;
   double alpha, gamma, scale;
   View logits;             // [T, K]
@@ -20,8 +20,7 @@ struct SigmoidFocalLoss {
   char* workspace;
 };
 
-RK_DECLARE_LEVELS(int64_t, sigmoid_focal_loss_workspace, const SigmoidFocalLoss&)
-RK_DECLARE_LEVELS(void, sigmoid_focal_loss_forward, const SigmoidFocalLoss&)
-RK_DECLARE_LEVELS(void, sigmoid_focal_loss_backward, const SigmoidFocalLoss&)
+RK_DECLARE_KERNEL(forward)
+RK_DECLARE_KERNEL(backward)
 
-}  // namespace rk
+}  // namespace rk::sigmoid_focal_loss

@@ -4,20 +4,22 @@
 #include "args.h"
 #include "math.h"
 
-namespace rk {
-namespace RK_SIMD {
+namespace rk::sigmoid_focal_loss::RK_SIMD {
+
+using namespace rk::RK_SIMD;
+
 namespace {
 
 constexpr int64_t BLOCK = 1024;  // classes of all queries of a block, about
 
-inline int64_t queries_of_block(const SigmoidFocalLoss& a) { return a.K < BLOCK ? BLOCK / a.K : 1; }
+inline int64_t queries_of_block(const Args& a) { return a.K < BLOCK ? BLOCK / a.K : 1; }
 
 template <typename T>
 struct Block {
   int64_t queries, width;
   T *z, *loss, *grad;  // [queries * K]
 
-  Block(const SigmoidFocalLoss& a, int64_t worker) {
+  Block(const Args& a, int64_t worker) {
     queries = queries_of_block(a);
     width = round_up_to_lanes<T>(queries * a.K);
     Blocks blocks(a.workspace);
@@ -37,12 +39,12 @@ T sum_of_row(const T* row, int64_t n) {
 }
 
 template <typename T>
-void forward_queries(const SigmoidFocalLoss& a, int64_t worker) {
+void forward_queries(const Args& a, int64_t worker) {
   const Block<T> block(a, worker);
   const T alpha = T(a.alpha), gamma = T(a.gamma), scale = T(a.scale);
   const Share share = share_of(a.T, worker, a.parallel.workers);
   for (int64_t first = share.begin; first < share.end; first += block.queries) {
-    const int64_t rows = share.end - first < block.queries ? share.end - first : block.queries;
+    const int64_t rows = smaller(share.end - first, block.queries);
     const int64_t used = rows * a.K, padded = round_up_to_lanes<T>(used);
     for (int64_t i = 0; i < rows; ++i)
       read_row<T>(block.z + i * a.K, a.K, a.K, a.logits.dtype, a.logits.data, (first + i) * a.logits.stride[0], T(1));
@@ -73,7 +75,7 @@ void forward_queries(const SigmoidFocalLoss& a, int64_t worker) {
 }
 
 template <typename T>
-void backward_queries(const SigmoidFocalLoss& a, int64_t worker) {
+void backward_queries(const Args& a, int64_t worker) {
   const T *const factors = static_cast<const T*>(a.grad_loss.data), scale = T(a.scale);
   const Share share = share_of(a.T, worker, a.parallel.workers);
   with_storage(a.grad.dtype, [&](auto type) {
@@ -87,36 +89,23 @@ void backward_queries(const SigmoidFocalLoss& a, int64_t worker) {
   });
 }
 
-template <typename T>
-void forward(const SigmoidFocalLoss& a) {
-  a.parallel.run(
-      a.parallel.workers,
-      [](int64_t worker, void* c) { forward_queries<T>(*static_cast<const SigmoidFocalLoss*>(c), worker); },
-      const_cast<SigmoidFocalLoss*>(&a));
-}
-
-template <typename T>
-void backward(const SigmoidFocalLoss& a) {
-  a.parallel.run(
-      a.parallel.workers,
-      [](int64_t worker, void* c) { backward_queries<T>(*static_cast<const SigmoidFocalLoss*>(c), worker); },
-      const_cast<SigmoidFocalLoss*>(&a));
-}
-
 }  // namespace
 
-int64_t sigmoid_focal_loss_workspace(const SigmoidFocalLoss& a) {
+int64_t forward_workspace(const Args& a) {
   const int64_t size = a.loss.dtype == DType::float64 ? 8 : 4;
   return a.parallel.workers * 3 * round_up_to_lanes<float>(queries_of_block(a) * a.K) * size + 2 * ALIGNMENT;
 }
 
-void sigmoid_focal_loss_forward(const SigmoidFocalLoss& a) {
-  a.loss.dtype == DType::float64 ? forward<double>(a) : forward<float>(a);
+void forward(const Args& a) {
+  const auto work = a.loss.dtype == DType::float64 ? forward_queries<double> : forward_queries<float>;
+  a.parallel.each([&](int64_t worker) { work(a, worker); });
 }
 
-void sigmoid_focal_loss_backward(const SigmoidFocalLoss& a) {
-  a.grad_loss.dtype == DType::float64 ? backward<double>(a) : backward<float>(a);
+int64_t backward_workspace(const Args&) { return 0; }
+
+void backward(const Args& a) {
+  const auto work = a.grad_loss.dtype == DType::float64 ? backward_queries<double> : backward_queries<float>;
+  a.parallel.each([&](int64_t worker) { work(a, worker); });
 }
 
-}  // namespace RK_SIMD
-}  // namespace rk
+}  // namespace rk::sigmoid_focal_loss::RK_SIMD

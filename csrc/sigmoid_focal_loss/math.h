@@ -9,7 +9,7 @@
 
 #include "../common/host_device.h"
 
-namespace rk {
+namespace rk::sigmoid_focal_loss {
 
 // log(1 + e) of e in [0, 1]: 2 artanh(s) = 2 sum_i s^(2i + 1) / (2i + 1), s = e / (2 + e) <= 1/3; 9^-8 / 17 < 2^-29,
 // 9^-18 / 37 < 2^-62.
@@ -40,4 +40,4 @@ RK_HOST_DEVICE FocalTerms<V> focal_terms(V z, T gamma, Exp exponential) {
   return {power * softplus, power * (p_t * softplus * gamma + q)};
 }
 
-}  // namespace rk
+}  // namespace rk::sigmoid_focal_loss

@@ -29,8 +29,7 @@ __attribute__((visibility("default"))) AOTITorchError aoti_torch_get_current_cud
 }
 }
 
-namespace rk {
-namespace deform {
+namespace rk::ms_deform_attn {
 namespace {
 
 // ---- the memory of a launch --------------------------------------------------------------------------------------
@@ -140,12 +139,11 @@ RK_EMULATED(float32)
 RK_EMULATED(float16)
 RK_EMULATED(bfloat16)
 
-}  // namespace deform
-}  // namespace rk
+}  // namespace rk::ms_deform_attn
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_emulated, CPU, m) {
-  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn_forward));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn_backward));
-  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn_fused_forward));
-  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn_fused_backward));
+  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn::forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn::backward));
+  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn::fused_forward));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn::fused_backward));
 }

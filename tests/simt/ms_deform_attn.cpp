@@ -3,7 +3,7 @@
 #include "../../csrc/ms_deform_attn/launch.cuh"
 
 using namespace rk;
-using namespace rk::deform;
+using namespace rk::ms_deform_attn;
 
 namespace {
 
