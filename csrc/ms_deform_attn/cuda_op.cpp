@@ -77,7 +77,7 @@ Tensor empty_on_device_of(const Tensor& value, const Ints& sizes, ScalarType dty
   return torch::stable::new_empty(value, sizes, dtype);
 }
 
-void launch_backward(const DeviceArgs& a, cudaStream_t stream) {
+void enqueue_backward(const DeviceArgs& a, cudaStream_t stream) {
   launch_for(a.value.dtype, [&](auto storage) { return launch_backward<storage.value>(a, stream); });
 }
 
@@ -87,7 +87,7 @@ void backward_by_atomics(DeviceArgs& a, const Tensor& value, Tensor grad_value, 
   const Tensor sums = in_place ? torch::stable::zero_(grad_value)
                                : torch::stable::new_zeros(value, value.sizes(), accumulate_type(value));
   a.grad_value_sums = view_of(sums);
-  launch_backward(a, stream);
+  enqueue_backward(a, stream);
   if (!in_place) torch::stable::copy_(grad_value, sums);
 }
 
@@ -98,7 +98,7 @@ void backward_in_order(DeviceArgs& a, const Tensor& value, Tensor grad_value, cu
   Tensor cell = empty_on_device_of(value, {a.B, a.N, a.H, a.K}, index);
   const Tensor corner_weight = empty_on_device_of(value, {a.B, a.N, a.H, a.K, 4}, accumulate_type(value));
   a.cell = view_of(cell), a.corner_weight = view_of(corner_weight);
-  launch_backward(a, stream);
+  enqueue_backward(a, stream);
   const Ordered ordered = ordered_by(torch::stable::flatten(cell), cells);
   a.order = view_of(ordered.order), a.bounds = view_of(ordered.bounds), a.grad_value = view_of(grad_value);
   launch_for(a.value.dtype, [&](auto storage) { return launch_gather<storage.value>(a, stream); });
