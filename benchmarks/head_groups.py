@@ -57,8 +57,7 @@ def groups(chips: Iterable[str], matching: str = "") -> Iterator[Group]:
 
 
 def _row(chip: str, kernel: str, channels: int) -> Row:
-    from route_kernels.triton import variants
-
+    from . import variants
     from .static_report import row
 
     name = f"attention_{kernel} bfloat16 D={channels}"

@@ -79,7 +79,8 @@ def stubbed() -> StubbedDriver:
     import triton
 
     from route_kernels.triton import availability, launch
-    from route_kernels.triton.variants import TARGETS
+
+    from .variants import TARGETS
 
     if availability.interpreted():
         raise RuntimeError("the interpreter launches nothing: unset TRITON_INTERPRET")
@@ -87,7 +88,7 @@ def stubbed() -> StubbedDriver:
     triton.runtime.driver.set_active(driver)
     mock.patch.object(availability, "_known_obstacle", lambda device_type, index: "").start()
     mock.patch.object(launch, "architecture", lambda device: ARCHITECTURE).start()
-    mock.patch.object(launch.tuned, "settings", lambda *lookup: None).start()
+    mock.patch.object(launch.block_sizes, "tuned_settings", lambda *lookup: None).start()
     return driver
 
 

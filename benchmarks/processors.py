@@ -49,7 +49,7 @@ PROCESSORS = {
         warp_size=64, registers=4 * 512 * 64, registers_of_lane=512, shared_reserved=0,
     ),
 }  # fmt: skip
-"""By the names of `route_kernels.triton.table.ARCHITECTURES`."""
+"""By the names of `route_kernels.triton.block_sizes.ARCHITECTURES`."""
 
 TENSOR_MEMORY_COLUMNS = 512
 """Of a multiprocessor of sm100; `tcgen05.alloc` in the PTX instruction set reference."""

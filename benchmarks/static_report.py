@@ -33,7 +33,7 @@ from .machine_code import (
 from .processors import PROCESSORS, TENSOR_MEMORY_COLUMNS
 
 if TYPE_CHECKING:
-    from route_kernels.triton.variants import Variant
+    from .variants import Variant
 
 CHIPS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
 
@@ -134,7 +134,7 @@ def counts(code: MachineCode, chip: str, shared: int, num_warps: int) -> dict[st
 
 def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool = False) -> Iterator[Row]:
     """Of every variant of these ops on these chips whose name has `matching` in it, or a `few` of them."""
-    from route_kernels.triton import variants
+    from . import variants
 
     found = [variant for chip in chips for op in ops for variant in variants.of_op(op, chip)]
     found = [variant for variant in found if matching in variant.name]
@@ -205,12 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; the exit code is 1 where a kernel spills or does not fit on its chip."""
     # Interpreted kernels have no machine code: read before triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
-    from route_kernels.triton.variants import FILES
-
     from . import cuda_machine_code
+    from .variants import VARIANTS
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
-    parser.add_argument("--op", action="append", choices=sorted(FILES), help="may be repeated [all]")
+    parser.add_argument("--op", action="append", choices=sorted(VARIANTS), help="may be repeated [all]")
     parser.add_argument("--chip", action="append", choices=sorted(PROCESSORS), help="may be repeated [%(default)s]")
     parser.add_argument("--backend", choices=("triton", "cuda"), help="only its kernels [both]")
     parser.add_argument("--match", default="", metavar="TEXT", help="only variants with TEXT in their name")
@@ -233,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     found = []
     if args.backend != "cuda":
-        found += rows(args.op or FILES, args.chip or CHIPS, args.match, args.few)
-    if args.backend != "triton" and cuda_machine_code.OP in (args.op or FILES):
+        found += rows(args.op or VARIANTS, args.chip or CHIPS, args.match, args.few)
+    if args.backend != "triton" and cuda_machine_code.OP in (args.op or VARIANTS):
         found += cuda_machine_code.rows(args.chip or CHIPS, args.match, args.few)
     print("\n".join(table(found)))
     faults = sum(bool(row.faults()) for row in found)

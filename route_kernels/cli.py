@@ -49,14 +49,14 @@ def info() -> Iterator[str]:
             yield f"{name:9}  {reason}" + ("" if len(ops) == len(OPS) else f" ({', '.join(ops)})")
 
 
-def bench(options: Sequence[str]) -> int:
-    """Run the benchmarks of the checkout that this package is installed from; they are no part of the wheel."""
+def of_checkout(module: str, purpose: str, options: Sequence[str]) -> int:
+    """Run a module of the checkout that this package is installed from; these are no part of the wheel."""
     if not (CHECKOUT / "benchmarks" / "run.py").exists():
         print(
-            "route-kernels: the benchmarks are part of the repository: clone it and run `make bench`", file=sys.stderr
+            f"route-kernels: the benchmarks are part of the repository: clone it and run `{purpose}`", file=sys.stderr
         )
         return 1
-    return subprocess.call([sys.executable, "-m", "benchmarks.run", *options], cwd=CHECKOUT)
+    return subprocess.call([sys.executable, "-m", module, *options], cwd=CHECKOUT)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -68,24 +68,6 @@ def doctor(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         print(f"route-kernels doctor: {error}", file=sys.stderr)
         return UNANSWERED
-
-
-def tune(ops: Sequence[str], dtypes: Sequence[str]) -> int:
-    """Measure block sizes on the GPU at hand and keep the fastest for the launches to come."""
-    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    for op in ops:
-        runs, reason = rk.can_run(op, "triton")
-        if not runs or not torch.cuda.is_available():
-            print(f"route-kernels tune: needs a GPU: {'none was found' if runs else reason}", file=sys.stderr)
-            return 1
-    from .triton import tune, tuned
-
-    for case in tune.cases(ops, [getattr(torch, dtype) for dtype in dtypes]):
-        choices = tune.tune(case, device, tune.gpu_timer)
-        tune.keep(device, choices)
-        print("\n".join(tune.report(case, choices)), flush=True)
-    print(f"kept in {tuned.path(device)}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,18 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     examine.add_argument("--dtype", choices=DTYPES, help="of weights and inputs for time and memory [the model's]")
     examine.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps each way [%(default)s]")
     examine.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
-    measure = commands.add_parser(
+    commands.add_parser(
         "tune",
-        help="measure block sizes of the Triton kernels on this GPU and keep the fastest",
-        description="Takes minutes. The fastest settings are kept in the user's cache directory, or in the file that "
-        "ROUTE_KERNELS_TUNED names, and go before the built-in table; they are for this GPU, Triton and version only.",
+        help="measure block sizes of the Triton kernels on this GPU and keep the fastest; options: --op, --dtype",
+        add_help=False,
     )
-    measure.add_argument("--op", action="append", choices=OPS, help="may be repeated [all]")
-    measure.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated [all]")
     commands.add_parser("memory", add_help=False)  # it was here until it became a command of the detector
     args, options = parser.parse_known_args(argv)
     if args.command == "bench":
-        return bench(options)
+        return of_checkout("benchmarks.run", "make bench", options)
+    if args.command == "tune":
+        return of_checkout("benchmarks.tune", "route-kernels tune", options)
     if args.command == "memory":
         print(
             "route-kernels memory: it is now `route-detr memory` (pip install 'route-kernels[detr]')", file=sys.stderr
@@ -132,8 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown options: {' '.join(options)}")
     if args.command == "doctor":
         return doctor(args)
-    if args.command == "tune":
-        return tune(args.op or OPS, args.dtype or DTYPES)
     print("\n".join(info()))
     return 0
 

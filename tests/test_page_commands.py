@@ -109,7 +109,9 @@ def only_parsed(monkeypatch):
 @pytest.mark.parametrize("name", [name for name, words in COMMANDS.items() if name not in OURS])
 def test_other_commands_are_understood(name, only_parsed):
     words = COMMANDS[name]
-    if words[0] == "route-kernels":
+    if words[:2] == ["route-kernels", "tune"]:
+        entry, options = import_module("benchmarks.tune").main, words[2:]
+    elif words[0] == "route-kernels":
         entry, options = route_kernels.cli.main, words[1:]
     elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
         entry, options = import_module(words[2]).main, words[3:]

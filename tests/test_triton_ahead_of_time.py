@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks.processors import PROCESSORS
 from benchmarks.static_report import CHIPS
-from route_kernels.triton.table import ARCHITECTURES, INTERPRETER, TABLE
+from route_kernels.triton.block_sizes import ARCHITECTURES, INTERPRETER, TABLE
 
 ROOT = Path(__file__).parents[1]
 

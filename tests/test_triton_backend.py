@@ -14,8 +14,8 @@ from route_kernels.triton import availability
 
 pytest.importorskip("triton")
 
-from route_kernels.triton import launch, tuned
-from route_kernels.triton.table import INTERPRETER, TABLE, Entry
+from route_kernels.triton import block_sizes, launch
+from route_kernels.triton.block_sizes import INTERPRETER, TABLE, Entry
 
 needs_interpreter = pytest.mark.skipif(not availability.interpreted(), reason="this run has a GPU")
 
@@ -25,10 +25,10 @@ def compiled(monkeypatch):
     """As if triton had been imported without TRITON_INTERPRET."""
     monkeypatch.setattr(availability, "interpreted", lambda: False)
     monkeypatch.setattr(launch, "interpreted", lambda: False)
-    for cached in (availability._known_obstacle, launch.architecture, launch._settings, tuned._rows_of):
+    for cached in (availability._known_obstacle, launch.architecture, launch._settings, block_sizes._rows_of):
         cached.cache_clear()
     yield
-    for cached in (availability._known_obstacle, launch.architecture, launch._settings, tuned._rows_of):
+    for cached in (availability._known_obstacle, launch.architecture, launch._settings, block_sizes._rows_of):
         cached.cache_clear()
 
 
@@ -151,18 +151,19 @@ def test_blocks_and_padding():
 
 
 def test_shapes_of_one_bucket_share_a_key():
-    assert [tuned.bucket(size) for size in (0, 1, 2, 3, 900, 1024, 1025)] == [1, 1, 2, 4, 1024, 1024, 2048]
-    assert tuned.key("kernel", torch.bfloat16, {"N": 900, "D": 32}) == "kernel bfloat16 D=32 N=1024"
+    assert [block_sizes.bucket(size) for size in (0, 1, 2, 3, 900, 1024, 1025)] == [1, 1, 2, 4, 1024, 1024, 2048]
+    assert block_sizes.tuned_key("kernel", torch.bfloat16, {"N": 900, "D": 32}) == "kernel bfloat16 D=32 N=1024"
 
 
 @pytest.fixture
 def tuned_file(monkeypatch, tmp_path, compiled):
     """(device, file that will be read for it)."""
-    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "folder" / "tuned.json"))
+    monkeypatch.setenv(block_sizes.VARIABLE, str(tmp_path / "folder" / "tuned.json"))
     device = gpu(monkeypatch)
-    return device, tuned.path(device)
+    return device, block_sizes.tuned_path(device)
 
 
+SIZES = {"N": 900, "C": 256, "ODD": 0}
 ROWS = {
     "query_similarity_relu bfloat16 C=256 N=1024 ODD=1": {"BLOCK_N": 32, "BLOCK_C": 64, "num_warps": 2, "num_stages": 4}
 }
@@ -170,7 +171,7 @@ ROWS = {
 
 def test_tuned_settings_go_before_the_table(tuned_file):
     device, file = tuned_file
-    tuned.write(file, tuned.circumstances(device), ROWS)
+    block_sizes.write_tuned(file, block_sizes.circumstances(device), ROWS)
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
     config = launch.config
     assert config("query_similarity_relu", device, torch.bfloat16, N=900, C=256, ODD=0) == next(iter(ROWS.values()))
@@ -183,7 +184,7 @@ def test_tuned_settings_go_before_the_table(tuned_file):
 )
 def test_a_file_of_other_circumstances_is_ignored_with_a_warning(tuned_file, name, value):
     device, file = tuned_file
-    tuned.write(file, {**tuned.circumstances(device), name: value}, ROWS)
+    block_sizes.write_tuned(file, {**block_sizes.circumstances(device), name: value}, ROWS)
     with pytest.warns(UserWarning, match=rf"{name} {value}, now .* run `route-kernels tune` again or delete it"):
         found = launch.config("query_similarity_relu", device, torch.bfloat16, N=900, C=256, ODD=0)
     assert found in [entry.settings for entry in TABLE["query_similarity_relu"]]
@@ -195,30 +196,36 @@ def test_a_broken_file_is_ignored_with_a_warning(tuned_file, content):
     file.parent.mkdir()
     file.write_text(content)
     with pytest.warns(UserWarning, match="cannot be read"):
-        assert tuned.settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256, "ODD": 0}) is None
+        assert (
+            block_sizes.tuned_settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256, "ODD": 0})
+            is None
+        )
 
 
 def test_settings_that_are_no_integers_are_ignored_with_a_warning(tuned_file):
     device, file = tuned_file
-    tuned.write(file, tuned.circumstances(device), {next(iter(ROWS)): {"BLOCK_N": "64"}})
+    block_sizes.write_tuned(file, block_sizes.circumstances(device), {next(iter(ROWS)): {"BLOCK_N": "64"}})
     with pytest.warns(UserWarning, match="settings that are no integers"):
-        assert tuned.settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256, "ODD": 0}) is None
+        assert (
+            block_sizes.tuned_settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256, "ODD": 0})
+            is None
+        )
 
 
 def test_a_write_that_fails_leaves_the_old_file(tuned_file):
     device, file = tuned_file
-    tuned.write(file, tuned.circumstances(device), ROWS)
+    block_sizes.write_tuned(file, block_sizes.circumstances(device), ROWS)
     with pytest.raises(TypeError):
-        tuned.write(file, tuned.circumstances(device), {"key": object()})
+        block_sizes.write_tuned(file, block_sizes.circumstances(device), {"key": object()})
     assert json.loads(file.read_text())["rows"] == ROWS
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_where_the_file_is(monkeypatch, tmp_path, compiled):
     device = gpu(monkeypatch)
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv(block_sizes.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned.path(device) == tmp_path / "route-kernels" / "tuned-nvidia-h100-80gb-hbm3.json"
+    assert block_sizes.tuned_path(device) == tmp_path / "route-kernels" / "tuned-nvidia-h100-80gb-hbm3.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tuned.path(device) == tmp_path / ".cache" / "route-kernels" / "tuned-nvidia-h100-80gb-hbm3.json"
+    assert block_sizes.tuned_path(device) == tmp_path / ".cache" / "route-kernels" / "tuned-nvidia-h100-80gb-hbm3.json"

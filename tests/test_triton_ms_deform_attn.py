@@ -101,7 +101,7 @@ def test_levels_may_lie_apart_or_overlap(deterministic):
 
 
 def test_softmax_of_more_points_than_are_unrolled(monkeypatch):
-    from route_kernels.triton import ms_deform_attn_arguments as settings
+    from route_kernels.triton.ms_deform_attn import host as settings
 
     monkeypatch.setattr(settings, "MOST_POINTS_UNROLLED", 3)
     assert_as_reference("ms_deform_attn_fused", ms_deform_attn_fused_arguments(dtype=torch.float64, **FEW))
@@ -288,8 +288,8 @@ def test_every_element_of_poisoned_outputs_is_written(deterministic):
 
 @each_op
 def test_the_gradient_of_value_is_summed_in_a_fixed_order_where_asked_for(op, monkeypatch):
-    from route_kernels.triton import ms_deform_attn_launch as launches
     from route_kernels.triton.launch import Prepared
+    from route_kernels.triton.ms_deform_attn import host as launches
 
     sums_of_atomics, call = [], Prepared.__call__
 
@@ -325,7 +325,7 @@ def test_compiled_for_any_size(op):
 
 @pytest.mark.parametrize("sizes", [(1, 0, 16, 2**24), (2**31, 7, 48, 3)], ids=str)
 def test_no_size_of_a_level_makes_triton_compile_anew(sizes):
-    from route_kernels.triton.ms_deform_attn_arguments import Points
+    from route_kernels.triton.ms_deform_attn.host import Points
 
     points = Points(torch.empty(0), torch.empty(0), None, None, sizes, (0, 2**33), (4, 0))
     assert all(number % 16 and number != 1 for number in points.levels())

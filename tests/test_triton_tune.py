@@ -10,8 +10,9 @@ from route_kernels import cli
 
 pytest.importorskip("triton")
 
-from route_kernels.triton import launch, tune, tuned
-from route_kernels.triton.table import INTERPRETER, TABLE, Entry
+from benchmarks import tune
+from route_kernels.triton import block_sizes, launch
+from route_kernels.triton.block_sizes import INTERPRETER, TABLE, Entry
 
 KERNEL = "query_similarity_relu"
 CASE = tune.Case("query_similarity", "small", torch.float32, dict(batch=1, queries=5, channels=4))
@@ -107,8 +108,8 @@ def test_other_errors_are_not(table):
 
 
 def test_choices_are_added_to_the_file(monkeypatch, tmp_path):
-    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "tuned.json"))
-    monkeypatch.setattr(tuned, "circumstances", lambda device: CIRCUMSTANCES)
+    monkeypatch.setenv(block_sizes.VARIABLE, str(tmp_path / "tuned.json"))
+    monkeypatch.setattr(block_sizes, "circumstances", lambda device: CIRCUMSTANCES)
     tune.keep(CPU, [tune.Choice("a", settings(1), 1, 2), tune.Choice("b", settings(2), 1, 2)])
     tune.keep(CPU, [tune.Choice("b", settings(4), 1, 2)])
     content = json.loads((tmp_path / "tuned.json").read_text())
@@ -124,7 +125,7 @@ def test_cases_are_of_dtypes_that_the_kernels_take():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this run has a GPU")
 def test_without_a_gpu_the_command_says_so_in_one_line(monkeypatch, capsys):
-    assert cli.main(["tune", "--op", "query_similarity"]) == 1
+    assert tune.main(["--op", "query_similarity"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("route-kernels tune: needs a GPU: ")
     assert printed.err.count("\n") == 1
@@ -134,12 +135,19 @@ def test_the_command_tunes_and_keeps(monkeypatch, tmp_path, capsys, table):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(rk, "can_run", lambda *args: (True, "as if"))
-    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "tuned.json"))
-    monkeypatch.setattr(tuned, "circumstances", lambda device: CIRCUMSTANCES)
+    monkeypatch.setenv(block_sizes.VARIABLE, str(tmp_path / "tuned.json"))
+    monkeypatch.setattr(block_sizes, "circumstances", lambda device: CIRCUMSTANCES)
     choice = tune.Choice("key", settings(), 1.0, 2.0)
     monkeypatch.setattr(tune, "tune", lambda case, device, timer: [choice])
-    assert cli.main(["tune", "--op", "query_similarity", "--dtype", "bfloat16"]) == 0
+    assert tune.main(["--op", "query_similarity", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "2.0000 -> 1.0000 ms  key: BLOCK_N=16, BLOCK_C=16, num_warps=4, num_stages=2" in printed
     assert printed.endswith(f"kept in {tmp_path / 'tuned.json'}\n")
     assert json.loads((tmp_path / "tuned.json").read_text())["rows"] == {"key": settings()}
+
+
+def test_the_command_runs_the_tuner_of_the_checkout(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli.subprocess, "call", lambda command, cwd: called.append((command[1:], cwd)) or 0)
+    assert cli.main(["tune", "--op", "query_similarity"]) == 0
+    assert called == [(["-m", "benchmarks.tune", "--op", "query_similarity"], cli.CHECKOUT)]

@@ -1,1 +1,1 @@
-"""The Triton twin of each op: one file an op, imported at its first call; importing `route_kernels` imports none."""
+"""The Triton twin of each op, a module of its name, imported at its first call: `import route_kernels` imports none."""

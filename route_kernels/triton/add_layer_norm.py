@@ -6,18 +6,14 @@ one row of the sums over tokens: no atomics. Both read and write each tensor onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from .interpreter import rounded
+from .language import rounded
 from .launch import Prepared, blocks, config, kept
-
-if TYPE_CHECKING:
-    from .variants import Variant
 
 
 @triton.jit
@@ -155,33 +151,3 @@ def _settings(kernel_name: str, output: torch.Tensor) -> dict[str, int]:
     width = 1 << (output.shape[1] - 1).bit_length()
     settings = dict(config(kernel_name, output.device, output.dtype, C=output.shape[1]))
     return {"BLOCK_T": max(settings.pop("BLOCK_TC") // width, 1), "BLOCK_C": width, **settings}
-
-
-def variants(architecture: str) -> Iterator[Variant]:
-    """Every dtype with the channels of detectors; x^ of four channels kept, and all of it."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for width in (256, 384, 1024):
-            yield from _variants(architecture, dtype, width, kept=4)
-    yield from _variants(architecture, torch.bfloat16, 256, kept=256)
-
-
-def _variants(architecture: str, dtype: torch.dtype, width: int, kept: int) -> Iterator[Variant]:
-    from ..reference.precision import accumulate_dtype
-    from .variants import recorded
-
-    tokens, sums = 44446, accumulate_dtype(dtype)
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    x, weight, rstd, normalized = empty(tokens, width), empty(width), empty(tokens, of=sums), empty(tokens, kept)
-    channels = empty(kept, of=torch.int32)
-    label = f"{str(dtype).removeprefix('torch.')} C={width} kept={kept}"
-    yield from recorded(
-        "add_layer_norm", "forward", label, architecture,
-        lambda: forward(x, x, weight, weight, 1e-5, channels, x, rstd, normalized),
-    )  # fmt: skip
-    yield from recorded(
-        "add_layer_norm", "backward", label, architecture,
-        lambda: backward(x, x, rstd, normalized, channels, weight, weight, x, empty(512, 2, width, of=sums)),
-    )  # fmt: skip

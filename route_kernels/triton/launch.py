@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import tuned
+from . import block_sizes
 from .availability import interpreted
-from .table import INTERPRETER, TABLE, Entry
+from .block_sizes import INTERPRETER, TABLE, Entry
 
 Settings = Mapping[str, int]  # BLOCK_..., num_warps, num_stages
 
@@ -77,7 +77,7 @@ def config(kernel_name: str, device: torch.device, dtype: torch.dtype, **sizes: 
 @functools.lru_cache(maxsize=4096)
 def _settings(kernel_name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]):
     where = architecture(device)
-    found = None if where == INTERPRETER else tuned.settings(kernel_name, device, dtype, dict(sizes))
+    found = None if where == INTERPRETER else block_sizes.tuned_settings(kernel_name, device, dtype, dict(sizes))
     return _entry(kernel_name, where, dtype, dict(sizes))[1].settings if found is None else found
 
 

@@ -5,19 +5,14 @@ The softmax and the locations are in registers; what backward needs of them is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 
 from ..reference.precision import accumulate_dtype
 from .launch import Prepared, config, contiguous_like, kept
-from .ms_deform_attn_arguments import Points, power_of_two
-from .ms_deform_attn_launch import prepared_backward, sample, sample_backward
-from .softmax_adjoint import softmax_adjoint
-
-if TYPE_CHECKING:
-    from .variants import Variant
+from .ms_deform_attn.backward import softmax_adjoint
+from .ms_deform_attn.host import Points, power_of_two, prepared_backward, sample, sample_backward
 
 
 def forward(value, spatial_shapes, starts, reference_points, offsets, logits, counts, value_mask):
@@ -62,34 +57,3 @@ def _softmax_backward(logits: torch.Tensor, accumulate: torch.dtype) -> Prepared
         softmax_adjoint, (-(-rows // block_n),), rows, queries, heads, samples, *logits.stride()[:3],
         BLOCK_N=block_n, BLOCK_K=block_k, **settings,
     )  # fmt: skip
-
-
-def variants(architecture: str) -> Iterator[Variant]:
-    """A detector's decoder for every dtype: boxes of each level, a mask, every gradient; with points, neither."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        yield from _variants(architecture, dtype, coordinates=4, masked=True)
-    yield from _variants(architecture, torch.bfloat16, coordinates=2, masked=False)
-
-
-def _variants(architecture: str, dtype: torch.dtype, coordinates: int, masked: bool) -> Iterator[Variant]:
-    from .variants import recorded
-
-    batch, queries, heads, channels, counts = 2, 900, 8, 32, (4, 4, 4, 4)
-    sizes = (100, 167, 50, 84, 25, 42, 13, 21)
-    positions = sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
-    point_dtype = torch.promote_types(dtype, torch.float32)
-
-    def empty(*shape: int, dtype: torch.dtype = point_dtype) -> torch.Tensor:
-        return torch.empty(batch, *shape, dtype=dtype, device="meta")
-
-    value, mask = empty(positions, heads, channels, dtype=dtype), empty(positions, dtype=torch.bool)
-    inputs = (
-        value, sizes, (0,) * len(counts), empty(queries, len(counts), coordinates),
-        empty(queries, heads, sum(counts), 2), empty(queries, heads, sum(counts)), counts, mask if masked else None,
-    )  # fmt: skip
-    grad_output = empty(queries, heads * channels, dtype=dtype)
-    label = f"{str(dtype).removeprefix('torch.')} D={channels} coordinates={coordinates}"
-    yield from recorded("ms_deform_attn_fused", "forward", label, architecture, lambda: forward(*inputs))
-    yield from recorded(
-        "ms_deform_attn_fused", "backward", label, architecture, lambda: backward(grad_output, *inputs, masked)
-    )

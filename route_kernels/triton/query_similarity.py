@@ -13,13 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .interpreter import dot, rounded
+from .language import dot, rounded
 from .launch import Prepared, blocks, config, input_precision, kept, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from .variants import Variant
+    from collections.abc import Sequence
 
 
 @triton.jit
@@ -156,14 +154,3 @@ def _settings(kernel_name: str, x: torch.Tensor) -> dict[str, int]:
     odd = int((channels | x.stride(0) | x.stride(1)) % 16 != 0)
     settings = config(kernel_name, x.device, x.dtype, N=queries, C=channels, ODD=odd)
     return {**settings, "BLOCK_C": min(settings["BLOCK_C"], padded(channels))}
-
-
-def variants(architecture: str) -> Iterator[Variant]:
-    """C of one and of several chunks, aligned and not, every dtype."""
-    from .variants import DTYPES, recorded
-
-    for dtype in DTYPES["query_similarity"]:
-        for channels in (32, 250, 256, 1024):
-            x = torch.empty(2, 1100, channels, dtype=dtype, device="meta")
-            label = f"{str(dtype).removeprefix('torch.')} C={channels}"
-            yield from recorded("query_similarity", "forward", label, architecture, lambda x=x: forward(x))

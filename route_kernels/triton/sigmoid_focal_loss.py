@@ -6,18 +6,14 @@ floor of backward, three special functions a logit that of forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from .interpreter import rounded
+from .language import rounded
 from .launch import Prepared, blocks, config, kept
-
-if TYPE_CHECKING:
-    from .variants import Variant
 
 
 @triton.jit
@@ -125,31 +121,3 @@ def _settings(kernel_name: str, logits: torch.Tensor) -> dict[str, int]:
     elements = settings.pop("BLOCK_TK")
     width = min(1 << (logits.shape[1] - 1).bit_length(), elements)
     return {"BLOCK_T": elements // width, "BLOCK_K": width, **settings}
-
-
-def variants(architecture: str) -> Iterator[Variant]:
-    """Every dtype; one class, those of COCO and of LVIS; another gamma; without a gradient."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for classes in (1, 80, 91, 1203):
-            yield from _variants(architecture, dtype, classes)
-    yield from _variants(architecture, torch.bfloat16, 91, gamma=1.5, differentiated=False)
-
-
-def _variants(architecture, dtype, classes: int, gamma: float = 2.0, differentiated: bool = True) -> Iterator[Variant]:
-    from ..ops.sigmoid_focal_loss import kept_scale
-    from ..reference.precision import accumulate_dtype
-    from .variants import recorded
-
-    logits = torch.empty(44446, classes, dtype=dtype, device="meta")
-    targets = torch.empty(44446, dtype=torch.int64, device="meta")
-    loss, grad = targets.to(accumulate_dtype(dtype)), logits if differentiated else None
-    label = f"{str(dtype).removeprefix('torch.')} K={classes} gamma={gamma}"
-    yield from recorded(
-        "sigmoid_focal_loss", "forward", label, architecture,
-        lambda: forward(logits, targets, 0.25, gamma, kept_scale(dtype), loss, grad),
-    )  # fmt: skip
-    if differentiated:
-        yield from recorded(
-            "sigmoid_focal_loss", "backward", label, architecture,
-            lambda: backward(loss, logits, 1 / kept_scale(dtype), logits),
-        )  # fmt: skip

@@ -5,27 +5,22 @@ Called by `route_kernels.ops.routed_attention` with masks as views of [B, H, N, 
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import launch
-from .routed_attention_backward import attention_backward_keys, attention_backward_queries, sum_groups
-from .routed_attention_forward import attention_forward
-from .routed_attention_tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
-from .table import AMD, HALF
+from .. import launch
+from ..block_sizes import AMD, HALF
+from .backward import attention_backward_keys, attention_backward_queries, sum_groups
+from .forward import attention_forward
+from .tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from .variants import Variant
+    from collections.abc import Sequence
 
 SUM_BLOCK = 1024
 MOST_GATE_COLUMNS = 4  # of a gate in multiply-adds
-RANKS = ((16, 3), (32, 8), (64, 32))  # R and G that variants have
 STRIDES = (3, 3, 3, *(2,) * 6, 4, 1)  # of query, key, value, factors, mask and ranges that are no constants
 
 
@@ -182,85 +177,3 @@ def _constants(
 
 def _bound(limit: float | None) -> float:
     return math.inf if limit is None else limit
-
-
-SPILLED = {
-    (attention_backward_keys, "sm80", torch.bfloat16, 128, 32, False): 40,
-    (attention_backward_keys, "sm86", torch.bfloat16, 128, 32, False): 56,
-    (attention_backward_keys, "sm120", torch.bfloat16, 128, 32, False): 96,
-    (attention_backward_keys, "sm80", torch.bfloat16, 128, 32, True): 72,
-    (attention_backward_keys, "sm86", torch.bfloat16, 128, 32, True): 72,
-    (attention_backward_keys, "sm120", torch.bfloat16, 128, 32, True): 128,
-    (attention_backward_keys, "sm86", torch.bfloat16, 128, 16, True): 8,
-    (attention_backward_keys, "sm120", torch.bfloat16, 128, 16, True): 16,
-    (attention_backward_keys, "sm86", torch.bfloat16, 16, 32, True): 8,
-    (attention_backward_keys, "sm80", torch.float32, 64, 32, True): 8,
-    (attention_backward_keys, "sm86", torch.float32, 64, 32, True): 8,
-    (attention_backward_keys, "sm90", torch.float32, 128, 64, True): 40,
-    (attention_backward_queries, "sm86", torch.bfloat16, 128, 32, True): 16,
-    (attention_backward_queries, "sm120", torch.bfloat16, 128, 32, True): 24,
-    (attention_backward_queries, "sm86", torch.float32, 16, 16, True): 8,
-    (attention_backward_queries, "sm86", torch.float32, 16, 32, True): 8,
-    (attention_forward, "sm80", torch.float32, 64, 32, True): 8,
-    (attention_forward, "sm80", torch.float32, 128, 32, True): 8,
-    (attention_forward, "sm86", torch.float32, 64, 32, True): 8,
-    (attention_forward, "sm120", torch.bfloat16, 32, 64, True): 8,
-    (attention_backward_keys, "gfx942", torch.bfloat16, 64, 32, True): 8,
-    (attention_backward_keys, "gfx942", torch.bfloat16, 128, 32, True): 4,
-    (attention_backward_keys, "gfx942", torch.bfloat16, 64, 16, True): 16,
-    (attention_backward_keys, "gfx942", torch.bfloat16, 128, 64, True): 8,
-    (attention_backward_keys, "gfx942", torch.float32, 16, 16, True): 4,
-    (attention_backward_keys, "gfx942", torch.float32, 32, 16, True): 24,
-    (attention_backward_keys, "gfx942", torch.float32, 32, 32, True): 4,
-    (attention_backward_keys, "gfx942", torch.float32, 64, 64, True): 20,
-    (attention_backward_keys, "gfx942", torch.float32, 128, 16, True): 24,
-    (attention_backward_keys, "gfx942", torch.float32, 128, 32, True): 20,
-    (attention_backward_keys, "gfx942", torch.float32, 128, 64, True): 8,
-}
-"""By kernel, chip, dtype, D, R and whether masked: bytes a lane that are known. docs/triton.md says more of them.
-
-On gfx942 they are scalar registers, kept in lanes of vector registers: no instruction goes to memory.
-"""
-
-
-def variants(architecture: str) -> Iterator[Variant]:
-    """Forward and backward for every dtype, D, rank and mask: of a detector's shape, on tensors of the meta device."""
-    from .variants import DTYPES, recorded
-
-    for dtype in DTYPES["routed_attention"]:
-        name = str(dtype).removeprefix("torch.")
-        for channels in (16, 32, 64, 128):
-            yield from _recorded(recorded, architecture, f"{name} D={channels}", dtype, channels)
-        yield from _recorded(recorded, architecture, f"{name} D=48 R=64 G=32", dtype, 48, rank=64, gate_rank=32)
-        yield from _recorded(recorded, architecture, f"{name} D=32 plain", dtype, 32, routed=False)
-        yield from _recorded(recorded, architecture, f"{name} D=32 masked", dtype, 32, masked=True)
-        if dtype in HALF:
-            yield from _recorded(recorded, architecture, f"{name} D=32 float32 factors", dtype, 32, torch.float32)
-    for dtype in (torch.float32, torch.bfloat16):  # float16 is as bfloat16
-        name = str(dtype).removeprefix("torch.")
-        for channels, (rank, gate_rank), masked in itertools.product((16, 32, 64, 128), RANKS, (False, True)):
-            label = f"{name} D={channels} R={rank} G={gate_rank}{' masked' if masked else ''}"
-            yield from _recorded(recorded, architecture, label, dtype, channels, None, rank, gate_rank, masked=masked)
-
-
-def _recorded(recorded, architecture, label, dtype, channels, factor_dtype=None, rank=16, gate_rank=3, routed=True,
-              masked=False):  # fmt: skip
-    batch, heads, queries = 2, 8, 1100
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    query, key, value = (empty(batch, queries, heads, channels).transpose(1, 2) for _ in range(3))
-    factors = (None,) * 6
-    if routed:
-        ranks = (rank, rank, rank, rank, gate_rank, gate_rank)
-        factors = tuple(empty(batch, queries, r, dtype=factor_dtype or dtype) for r in ranks)
-    mask = empty(queries, queries).expand(batch, heads, -1, -1) if masked else None
-    ranges = empty(batch, queries, 2, 2, dtype=torch.int32) if masked else None
-    output, lse = empty(batch, heads, queries, channels), empty(batch, heads, queries, dtype=torch.float32)
-    call = (query, key, value, factors, 5.0, mask, ranges, 1.0)
-    launches = (("forward", lambda: forward(*call)), ("backward", lambda: backward(output, output, lse, *call)))
-    for direction, launch_all in launches:
-        for variant in recorded("routed_attention", direction, label, architecture, launch_all):
-            key = (variant.kernel, architecture, dtype, channels, rank, masked)
-            yield replace(variant, spilled_bytes=SPILLED.get(key, 0))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .interpreter import dot, rounded
-from .routed_attention_tile import (
+from ..language import dot, rounded
+from .tile import (
     FAR_BELOW,
     add_mask,
     exponential,
@@ -75,7 +75,7 @@ def attention_forward(
     GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
-    UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
+    UNITS: tl.constexpr,  # of the logits within the kernel: see tile.py
     STATISTICS: tl.constexpr,
 ):  # fmt: skip
     blocks, groups = tl.cdiv(queries, BLOCK_N), tl.cdiv(heads, HEADS_PER_PROGRAM)

@@ -8,7 +8,7 @@ such. They are apart so that the reads of UNROLL points are in flight, none behi
 import triton
 import triton.language as tl
 
-from .bilinear import (
+from .tile import (
     corner_weights,
     corners_of,
     frame_of,
@@ -169,3 +169,106 @@ def ms_deform_attn_backward(
         first += count
         if grad_value is None:
             first_cell += (height + 1).to(tl.int64) * (width + 1)
+
+
+@triton.jit(do_not_specialize=("positions", "queries", "heads", "points", "cells", "stride_gb", "stride_gn"))
+def ms_deform_attn_gather(
+    grad_value,  # [B, S, H, D]
+    grad_output,  # [B, N, H, D]; ALIGN divides its strides, which are given as multiples of it
+    order,  # [B N H K] the points, cell after cell
+    bounds,  # [B H cells + 1] where each cell starts in `order`
+    corner_weight,  # [B, N, H, K, 4] with which a point counts in the gradient of its corners
+    levels, positions, queries, heads, points, cells, stride_gb, stride_gn,
+    CHANNELS: tl.constexpr, LEVELS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grad_value_s = sum over points with corner s of corner_weight grad_output, in a fixed order.
+
+    A program sums over the points around one position of one head. They come sorted by the cell they fall into; a
+    position is a corner of four cells, so its sum has four runs of points, and nothing is added by two programs.
+    """
+    ACCUMULATE: tl.constexpr = corner_weight.dtype.element_ty
+    program = tl.program_id(0)  # heads of a position, positions of a batch
+    head = (program % heads).to(tl.int64)
+    position = program // heads % positions
+    batch = (program // heads // positions).to(tl.int64)
+    channels = tl.arange(0, BLOCK_D)
+    grad_output += batch * stride_gb * ALIGN + head * CHANNELS
+    first_cell = (batch * heads + head) * cells
+    # [BLOCK_T, BLOCK_D]
+    sums = tl.zeros([BLOCK_T, BLOCK_D], ACCUMULATE)
+    for level in range(LEVELS):
+        height, width, start, _ = level_at(levels, level, LEVELS)
+        place = position - start
+        if (place >= 0) & (place < height.to(tl.int64) * width):
+            # of the cell above left this is corner 3, below right; of the one below right corner 0, above left
+            cell = first_cell + place // width * (width + 1) + place % width
+            for corner in range(4):
+                of_corner = cell + (1 - corner // 2) * (width + 1) + (1 - corner % 2)
+                begin, end = tl.load(bounds + of_corner), tl.load(bounds + of_corner + 1)
+                for first in range(begin, end, BLOCK_T):
+                    # [BLOCK_T]
+                    run = first + tl.arange(0, BLOCK_T)
+                    in_run = run < end
+                    point = tl.load(order + run, in_run, other=0)
+                    share = tl.load(corner_weight + 4 * point + corner, in_run, other=0)
+                    query = point // points // heads % queries
+                    mask = (in_run & (share != 0))[:, None] & (channels < CHANNELS)[None, :]
+                    rows = query * stride_gn * ALIGN
+                    # [BLOCK_T, BLOCK_D]
+                    grad = tl.load(grad_output + rows[:, None] + channels[None, :], mask, other=0).to(ACCUMULATE)
+                    sums += share[:, None] * grad
+        first_cell += (height + 1).to(tl.int64) * (width + 1)
+    row = (batch * positions + position) * heads + head
+    tl.store(grad_value + row * CHANNELS + channels, tl.sum(sums, axis=0), channels < CHANNELS)
+
+
+@triton.jit
+def softmax_statistics(logits, in_block, points, ACCUMULATE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Shift and factor with which exp(logit - shift) factor is the softmax; logits: pointers to the first of a row."""
+    columns = tl.arange(0, BLOCK_K)
+    # [BLOCK_N]
+    largest = tl.full(logits.shape, float("-inf"), ACCUMULATE)
+    total = tl.zeros(logits.shape, ACCUMULATE)
+    for first in range(0, points, BLOCK_K):
+        # [BLOCK_N, BLOCK_K]
+        in_row = (first + columns < points)[None, :]
+        block = tl.load(logits[:, None] + (first + columns)[None, :], in_block[:, None] & in_row, other=0)
+        block = tl.where(in_row, block.to(ACCUMULATE), float("-inf"))
+        before = largest
+        largest = tl.maximum(before, tl.max(block, axis=1))
+        shift = tl.where(largest == float("-inf"), 0.0, largest)  # exp(-inf - -inf) would be NaN
+        total = total * tl.exp(before - shift) + tl.sum(tl.exp(block - shift[:, None]), axis=1)
+    return tl.where(largest == float("-inf"), 0.0, largest), 1.0 / tl.where(total < 1.0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=("rows", "queries", "heads", "points", "stride_wb", "stride_wn", "stride_wh"))
+def softmax_adjoint(
+    grad_logit,  # [B, N, H, K]
+    grad_weight,  # [B, N, H, K]; may be grad_logit
+    logit,  # [B, N, H, K]
+    rows, queries, heads, points, stride_wb, stride_wn, stride_wh,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """grad_logit = p (grad_weight - sum_j p_j grad_weight_j), p = softmax(logit)."""
+    ACCUMULATE: tl.constexpr = grad_weight.dtype.element_ty
+    # [BLOCK_N]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_block = row < rows
+    batch, query, head = row // heads // queries, row // heads % queries, row % heads
+    logit += batch * stride_wb + query * stride_wn + head * stride_wh
+    grad_weight += row * points
+    grad_logit += row * points
+    shift, factor = softmax_statistics(logit, in_block, points, ACCUMULATE, BLOCK_K)
+    expected = tl.zeros([BLOCK_N], ACCUMULATE)
+    for last in range(2):
+        for first in range(0, points, BLOCK_K):
+            # [BLOCK_N, BLOCK_K]
+            columns = first + tl.arange(0, BLOCK_K)[None, :]
+            mask = in_block[:, None] & (columns < points)
+            p = tl.load(logit[:, None] + columns, mask, other=float("-inf")).to(ACCUMULATE)
+            p = tl.exp(p - shift[:, None]) * factor[:, None]
+            grad = tl.load(grad_weight[:, None] + columns, mask, other=0)
+            if last == 0:
+                expected += tl.sum(tl.where(mask, p * grad, 0.0), axis=1)
+            else:
+                tl.store(grad_logit[:, None] + columns, p * (grad - expected[:, None]), mask)

@@ -6,7 +6,9 @@ the architecture, then with neighbours of the fastest; one kernel at a time, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,8 @@ from typing import Any
 import torch
 
 import route_kernels as rk
-
-from ..testing import (
+from route_kernels.backends import OPS
+from route_kernels.testing import (
     Arguments,
     add_layer_norm_arguments,
     call,
@@ -26,10 +28,11 @@ from ..testing import (
     routed_attention_arguments,
     sigmoid_focal_loss_arguments,
 )
-from . import launch, tuned
-from .availability import DTYPES
-from .table import INTERPRETER, TABLE
+from route_kernels.triton import block_sizes, launch
+from route_kernels.triton.availability import DTYPES
+from route_kernels.triton.block_sizes import INTERPRETER, TABLE
 
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a call
 
 LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))  # of an 800 x 1066 image
@@ -144,7 +147,9 @@ def tune(case: Case, device: torch.device, timer: Timer) -> list[Choice]:
         settings, least = _fastest(step, timer, best, name, entries(lookup), None, before)
         if settings is not None:
             best[name], least = _fastest(step, timer, best, name, neighbours(settings), settings, least)
-            choices.append(Choice(tuned.key(name, lookup.dtype, dict(lookup.sizes)), best[name], least, before))
+            choices.append(
+                Choice(block_sizes.tuned_key(name, lookup.dtype, dict(lookup.sizes)), best[name], least, before)
+            )
     return choices
 
 
@@ -185,9 +190,9 @@ def gpu_timer(step: Callable[[], object]) -> float:
 
 def keep(device: torch.device, choices: Iterable[Choice]) -> None:
     """Adds the choices to this GPU's cache file; what it had under the same keys is replaced."""
-    file, circumstances = tuned.path(device), tuned.circumstances(device)
-    rows = tuned.read(file, circumstances) if file.exists() else {}
-    tuned.write(file, circumstances, {**rows, **{choice.key: dict(choice.settings) for choice in choices}})
+    file, circumstances = block_sizes.tuned_path(device), block_sizes.circumstances(device)
+    rows = block_sizes.read_tuned(file, circumstances) if file.exists() else {}
+    block_sizes.write_tuned(file, circumstances, {**rows, **{choice.key: dict(choice.settings) for choice in choices}})
 
 
 def report(case: Case, choices: Iterable[Choice]) -> Iterator[str]:
@@ -200,3 +205,32 @@ def report(case: Case, choices: Iterable[Choice]) -> Iterator[str]:
         for choice in choices
     ]
     yield from lines or ["  nothing is faster than what is in use"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures on the GPU at hand and keeps the fastest for the launches to come."""
+    parser = argparse.ArgumentParser(
+        prog="route-kernels tune",
+        description="Takes minutes. The fastest settings are kept in the user's cache directory, or in the file that "
+        "ROUTE_KERNELS_TUNED names, and go before the built-in table; they are for this GPU, Triton and version only.",
+    )
+    parser.add_argument("--op", action="append", choices=OPS, help="may be repeated [all]")
+    parser.add_argument("--dtype", action="append", choices=DTYPE_NAMES, help="may be repeated [all]")
+    args = parser.parse_args(argv)
+    ops = args.op or OPS
+    for op in ops:
+        runs, reason = rk.can_run(op, "triton")
+        if not runs or not torch.cuda.is_available():
+            print(f"route-kernels tune: needs a GPU: {'none was found' if runs else reason}", file=sys.stderr)
+            return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    for case in cases(ops, [getattr(torch, dtype) for dtype in args.dtype or DTYPE_NAMES]):
+        choices = tune(case, device, gpu_timer)
+        keep(device, choices)
+        print("\n".join(report(case, choices)), flush=True)
+    print(f"kept in {block_sizes.tuned_path(device)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

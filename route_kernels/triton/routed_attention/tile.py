@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .interpreter import INTERPRETED, dot, rounded
+from ..language import INTERPRETED, dot, rounded
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .interpreter import dot, rounded
-from .routed_attention_forward import tiles_seen
-from .routed_attention_tile import (
+from ..language import dot, rounded
+from .forward import tiles_seen
+from .tile import (
     add_factor_gradients,
     add_mask,
     exponential,
@@ -71,7 +71,7 @@ def attention_backward_queries(
     GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
-    UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
+    UNITS: tl.constexpr,  # of the logits within the kernel: see tile.py
 ):  # fmt: skip
     blocks, groups = tl.cdiv(queries, BLOCK_N), tl.cdiv(heads, HEADS_PER_PROGRAM)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
@@ -239,7 +239,7 @@ def attention_backward_keys(
     GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
-    UNITS: tl.constexpr,  # of the logits within the kernel: see routed_attention_tile
+    UNITS: tl.constexpr,  # of the logits within the kernel: see tile.py
 ):  # fmt: skip
     blocks, groups = tl.cdiv(keys, BLOCK_M), tl.cdiv(heads, HEADS_PER_PROGRAM)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups

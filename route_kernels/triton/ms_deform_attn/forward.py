@@ -7,7 +7,7 @@ reads 16 bytes of a row, and the points of a level are unrolled, so that the row
 import triton
 import triton.language as tl
 
-from .bilinear import (
+from .tile import (
     corner_weights,
     corners_of,
     frame_of,
