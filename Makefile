@@ -58,7 +58,7 @@ $(SET_UP): constraints.txt pyproject.toml setup.py $(KERNEL_SOURCES)
 	    echo "route-kernels needs Python's venv module: '$(PYTHON)' has none; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "== installing PyTorch and the build tools in $(VENV)"
-	@$(PIP_INSTALL) torch setuptools wheel
+	@$(PIP_INSTALL) torch setuptools wheel ninja
 	@echo "== installing what else is needed, building the kernels (about a minute each)"
 	@$(PIP_INSTALL) --quiet --no-build-isolation -e '.[dev]'
 	@$(BIN)/route-kernels info

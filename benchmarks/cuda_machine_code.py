@@ -61,9 +61,12 @@ def cubin(storage: str, chip: str) -> Path:
         subprocess.CalledProcessError: nvcc refuses them; its output says why.
     """
     number = ARCHITECTURES[chip]
-    command = [*build().device_command(SOURCE, storage, [(f"compute_{number}", f"sm_{number}")]), "-cubin"]
-    content = hashlib.sha256(repr((command, build().nvcc_says("--version"))).encode())
-    for path in sorted([SOURCE, *build().CUDA_HEADERS]):
+    objects = build().cuda_objects([(f"compute_{number}", f"sm_{number}")], [])
+    (command,) = (
+        [*command, source, "-cubin"] for kind, source, command in objects if (kind, source) == (storage, SOURCE)
+    )
+    content = hashlib.sha256(repr((command, subprocess.check_output([build().nvcc(), "--version"]))).encode())
+    for path in sorted([SOURCE, *build().sources("*.h"), *build().sources("*.cuh")]):
         content.update((ROOT / path).read_bytes())
     made = CUBINS / f"{storage}-{chip}-{content.hexdigest()[:24]}.cubin"
     if not made.exists():
