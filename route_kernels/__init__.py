@@ -9,7 +9,7 @@ from .backends import (
     requested_backend,
     set_backend,
 )
-from .integrations.routing_context import routing
+from .integrations.routing.context import routing
 from .ops.add_layer_norm import add_layer_norm
 from .ops.add_linear import add_linear
 from .ops.feed_forward import feed_forward

@@ -77,10 +77,11 @@ def _safe_path() -> bool:
 
 
 def _provide_extension() -> None:
-    from .integrations import deformable_detr, mmcv
+    from .integrations import deformable_detr, importable, mmcv
 
-    folder = str(Path(deformable_detr.MultiScaleDeformableAttention.__file__).parent)
+    folder = str(Path(importable.__file__).parent)
     sys.path.insert(0 if _safe_path() else 1, folder)  # handed to spawned processes, unlike sys.modules
+    deformable_detr.apply(verbose=False)
     mmcv.provide_extension(verbose=False)
 
 

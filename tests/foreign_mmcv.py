@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
-from route_kernels.testing import EAGER
+from route_kernels.testing import grid_sampled
 
 COMPILED_FOR = "cuda"
 """The device whose tensors go to the compiled functions."""
@@ -46,14 +46,14 @@ class Ext:
     def ms_deform_attn_forward(self, value, shapes, starts, locations, weights, im2col_step):
         assert value.shape[0] % min(im2col_step, value.shape[0]) == 0, "batch must divide im2col_step"
         self.calls += 1
-        return EAGER["ms_deform_attn"](value, shapes, starts, locations, weights)
+        return grid_sampled(value, shapes, starts, locations, weights)
 
     def ms_deform_attn_backward(
         self, value, shapes, starts, locations, weights, grad, grad_value, grad_locations, grad_weights, im2col_step
     ):
         with torch.enable_grad():
             value, locations, weights = inputs = _differentiable(value, locations, weights)
-            output = EAGER["ms_deform_attn"](value, shapes, starts, locations, weights)
+            output = grid_sampled(value, shapes, starts, locations, weights)
         grads = torch.autograd.grad(output, inputs, grad)
         for place, found in zip((grad_value, grad_locations, grad_weights), grads, strict=True):
             place.copy_(found)
@@ -90,7 +90,7 @@ class MultiScaleDeformableAttnFunction(Function):
 
 
 def multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
-    return EAGER["ms_deform_attn"](value, value_spatial_shapes, None, sampling_locations, attention_weights)
+    return grid_sampled(value, value_spatial_shapes, None, sampling_locations, attention_weights)
 
 
 class MultiScaleDeformableAttention(nn.Module):

@@ -105,12 +105,16 @@ def check_low_precision(apply, model, inputs, reference):
         torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.05)
 
 
+def name_of(integration):
+    return integration.__name__.rpartition(".")[2]
+
+
 def check_twice_and_back(integration, owners, capsys):
     """A second apply() says so; revert() restores every (owner, attribute), and says nothing."""
     originals = [vars(owner).get(attribute) for owner, attribute in owners]
     first, second = integration.apply(), integration.apply(verbose=False)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"route-kernels: {integration.CODEBASE}: {len(first.replaced)} replaced, 0 left\n")
+    assert printed.startswith(f"route-kernels: {name_of(integration)}: {len(first.replaced)} replaced, 0 left\n")
     assert all(f"{entry.name}" in printed for entry in first.replaced)
     assert not second.replaced
     assert [entry.name for entry in second.left] == [entry.name for entry in first.replaced]
@@ -124,7 +128,7 @@ def check_twice_and_back(integration, owners, capsys):
 
 def check_refusals(integration, module, monkeypatch):
     """What is no model, has nothing to replace, or misses its package gets one clear error."""
-    name = integration.CODEBASE
+    name = name_of(integration)
     with pytest.raises(TypeError, match=rf"{name}.apply: model_or_family: expected a torch.nn.Module or None, got str"):
         integration.apply("encoder", verbose=False)
     with pytest.raises(ValueError, match=rf"{name}.apply: model_or_family: expected a model with \w+ modules, got Lin"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import route_kernels as rk
-from route_kernels.integrations.report import Report
+from route_kernels.integrations.codebase import Report
 from route_kernels.testing import counted_calls, perturb_sampling, relative_errors, training_step
 
 TOLERANCE = 1e-8

@@ -70,7 +70,7 @@ TINY = Codebase(
 
 @pytest.fixture(autouse=True)
 def no_extension_provided_beforehand():
-    deformable_detr.revert()  # which its import, here or in another test file, provides
+    deformable_detr.revert()  # which another test file may have applied
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import subprocess
 import sys
 import warnings
 
@@ -412,11 +413,11 @@ def test_applied_twice(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_importing_the_module_again_after_a_revert_needs_apply():
-    import route_kernels.integrations.deformable_detr
-
+def test_importing_the_integration_provides_nothing_before_apply():
+    script = f"import sys, route_kernels as rk; rk.integrations.deformable_detr; sys.exit({EXTENSION!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
     assert EXTENSION not in sys.modules
-    route_kernels.integrations.deformable_detr.apply(verbose=False)
+    deformable_detr.apply(verbose=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         from MultiScaleDeformableAttention import ms_deform_attn_forward as found

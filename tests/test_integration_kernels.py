@@ -74,7 +74,7 @@ def test_a_whole_model_is_kernelized(repository, monkeypatch):
     model, inputs = model_and_inputs("rt_detr")
 
     def apply():
-        report = rk.integrations.report.Report("kernels")
+        report = rk.integrations.codebase.Report("kernels")
         kernelized(model, repository)
         for name, module in model.named_modules():
             if isinstance(module, layer):

@@ -11,7 +11,7 @@ from types import MethodType
 import pytest
 import torch
 
-from route_kernels.integrations.report import (
+from route_kernels.integrations.codebase import (
     UNKNOWN_DECORATOR,
     Report,
     applying,

@@ -14,7 +14,7 @@ from integration_checks import assert_agree, check_integration
 from transformers_models import EXAMPLES, attention_call, every_family, model_and_inputs
 
 from route_kernels.integrations import transformers as integration
-from route_kernels.integrations.transformers import FAMILIES, apply
+from route_kernels.integrations.codebases.transformers import FAMILIES, apply
 from route_kernels.testing import counted_calls, perturb_sampling, training_step
 
 one_of_each_core = pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine", "mask2former"])

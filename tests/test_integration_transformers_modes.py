@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_models import EXAMPLES, attention_call, every_family, model_and_inputs
 
 import route_kernels as rk
-from route_kernels.integrations.transformers import apply
+from route_kernels.integrations.codebases.transformers import apply
 from route_kernels.testing import counted_calls, perturb_sampling, training_step
 
 GROUPS = ["deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "mask2former"]

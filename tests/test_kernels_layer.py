@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers_models import EXAMPLES, model_and_inputs
 
+from route_kernels.integrations.codebase import applying
 from route_kernels.integrations.kernels import LAYER, LayerRepository
-from route_kernels.integrations.report import applying
 
 THEIRS = modeling_rt_detr.MultiScaleDeformableAttention
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from route_kernels.integrations.transformers import FAMILIES
+from route_kernels.integrations.codebases.transformers import FAMILIES
 from route_kernels.testing import perturb_sampling
 
 every_family = pytest.mark.parametrize(

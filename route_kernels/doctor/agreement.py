@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..integrations.codebase import Report
 from ..integrations.convention import autocast_difference
-from ..integrations.report import Report
 from ..testing import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
 from ..testing.training_step import Step
 from .fitting import Apply, applied, noted_use

@@ -104,7 +104,8 @@ def tell_that_nothing_ran(parameters: list[nn.Parameter], reasons: list[str]) ->
     else:
         say("nothing of ours ran: the model calls nothing that could be replaced")
     for op in without_kernel:
-        why = [f"{name}: {reason}" for name, (_, reason) in backends.available_backends(op, parameters).items()]
+        answers = backends.available_backends(op, parameters)
+        why = [f"{name}: {reason}" for name, (_, reason) in answers.items() if name != "eager"]  # never a fallback
         say(f"  {op}: {'; '.join(why)}")
     for reason in reasons:
         say(f"  {reason}")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
-from importlib import import_module
-from types import ModuleType
+from functools import partial, wraps
 from typing import Any
 from unittest.mock import patch
 
 from torch import nn
 
 from .. import integrations
-from ..integrations.report import Replaced, Report
+from ..integrations.codebase import Replaced, Report
 
 Apply = Callable[[], Report]
 
@@ -37,15 +35,6 @@ _FITS: dict[str, Callable[[nn.Module], bool]] = {
 _OF_MODELS_ONLY = ("dual_r_detr",)
 
 
-def _integration(codebase: str) -> ModuleType:
-    name = f"{integrations.__name__}.{codebase}"
-    imported_before = name in sys.modules
-    module = import_module(name)
-    if not imported_before:
-        module.revert()  # some apply themselves when they are imported
-    return module
-
-
 def what_fits(model: nn.Module) -> tuple[list[Apply], list[str]]:
     """For each integration that replaces something: how to apply it. And why others that looked right do not.
 
@@ -60,7 +49,7 @@ def what_fits(model: nn.Module) -> tuple[list[Apply], list[str]]:
             if not arguments and codebase in _OF_MODELS_ONLY:
                 continue
             try:
-                apply = _applier(codebase, arguments)
+                apply = partial(getattr(integrations, codebase).apply, *arguments, verbose=False)
                 with apply() as report:
                     replaced = bool(report.replaced)
             except (ImportError, ValueError) as error:
@@ -72,11 +61,6 @@ def what_fits(model: nn.Module) -> tuple[list[Apply], list[str]]:
                 break
             reasons += [f"{codebase}: {entry.name}: {entry.reason}" for entry in report.left]
     return appliers, list(dict.fromkeys(reasons))
-
-
-def _applier(codebase: str, arguments: tuple) -> Apply:
-    integration = _integration(codebase)
-    return lambda: integration.apply(*arguments, verbose=False)
 
 
 @contextmanager

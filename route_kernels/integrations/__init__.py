@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from .added_routing import AddedRouting, add_routing, remove_routing
+from .routing.added import AddedRouting, add_routing, remove_routing
 
 CODEBASES = ("transformers", "rfdetr", "mmcv", "ultralytics", "detrex", "deformable_detr", "bricks", "dual_r_detr")
 
@@ -22,5 +22,5 @@ __all__ = [*CODEBASES, "AddedRouting", "add_routing", "remove_routing"]
 
 def __getattr__(name: str) -> ModuleType:
     if name in CODEBASES:
-        return import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.codebases.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; codebases: {', '.join(CODEBASES)}")

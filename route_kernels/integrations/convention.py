@@ -17,8 +17,15 @@ import torch
 from torch import nn
 
 from .. import backends
-from .deformable_attention import FUSED, forward_or_original
-from .report import REPLACED_BY_OTHERS, UNKNOWN_DECORATOR, Report, inside_decorators, replaced_by_others
+from .codebase import (
+    FUSED,
+    REPLACED_BY_OTHERS,
+    UNKNOWN_DECORATOR,
+    Report,
+    forward_or_original,
+    inside_decorators,
+    replaced_by_others,
+)
 
 LINEAR_LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 EXAMPLE_LEVELS = ((4, 5), (3, 2), (2, 3), (1, 2))

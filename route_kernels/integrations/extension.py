@@ -16,8 +16,7 @@ from .. import backends
 from ..ops.contract import expect_floating, expect_same_device, expect_shape, expect_tensors
 from ..ops.levels import LevelStarts, SpatialShapes, level_arguments, overload
 from ..ops.ms_deform_attn import OP, check, ms_deform_attn
-from .deformable_attention import plain_or_original
-from .report import Report
+from .codebase import Report, plain_or_original
 
 BACKWARD = "ms_deform_attn_backward"
 

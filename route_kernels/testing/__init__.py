@@ -3,7 +3,7 @@
 from .accuracy import assert_as_accurate, check_accuracy, errors, outcome, root_mean_square
 from .arguments import Arguments, call, converted, map_tensors, named_tensors
 from .bad_inputs import BAD_INPUTS, BadInput
-from .eager import EAGER, under_eager
+from .eager import EAGER, grid_sampled, under_eager
 from .samples import (
     add_layer_norm_arguments,
     add_linear_arguments,
@@ -31,6 +31,7 @@ __all__ = [
     "counted_calls",
     "errors",
     "feed_forward_arguments",
+    "grid_sampled",
     "map_tensors",
     "ms_deform_attn_arguments",
     "ms_deform_attn_fused_arguments",

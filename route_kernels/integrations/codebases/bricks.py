@@ -13,11 +13,10 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ..ops.ms_deform_attn import ms_deform_attn
-from .convention import Convention, fuse
-from .deformable_attention import replace_function, sample
-from .extension import replace_functions
-from .report import Report, applying, revert_all
+from ...ops.ms_deform_attn import ms_deform_attn
+from ..codebase import Report, applying, replace_function, revert_all, sample
+from ..convention import Convention, fuse
+from ..extension import replace_functions
 
 CODEBASE = "bricks"
 MODULE = "models.bricks.ms_deform_attn"

@@ -1,7 +1,7 @@
 """rfdetr (RF-DETR's own package): deformable attention on our ops.
 
     report = apply()         # every model of this process
-    report = apply(model)    # the attention modules of this model alone
+    report = apply(model)    # the attention modules of this model (of an `RFDETR` object: `detector.model.model`)
 
 `MSDeformAttn` gets the fused form, which takes the projected value as it is: the original first copies it to
 [B, H, D, S]. Code that calls its core `ms_deform_attn_core_pytorch` gets the plain form.
@@ -14,41 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..ops.ms_deform_attn import ms_deform_attn
-from .deformable_attention import import_foreign, replace_forward, replace_function, sample
-from .report import Report, applying, revert_all
-
-CODEBASE = "rfdetr"
-
-
-def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> Report:
-    """Run deformable attention of rfdetr on our ops.
-
-    Args:
-        model_or_family: a model (of an `RFDETR` object: `detector.model.model`), of which only the `MSDeformAttn`
-            modules change; None for the package: every such module and the core function.
-        verbose: print the report.
-
-    Returns:
-        What was replaced, what was left and why; it reverts, also as a context manager.
-
-    Raises:
-        ImportError: rfdetr is not installed.
-        TypeError: not a model.
-        ValueError: a model without such a module.
-    """
-    bindings = import_foreign(CODEBASE, "rfdetr.models.ops.modules.ms_deform_attn", "rfdetr")
-    with applying(CODEBASE, verbose=verbose) as report:
-        replace_forward(report, bindings.MSDeformAttn, forward, model_or_family)
-        if model_or_family is None:
-            core = bindings.ms_deform_attn_core_pytorch
-            replace_function(report, core, ms_deform_attn_core_pytorch)
-    return report
-
-
-def revert() -> None:
-    """Put back everything that `apply` has replaced."""
-    revert_all(CODEBASE)
+from ...ops.ms_deform_attn import ms_deform_attn
+from ..codebase import Package, sample
 
 
 def forward(
@@ -80,3 +47,10 @@ def ms_deform_attn_core_pytorch(
     # copied once, here: the op would copy a view whose channels are not adjacent in both of its passes
     value = value.permute(0, 3, 1, 2).contiguous()
     return ms_deform_attn(value, shapes, None, locations, attention_weights.unflatten(-1, by_level))
+
+
+_PACKAGE = Package(
+    "rfdetr", "rfdetr.models.ops.modules.ms_deform_attn", "rfdetr", "MSDeformAttn", forward,
+    functions=[ms_deform_attn_core_pytorch],
+)  # fmt: skip
+apply, revert = _PACKAGE.apply, _PACKAGE.revert

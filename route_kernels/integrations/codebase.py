@@ -1,18 +1,32 @@
-"""What an `apply()` replaced in a foreign codebase, what it left and why; and the way back."""
+"""Somebody else's codebase on our ops: what an `apply()` replaces, what it leaves and why; and the way back.
+
+Deformable attention modules of other codebases keep the four linear layers of Deformable DETR (sampling_offsets,
+attention_weights, value_proj, output_proj), so that the fused op can take what the first three give. Where no kernel of
+ours runs a call (a device without one, a graph that is being exported) and no backend was asked for, a replacement
+calls the original.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, partialmethod
-from types import CellType, FunctionType, MethodType
+from functools import partial, partialmethod, wraps
+from importlib import import_module
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakSet, ref
 
+import torch
 from torch import nn
 
+from .. import backends
+from ..ops.levels import SpatialShapes
+from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
+
+PLAIN, FUSED = "ms_deform_attn", "ms_deform_attn_fused"
 ALREADY_REPLACED = "already replaced by an earlier apply()"
 REPLACED_BY_OTHERS = "other code has replaced its forward: apply() first, that code afterwards"
 UNKNOWN_DECORATOR = "it is decorated in a way that a replacement cannot keep (no functools.wraps around one function)"
@@ -258,3 +272,164 @@ def _set(owner: Any, name: str, value: Any) -> None:
 
 def _described(owner: Any) -> str:
     return getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
+
+
+# ---- deformable attention ------------------------------------------------------------------------------------------
+
+
+def has_kernel(op: str, tensor: torch.Tensor) -> bool:
+    """Whether a kernel of ours runs `op` on tensors like this one, or a backend was asked for; else the original is
+    the better one: as fast, and exported graphs look as they always did."""
+    if backends.requested_backend() is not None:
+        return True
+    return not backends.exporting() and backends.resolve(op, None, tensor) != "reference"
+
+
+def sample(
+    module: nn.Module,
+    query: torch.Tensor,  # [B, N, C]
+    reference_points: torch.Tensor,  # [B, N, L or 1, 2 or 4]
+    memory: torch.Tensor,  # [B, S, C]
+    spatial_shapes: SpatialShapes,
+    padding_mask: torch.Tensor | None,  # [B, S] bool, True = padding
+    *,
+    heads: int,
+) -> torch.Tensor:
+    """The fused op between a module's linear layers, output_proj included: [B, N, C]."""
+    value = module.value_proj(memory).unflatten(-1, (heads, -1))
+    offsets = module.sampling_offsets(query).unflatten(-1, (heads, -1, 2))
+    logits = module.attention_weights(query).unflatten(-1, (heads, -1))
+    sampled = ms_deform_attn_fused(value, spatial_shapes, reference_points, offsets, logits, value_mask=padding_mask)
+    return module.output_proj(sampled)
+
+
+def replace_function(report: Report, function: Callable, plain: Callable) -> None:
+    """Every name that a loaded module binds to `function`, a core in PyTorch; importers by value included."""
+    replacement = plain_or_original(partial(outside_autocast, plain), function)
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and vars(module).get(function.__name__) is function:
+            report.replace(module, function.__name__, replacement, name=f"{name}.{function.__name__}", op=PLAIN)
+
+
+def forward_or_original(fused: Callable[..., torch.Tensor]) -> Callable[[Callable], Callable]:
+    """original -> a module's forward: `fused` where a kernel runs it."""
+
+    def replacement(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(original)
+        def forward(self: nn.Module, query: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            return (fused if has_kernel(FUSED, query) else original)(self, query, *arguments, **keywords)
+
+        return forward
+
+    return replacement
+
+
+def outside_autocast(plain: Callable[..., torch.Tensor], value: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+    """The plain form under autocast as `grid_sample` and with it every core in PyTorch is there: in float32."""
+    device = value.device.type
+    if not torch.is_autocast_enabled(device):
+        return plain(value, *arguments, **keywords)
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    with torch.autocast(device, enabled=False):
+        return plain(value, *arguments, **keywords)
+
+
+def plain_or_original(plain: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable | None:
+    """A function of value and more: `plain` where a kernel runs it. See `inside_decorators` for those of `original`."""
+
+    def replacement(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(original)
+        def function(value: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            return (plain if has_kernel(PLAIN, value) else original)(value, *arguments, **keywords)
+
+        return function
+
+    return inside_decorators(original, replacement)
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed package with an attention class that is replaced as a whole, or in one model.
+
+    Attributes:
+        name: of the package, for reports.
+        module: where the class and the functions are.
+        install: what to install where `module` cannot be imported.
+        attention: the name of the class.
+        forward: its forward by the fused op.
+        functions: plain forms of its functions, under their names.
+        extension: what it compiles.
+        provide: report -> None, before the package is imported.
+        replace_more: (report, the imported module) -> None, where the whole package is replaced.
+    """
+
+    name: str
+    module: str
+    install: str
+    attention: str
+    forward: Callable[..., torch.Tensor]
+    functions: Sequence[Callable[..., torch.Tensor]]
+    extension: str = ""
+    provide: Callable[[Report], None] = lambda report: None
+    replace_more: Callable[[Report, ModuleType], None] = lambda report, bindings: None
+
+    def apply(self, model_or_family: nn.Module | None = None, *, verbose: bool = True) -> Report:
+        """Run deformable attention of the package on our ops.
+
+        Args:
+            model_or_family: a model, of which only the modules of its attention class change; None for the package:
+                every such module, and the functions that compute the same.
+            verbose: print the report.
+
+        Returns:
+            What was replaced, what was left and why; it reverts, also as a context manager.
+
+        Raises:
+            ImportError: the package is not installed, or was imported before without its extension.
+            TypeError: not a model.
+            ValueError: a model without such a module.
+        """
+        with applying(self.name, verbose=verbose) as report:
+            self.provide(report)
+            try:
+                bindings = import_module(self.module)
+            except ImportError as error:
+                raise ImportError(
+                    f"{self.name}.apply: {self.module} cannot be imported ({error}); install {self.install}"
+                ) from error
+            attention = getattr(bindings, self.attention)
+            if not issubclass(attention, nn.Module):  # a class that only raises stands in for it
+                raise ImportError(
+                    f"{self.name}.apply: {self.name} has been imported without its extension {self.extension}, so it "
+                    f"has no attention module; call apply() before the first import of {self.name}"
+                )
+            if model_or_family is not None:
+                self._replace_in_model(report, attention, model_or_family)
+                return report
+            name = f"{attention.__module__}.{attention.__qualname__}"
+            report.replace_forward(attention, forward_or_original(self.forward), name=name, op=FUSED)
+            self.replace_more(report, bindings)
+            for plain in self.functions:
+                replace_function(report, getattr(bindings, plain.__name__), plain)
+        return report
+
+    def _replace_in_model(self, report: Report, attention: type[nn.Module], model: nn.Module) -> None:
+        expected = f"{self.name}.apply: model_or_family: expected a"
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{expected} torch.nn.Module or None, got {type(model).__name__}")
+        modules = {name: module for name, module in model.named_modules() if isinstance(module, attention)}
+        if not modules:
+            raise ValueError(
+                f"{expected} model with {attention.__name__} modules, got {type(model).__name__}, which has none"
+            )
+        for name, module in modules.items():
+            name = name or type(module).__name__
+            if type(module).forward is not attention.forward:
+                report.leave(name, f"{type(module).__name__} has a forward of its own")
+            else:
+                report.replace_forward(module, forward_or_original(self.forward), name=name, op=FUSED)
+
+    def revert(self) -> None:
+        """Put back everything that `apply` has replaced."""
+        revert_all(self.name)

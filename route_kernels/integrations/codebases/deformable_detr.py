@@ -1,10 +1,9 @@
 """Deformable-DETR and what builds on it (DAB, DN, DINO, MaskDINO, Mask2Former, H-DETR, DAC-DETR, ...) on our ops.
 
-    import route_kernels.integrations.deformable_detr    # before theirs: `import MultiScaleDeformableAttention` is ours
+    deformable_detr.apply()                  # before they are imported: `import MultiScaleDeformableAttention` is ours
+    report = deformable_detr.apply(model)    # then, their MSDeformAttn modules in the fused form
 
-    report = deformable_detr.apply(model)                 # then, their MSDeformAttn modules in the fused form
-
-Importing this module is `apply()`: it provides the extension that these codebases would have to compile. With
+The first provides the extension that these codebases would have to compile. With
 `python -m route_kernels.shim main.py ...` nothing of theirs is edited.
 """
 
@@ -15,11 +14,10 @@ import sys
 import torch
 from torch import nn
 
-from .convention import Convention, fuse
-from .deformable_attention import PLAIN, sample
-from .extension import replace_functions
-from .importable import MultiScaleDeformableAttention
-from .report import Report, applying, revert_all
+from ..codebase import PLAIN, Report, applying, revert_all, sample
+from ..convention import Convention, fuse
+from ..extension import replace_functions
+from ..importable import MultiScaleDeformableAttention
 
 CODEBASE = "deformable_detr"
 EXTENSION = "MultiScaleDeformableAttention"
@@ -79,7 +77,7 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
 
 
 def revert() -> None:
-    """Put back everything that `apply` and the import of this module have replaced."""
+    """Put back everything that `apply` has replaced."""
     revert_all(CODEBASE)
 
 
@@ -89,6 +87,3 @@ def _provide_extension(report: Report) -> None:
         report.replace(sys.modules, EXTENSION, MultiScaleDeformableAttention, name=f"import {EXTENSION}", op=PLAIN)
     else:
         replace_functions(report, imported, EXTENSION)
-
-
-apply(verbose=EXTENSION in sys.modules)

@@ -21,37 +21,12 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import nn
 
-from ..ops.levels import LevelStarts, SpatialShapes
-from ..ops.ms_deform_attn import ms_deform_attn
-from .deformable_attention import PLAIN, import_foreign, plain_or_original, replace_forward, replace_function, sample
-from .extension import is_not_compiled, ms_deform_attn_backward, ms_deform_attn_forward
-from .report import Report, applying, inside_decorators, revert_all
+from ...ops.levels import LevelStarts, SpatialShapes
+from ...ops.ms_deform_attn import ms_deform_attn
+from ..codebase import PLAIN, Package, Report, applying, inside_decorators, plain_or_original, sample
+from ..extension import is_not_compiled, ms_deform_attn_backward, ms_deform_attn_forward
 
-CODEBASE = "mmcv"
 EXTENSION = "mmcv._ext"
-
-
-def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> Report:
-    """Run deformable attention of mmcv on our ops.
-
-    Args:
-        model_or_family: a model, of which only the `MultiScaleDeformableAttention` modules change; None for the
-            package: every such module and both functions.
-        verbose: print the report.
-
-    Returns:
-        What was replaced, what was left and why; it reverts, also as a context manager.
-
-    Raises:
-        ImportError: mmcv is not installed.
-        TypeError: not a model.
-        ValueError: a model without such a module.
-    """
-    with applying(CODEBASE, verbose=verbose) as report:
-        _provide_extension(report)
-        bindings = import_foreign(CODEBASE, "mmcv.ops.multi_scale_deform_attn", "onedl-mmcv (or mmcv)")
-        replace_attention(report, bindings, model_or_family)
-    return report
 
 
 def provide_extension(*, verbose: bool = True) -> Report:
@@ -63,18 +38,13 @@ def provide_extension(*, verbose: bool = True) -> Report:
     Returns:
         What was provided, which is nothing where `mmcv._ext` is there; it reverts, also as a context manager.
     """
-    with applying(CODEBASE, verbose=verbose) as report:
+    with applying("mmcv", verbose=verbose) as report:
         _provide_extension(report)
     return report
 
 
-def revert() -> None:
-    """Put back everything that `apply` has replaced."""
-    revert_all(CODEBASE)
-
-
 def _provide_extension(report: Report) -> None:
-    if is_not_compiled(CODEBASE, EXTENSION):
+    if is_not_compiled("mmcv", EXTENSION):
         report.replace(sys.modules, EXTENSION, StandIn(), name=f"import {EXTENSION}", op=PLAIN)
 
 
@@ -120,22 +90,14 @@ class StandIn(ModuleType):
         return refuse
 
 
-def replace_attention(report: Report, bindings: ModuleType, model: nn.Module | None) -> None:
-    """What mmcv's file defines, in `bindings` or in a codebase that has a file of the same kind.
-
-    Raises:
-        TypeError, ValueError: as `apply`.
-    """
-    replace_forward(report, bindings.MultiScaleDeformableAttention, forward, model)
-    if model is not None:
-        return
-    compiled, eager = bindings.MultiScaleDeformableAttnFunction, bindings.multi_scale_deformable_attn_pytorch
+def _replace_compiled(report: Report, bindings: ModuleType) -> None:
+    """The autograd function of the compiled kernel in mmcv's file, or in another codebase's of the same kind."""
+    compiled = bindings.MultiScaleDeformableAttnFunction
     name = f"{compiled.__module__}.{compiled.__qualname__}.apply"
     # the casts of an autograd function stand before its forward, whose first argument is a context
     cast = inside_decorators(compiled.forward, lambda _: lambda context, *arguments: ms_deform_attn_forward(*arguments))
     plain = cast and staticmethod(plain_or_original(partial(cast, SimpleNamespace()), compiled.apply))
     report.replace(compiled, "apply", plain, name=name, op=PLAIN)
-    replace_function(report, eager, multi_scale_deformable_attn_pytorch)
 
 
 def forward(
@@ -177,3 +139,11 @@ def multi_scale_deformable_attn_pytorch(
 ) -> torch.Tensor:
     """`ms_deform_attn` with the arguments of mmcv's function of this name."""
     return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+
+
+PACKAGE = Package(
+    "mmcv", "mmcv.ops.multi_scale_deform_attn", "onedl-mmcv (or mmcv)", "MultiScaleDeformableAttention", forward,
+    functions=[multi_scale_deformable_attn_pytorch], extension=EXTENSION, provide=_provide_extension,
+    replace_more=_replace_compiled,
+)  # fmt: skip
+apply, revert = PACKAGE.apply, PACKAGE.revert

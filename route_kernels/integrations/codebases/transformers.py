@@ -21,11 +21,20 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from ..ops.ms_deform_attn import ms_deform_attn
-from ..ops.ms_deform_attn_fused import ms_deform_attn_fused
-from .deformable_attention import FUSED, PLAIN, has_kernel, outside_autocast, plain_or_original
-from .kernels import MultiScaleDeformableAttention
-from .report import Report, applying, inside_decorators, revert_all
+from ...ops.ms_deform_attn import ms_deform_attn
+from ...ops.ms_deform_attn_fused import ms_deform_attn_fused
+from ..codebase import (
+    FUSED,
+    PLAIN,
+    Report,
+    applying,
+    has_kernel,
+    inside_decorators,
+    outside_autocast,
+    plain_or_original,
+    revert_all,
+)
+from ..kernels import MultiScaleDeformableAttention
 
 CODEBASE = "transformers"
 DEFAULT_METHOD = "default"

@@ -1,7 +1,7 @@
 """ultralytics (RT-DETR): deformable attention on our ops.
 
     report = apply()         # every model of this process
-    report = apply(model)    # the attention modules of this model alone
+    report = apply(model)    # the attention modules of this model (of an `RTDETR` object: `detector.model`)
 
 `MSDeformAttn` gets the fused form, and code that calls `multi_scale_deformable_attn_pytorch` the plain form.
 """
@@ -13,41 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..ops.ms_deform_attn import ms_deform_attn
-from .deformable_attention import import_foreign, replace_forward, replace_function, sample
-from .report import Report, applying, revert_all
-
-CODEBASE = "ultralytics"
-
-
-def apply(model_or_family: nn.Module | None = None, *, verbose: bool = True) -> Report:
-    """Run deformable attention of ultralytics on our ops.
-
-    Args:
-        model_or_family: a model (of a `ultralytics.RTDETR` object: `detector.model`), of which only the `MSDeformAttn`
-            modules change; None for the package: every such module and the function.
-        verbose: print the report.
-
-    Returns:
-        What was replaced, what was left and why; it reverts, also as a context manager.
-
-    Raises:
-        ImportError: ultralytics is not installed.
-        TypeError: not a model.
-        ValueError: a model without such a module.
-    """
-    bindings = import_foreign(CODEBASE, "ultralytics.nn.modules.transformer", "ultralytics")
-    with applying(CODEBASE, verbose=verbose) as report:
-        replace_forward(report, bindings.MSDeformAttn, forward, model_or_family)
-        if model_or_family is None:
-            original = bindings.multi_scale_deformable_attn_pytorch
-            replace_function(report, original, multi_scale_deformable_attn_pytorch)
-    return report
-
-
-def revert() -> None:
-    """Put back everything that `apply` has replaced."""
-    revert_all(CODEBASE)
+from ...ops.ms_deform_attn import ms_deform_attn
+from ..codebase import Package, sample
 
 
 def forward(
@@ -74,3 +41,10 @@ def multi_scale_deformable_attn_pytorch(
         sampling_locations = sampling_locations.unflatten(3, by_level)
         attention_weights = attention_weights.unflatten(3, by_level)
     return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+
+
+_PACKAGE = Package(
+    "ultralytics", "ultralytics.nn.modules.transformer", "ultralytics", "MSDeformAttn", forward,
+    functions=[multi_scale_deformable_attn_pytorch],
+)  # fmt: skip
+apply, revert = _PACKAGE.apply, _PACKAGE.revert

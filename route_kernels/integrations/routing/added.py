@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import QueryRouter
-from ..ops.query_similarity import query_similarity
-from ..ops.routed_attention import routed_attention
-from .report import UNKNOWN_DECORATOR, Replaced, Report, inside_decorators, replaced_by_others
-from .routing_context import RoutingSettings, active_settings, in_unknown_recomputation
+from ...nn import QueryRouter
+from ...ops.query_similarity import query_similarity
+from ...ops.routed_attention import routed_attention
+from ..codebase import UNKNOWN_DECORATOR, Replaced, Report, inside_decorators, replaced_by_others
+from .context import RoutingSettings, active_settings, in_unknown_recomputation
 from .self_attention import KINDS, SelfAttentionKind, groups_as_batch, kind_of
 
 

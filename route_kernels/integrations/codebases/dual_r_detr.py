@@ -17,17 +17,16 @@ import math
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .. import backends
-from ..nn import routing_factors
-from ..ops.query_similarity import query_similarity
-from ..ops.routed_attention import OP, RoutingFactors, routing_bias
-from . import routed_mask
-from .convention import TOLERANCE, arguments_of, autocast_difference, described, random_twin
-from .report import (
+from ... import backends
+from ...nn import routing_factors
+from ...ops.query_similarity import query_similarity
+from ...ops.routed_attention import OP, RoutingFactors, routed_attention, routing_bias
+from ..codebase import (
     REPLACED_BY_OTHERS,
     UNKNOWN_DECORATOR,
     Report,
@@ -36,7 +35,8 @@ from .report import (
     replaced_by_others,
     revert_all,
 )
-from .routed_mask import RoutedMask
+from ..convention import TOLERANCE, arguments_of, autocast_difference, described, random_twin
+from ..routing.self_attention import TorchMultiheadAttention
 
 CODEBASE = "dual_r_detr"
 LIMIT = 5.0
@@ -79,7 +79,7 @@ def apply(model: nn.Module, *, verbose: bool = True) -> Report:
                 continue
             attention = layer.self_attn
             report.replace_forward(layer, _routed, name=f"{name}.query_router", op="factors, query_similarity")
-            attend = MethodType(routed_mask.forward, attention)
+            attend = MethodType(forward, attention)  # which is pickled by the name of the function
             report.replace(attention, "forward", attend, name=f"{name}.self_attn", op=OP)
         if not layers:
             report.leave(type(model).__name__, "no module in it has a `query_router`")
@@ -91,7 +91,7 @@ def revert() -> None:
     revert_all(CODEBASE)
 
 
-def forward(
+def routed_layer(
     self: nn.Module,
     query: torch.Tensor,
     query_pos: torch.Tensor | None,
@@ -131,7 +131,37 @@ def forward(
 
 
 def _routed(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return wraps(original)(lambda *arguments, **keywords: forward(*arguments, original=original, **keywords))
+    return wraps(original)(lambda *arguments, **keywords: routed_layer(*arguments, original=original, **keywords))
+
+
+class RoutedMask(NamedTuple):
+    """What stands for `attn_mask`: the factors of the bias, and the mask that there was."""
+
+    routing: RoutingFactors
+    attn_mask: torch.Tensor | None  # [N, N] or [B * H, N, N]; bool (True may not attend) or floating (added)
+
+
+def forward(
+    self: nn.MultiheadAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: torch.Tensor | RoutedMask | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`nn.MultiheadAttention.forward`; with a `RoutedMask`, self-attention with its bias, in one pass."""
+    if not isinstance(attn_mask, RoutedMask):
+        return type(self).forward(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    call = TorchMultiheadAttention.call(self, query, key, value, key_padding_mask, need_weights, attn_mask.attn_mask)
+    attended = routed_attention(
+        call.query, call.key, call.value, attn_mask.routing, attn_mask=call.attn_mask, scale=call.scale
+    )
+    return call.finish(attended.transpose(1, 2).flatten(2))
 
 
 def query_features(
@@ -168,7 +198,7 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
     attention = getattr(layer, "self_attn", None)
     if replaced_by_others(layer):
         return REPLACED_BY_OTHERS
-    _, *arguments, _ = arguments_of(forward)
+    _, *arguments, _ = arguments_of(routed_layer)
     if arguments_of(type(layer).forward)[1:] != arguments:
         return f"its forward does not take ({', '.join(arguments)})"
     if inside_decorators(type(layer).forward, _routed) is None:

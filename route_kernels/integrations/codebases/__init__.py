@@ -1,0 +1,1 @@
+"""One module for each codebase, with its `apply()` and `revert()`."""
