@@ -5,16 +5,19 @@ Every access of a kernel is checked there; whatever is wrong raises EmulationErr
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pybind11
 import pytest
 import torch
 
@@ -23,12 +26,8 @@ from route_kernels.ops.levels import flat_spatial_shapes, level_pairs, level_sta
 from route_kernels.reference.precision import accumulate_dtype
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("-std=c++17", "-O0", "-g0", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O0", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int32, torch.int64)
-NAMES = (
-    "value", "value_mask", "places", "weights", "reference", "output", "grad_output", "grad_places", "grad_weights",
-    "grad_reference", "grad_value_sums", "cell", "corner_weight", "order", "bounds", "grad_value",
-)  # fmt: skip
 INPUT, OUTPUT, SUMS = range(3)
 
 
@@ -36,43 +35,40 @@ class EmulationError(Exception):
     """A kernel did what it must not do."""
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = [
-        ("storage", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("offset", ctypes.c_int64),
-        ("belongs", ctypes.c_void_p), ("stride", ctypes.c_int64 * 5), ("dtype", ctypes.c_int32),
-        ("access", ctypes.c_int32),
-    ]  # fmt: skip
-
-
-class _Args(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("B", "S", "H", "D", "N", "L", "K", "cells", "levels_of_reference")),
-        ("size_of_reference", ctypes.c_int64), ("levels", ctypes.c_void_p), ("tensors", _Tensor * len(NAMES)),
-        ("fused", ctypes.c_int32), ("backwards", ctypes.c_int32),
-    ]  # fmt: skip
-
-
 @functools.lru_cache
-def library(*flags: str, root: Path = ROOT) -> ctypes.CDLL:
-    """The kernels and the emulation in `root`, compiled once for their content and `flags`."""
+def library(*flags: str, root: Path = ROOT) -> ModuleType:
+    """The kernels and the emulation in `root`, a module, compiled once for its content and `flags`."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulation with")
     simt, kernels = root / "tests/simt", root / "csrc"
     sources = [path for folder in (simt, kernels) for path in sorted(folder.rglob("*")) if path.is_file()]
-    content = hashlib.sha256(repr((compiler, FLAGS, flags)).encode())
+    includes = [f"-I{path}" for path in (simt, sysconfig.get_path("include"), pybind11.get_include())]
+    content = hashlib.sha256(repr((compiler, FLAGS, flags, includes[1:])).encode())
     for path in sources:
         content.update(path.name.encode() + path.read_bytes())
-    made = ROOT / "build" / "simt" / f"{content.hexdigest()[:24]}.so"
+    name = f"emulated_{content.hexdigest()[:24]}"
+    made = ROOT / "build" / "simt" / f"{name}.so"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         unfinished = made.with_suffix(f".{os.getpid()}")
-        command = [compiler, *FLAGS, *flags, "-I", simt, simt / "ms_deform_attn.cpp", simt / "block.cpp"]
+        command = [
+            compiler,
+            *FLAGS,
+            *flags,
+            *includes,
+            f"-DSIMT_MODULE={name}",
+            simt / "ms_deform_attn.cpp",
+            simt / "block.cpp",
+        ]
         built = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
         if built.returncode != 0:
             raise EmulationError(f"the kernels do not compile over the emulation:\n{built.stderr}")
         os.replace(unfinished, made)
-    return ctypes.CDLL(str(made))
+    specification = importlib.util.spec_from_file_location(name, made)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 class Kernels:
@@ -82,7 +78,7 @@ class Kernels:
     what their threads added to sums. `cell_dtype` is int64 where there are 2^31 cells or more.
     """
 
-    def __init__(self, emulation: ctypes.CDLL | None = None, *, deterministic: bool = False, backwards: bool = False):
+    def __init__(self, emulation: ModuleType | None = None, *, deterministic: bool = False, backwards: bool = False):
         self.emulation = library() if emulation is None else emulation
         self.deterministic, self.backwards = deterministic, backwards
         self.launches = self.reductions = 0
@@ -156,31 +152,22 @@ class Kernels:
 
     def launch(self, kernel: str, levels, inputs: dict[str, torch.Tensor | None], cells: int = 0, **made) -> None:
         value, weights, reference = inputs["value"], inputs["weights"], inputs["reference"]
-        args = _Args(
-            *value.shape, weights.shape[1], len(levels), weights.shape[3], cells,
-            *(reference.shape[2:] if reference is not None else (0, 0)),
-            fused=reference is not None, backwards=self.backwards,
-        )  # fmt: skip
-        flat = (ctypes.c_int64 * (5 * len(levels)))(*(number for level in levels for number in level))
-        args.levels = ctypes.addressof(flat)
-        kept = [flat]
-        for at, name in enumerate(NAMES):
-            tensor = made[name] if name in made else inputs.get(name)
+        sizes = dict(zip("BSHD", value.shape, strict=True), N=weights.shape[1], K=weights.shape[3], cells=cells)
+        sizes["fused"] = reference is not None
+        sizes["reference_levels"], sizes["reference_size"] = reference.shape[2:] if reference is not None else (0, 0)
+        tensors, kept = {}, []
+        for name, tensor in (inputs | made).items():
             if tensor is None:
                 continue
             access = INPUT if name not in made else SUMS if name == "grad_value_sums" else OUTPUT
-            args.tensors[at], marks = _described(tensor.detach(), access)
-            kept += [marks, tensor]
-        launches, reductions = ctypes.c_int64(), ctypes.c_int64()
-        error = ctypes.create_string_buffer(1000)
-        self.emulation.run_deform(
-            ctypes.c_char(kernel.encode()), ctypes.byref(args), ctypes.byref(launches), ctypes.byref(reductions),
-            error, ctypes.c_int64(len(error)),
-        )  # fmt: skip
-        if error.value:
-            raise EmulationError(error.value.decode())
-        self.launches += launches.value
-        self.reductions += reductions.value
+            tensors[name], marks = _described(tensor.detach(), access)
+            kept.append(marks)
+        try:
+            launches, reductions = self.emulation.launch(kernel, sizes, levels, tensors, self.backwards)
+        except RuntimeError as error:
+            raise EmulationError(str(error)) from None
+        self.launches += launches
+        self.reductions += reductions
 
 
 def _levels(sizes: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> list[tuple[int, ...]]:
@@ -198,18 +185,16 @@ def _poisoned(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None)
     return made
 
 
-def _described(tensor: torch.Tensor, access: int) -> tuple[_Tensor, torch.Tensor]:
+def _described(tensor: torch.Tensor, access: int) -> tuple[tuple, torch.Tensor]:
     """A tensor for the emulation, and which bytes of its storage belong to it."""
     storage, width = tensor.untyped_storage(), tensor.element_size()
     marks = torch.zeros(storage.nbytes() + 1, dtype=torch.uint8)
     offset = tensor.storage_offset() * width
     strides = [stride * width for stride in tensor.stride()]
     marks.as_strided((*tensor.shape, width), (*strides, 1), offset).fill_(1)
-    described = _Tensor(
-        storage.data_ptr() or marks.data_ptr(), storage.nbytes(), offset, marks.data_ptr(),
-        (ctypes.c_int64 * 5)(*tensor.stride()), DTYPES.index(tensor.dtype), access,
-    )  # fmt: skip
-    return described, marks
+    address = storage.data_ptr() or marks.data_ptr()
+    dtype = DTYPES.index(tensor.dtype)
+    return (address, storage.nbytes(), offset, marks.data_ptr(), tensor.stride(), dtype, access), marks
 
 
 class _Call(torch.autograd.Function):

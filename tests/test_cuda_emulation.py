@@ -1,6 +1,5 @@
 """The CUDA kernels of deformable attention, run on the CPU over emulated threads that check every access."""
 
-import ctypes
 import math
 import shutil
 
@@ -307,15 +306,15 @@ def mistaken(tmp_path_factory):
         assert text.count(right) == 1, f"{right} in {name}"
         source.write_text(text.replace(right, wrong.replace("MADE", f"(mistake == {number})")))
     entry = root / "tests/simt/ms_deform_attn.cpp"
-    entry.write_text('extern "C" { int mistake = 0; }\n' + entry.read_text())
+    make = 'm.def("make", [](int number) { mistake = number; });'
+    entry.write_text(f"int mistake = 0;\n{entry.read_text()}".replace('m.def("launch"', f'{make}\n  m.def("launch"'))
     return library("-DSIMT_FLOAT32_ONLY", root=root)
 
 
 @pytest.mark.parametrize("mistake", [None, *MISTAKES])
 def test_the_emulation_notices(mistake, mistaken):
     arguments = ms_deform_attn_fused_arguments(levels=LEVELS, batch=1, queries=7, points=3)
-    made = ctypes.c_int.in_dll(mistaken, "mistake")
-    made.value = 0 if mistake is None else 1 + list(MISTAKES).index(mistake)
+    mistaken.make(0 if mistake is None else 1 + list(MISTAKES).index(mistake))
     run = emulated("ms_deform_attn_fused", emulation=mistaken)
     if mistake is None:
         check_accuracy("ms_deform_attn_fused", arguments, run)

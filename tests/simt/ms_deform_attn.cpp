@@ -1,4 +1,7 @@
-// The kernels of csrc/ms_deform_attn over the emulation, for ctypes.
+// The kernels of csrc/ms_deform_attn over the emulation, as the Python module SIMT_MODULE.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../../csrc/ms_deform_attn/launch.cuh"
 
@@ -7,46 +10,39 @@ using namespace rk::ms_deform_attn;
 
 namespace {
 
-struct EmulatedTensor {
-  char* storage;  // null: absent
-  int64_t bytes, offset;
-  const uint8_t* belongs;
-  int64_t stride[5];
-  int32_t dtype, access;
-};
+using Sizes = std::map<std::string, int64_t>;
+using Levels = std::vector<std::array<int64_t, 5>>;  // start, height, width, first point, points
+// (address of the storage, its bytes, offset in bytes, address of a mark for each byte that belongs to the tensor,
+// strides, dtype, access) of each name
+using Tensors =
+    std::map<std::string, std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, std::vector<int64_t>, int32_t, int32_t>>;
 
-constexpr const char* NAMES[] = {"value",         "value_mask",     "places",          "weights",
-                                 "reference",     "output",         "grad_output",     "grad_places",
-                                 "grad_weights",  "grad_reference", "grad_value_sums", "cell",
-                                 "corner_weight", "order",          "bounds",          "grad_value"};
+const std::map<std::string, View DeviceArgs::*> VIEWS = {
+#define VIEW(name) {#name, &DeviceArgs::name}
+    VIEW(value),         VIEW(value_mask),     VIEW(places),      VIEW(weights),
+    VIEW(reference),     VIEW(output),         VIEW(grad_output), VIEW(grad_places),
+    VIEW(grad_weights),  VIEW(grad_reference), VIEW(cell),        VIEW(grad_value_sums),
+    VIEW(corner_weight), VIEW(order),          VIEW(bounds),      VIEW(grad_value)};
 
-struct EmulatedArgs {
-  int64_t B, S, H, D, N, L, K, cells, reference_levels, reference_size;
-  const int64_t* levels;  // [L, 5]: start, height, width, first point, points
-  EmulatedTensor tensors[16];
-  int32_t fused, backwards;
-};
-
-DeviceArgs device_args(const EmulatedArgs& given, simt::Memory& memory) {
+DeviceArgs device_args(const Sizes& sizes, const Levels& levels, const Tensors& tensors, simt::Memory& memory) {
   DeviceArgs args{};
-  args.B = given.B, args.S = given.S, args.H = given.H, args.D = given.D, args.N = given.N, args.K = given.K;
-  args.L = given.L, args.cells = given.cells, args.fused = given.fused;
-  args.reference_levels = given.reference_levels, args.reference_size = given.reference_size;
-  for (int64_t l = 0; l < given.L && l < MAX_LEVELS; ++l) {
-    const int64_t* level = given.levels + 5 * l;
-    args.levels[l] = {level[0], int32_t(level[1]), int32_t(level[2]), int32_t(level[3]), int32_t(level[4])};
+  args.B = sizes.at("B"), args.S = sizes.at("S"), args.H = sizes.at("H"), args.D = sizes.at("D");
+  args.N = sizes.at("N"), args.K = sizes.at("K"), args.L = int64_t(levels.size()), args.cells = sizes.at("cells");
+  args.reference_levels = sizes.at("reference_levels"), args.reference_size = sizes.at("reference_size");
+  args.fused = sizes.at("fused") != 0;
+  for (size_t l = 0; l < levels.size() && l < size_t(MAX_LEVELS); ++l) {
+    const auto& [start, height, width, first_point, points] = levels[l];
+    args.levels[l] = {start, int32_t(height), int32_t(width), int32_t(first_point), int32_t(points)};
   }
-  View* const views[] = {&args.value,         &args.value_mask,     &args.places,          &args.weights,
-                         &args.reference,     &args.output,         &args.grad_output,     &args.grad_places,
-                         &args.grad_weights,  &args.grad_reference, &args.grad_value_sums, &args.cell,
-                         &args.corner_weight, &args.order,          &args.bounds,          &args.grad_value};
-  for (int i = 0; i < 16; ++i) {
-    const EmulatedTensor& tensor = given.tensors[i];
-    if (tensor.storage == nullptr) continue;
-    views[i]->data =
-        tensor.offset + memory.add(NAMES[i], tensor.storage, tensor.bytes, tensor.belongs, simt::Access(tensor.access));
-    views[i]->dtype = DType(tensor.dtype);
-    std::copy(tensor.stride, tensor.stride + 5, views[i]->stride);
+  for (const auto& [name, described] : tensors) {
+    const auto& [storage, bytes, offset, belongs, strides, dtype, access] = described;
+    View& view = args.*VIEWS.at(name);
+    view.data = offset +
+        memory.add(
+            name, reinterpret_cast<void*>(storage), bytes, reinterpret_cast<const uint8_t*>(belongs),
+            simt::Access(access));
+    view.dtype = DType(dtype);
+    std::copy(strides.begin(), strides.end(), view.stride);
   }
   return args;
 }
@@ -72,20 +68,17 @@ int launch_of_dtype(char pass, const DeviceArgs& args, CUstream_st* stream) {
   }
 }
 
+// pass: f forward, b backward, g gather. Returns the numbers of launches and of reductions.
+std::pair<int64_t, int64_t> launch_pass(
+    char pass, const Sizes& sizes, const Levels& levels, const Tensors& tensors, bool backwards) {
+  CUstream_st stream;
+  stream.backwards = backwards;
+  const int status = launch_of_dtype(pass, device_args(sizes, levels, tensors, stream.memory), &stream);
+  if (status != cudaSuccess) throw simt::Error("refused with error " + std::to_string(status));
+  stream.memory.check_outputs_are_complete();
+  return {stream.launches, stream.memory.reductions};
+}
+
 }  // namespace
 
-// pass: f forward, b backward, g gather. Leaves the reason in `error` where something is wrong.
-extern "C" void run_deform(
-    char pass, const EmulatedArgs* given, int64_t* launches, int64_t* reductions, char* error, int64_t error_bytes) {
-  CUstream_st stream;
-  stream.backwards = given->backwards != 0;
-  try {
-    const int status = launch_of_dtype(pass, device_args(*given, stream.memory), &stream);
-    if (status != cudaSuccess) throw simt::Error("refused with error " + std::to_string(status));
-    stream.memory.check_outputs_are_complete();
-    *launches = stream.launches;
-    *reductions = stream.memory.reductions;
-  } catch (const simt::Error& reason) {
-    strncpy(error, reason.what(), size_t(error_bytes) - 1);
-  }
-}
+PYBIND11_MODULE(SIMT_MODULE, m) { m.def("launch", launch_pass); }
