@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from route_kernels.doctor.agreement import seed_everything
-from route_kernels.doctor.cost import loss_of
 from route_kernels.doctor.fitting import applied
+from route_kernels.doctor.training_step import loss_of
 from route_kernels.testing import counted_calls
 
 from .codebases import CODEBASES

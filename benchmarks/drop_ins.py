@@ -21,9 +21,9 @@ import torch
 
 from route_kernels.doctor.agreement import TOLERANCES, seed_everything
 from route_kernels.doctor.fitting import applied
-from route_kernels.doctor.inputs import moved
+from route_kernels.doctor.target import moved
+from route_kernels.doctor.training_step import Step
 from route_kernels.testing import counted_calls, relative_errors, training_step
-from route_kernels.testing.training_step import Step
 
 from . import report
 from .codebases import BEFORE, CODEBASES, Codebase

@@ -14,10 +14,9 @@ from integration_checks import align_corners_mistaken
 from route_kernels import cli
 from route_kernels.doctor import UsageError
 from route_kernels.doctor.agreement import AGREE, DIFFER, UNANSWERED, borrowed, compare
-from route_kernels.doctor.cost import loss_of, peak_bytes
 from route_kernels.doctor.fitting import what_fits
-from route_kernels.doctor.inputs import example_inputs
-from route_kernels.doctor.target import build, load
+from route_kernels.doctor.target import build, example_inputs, load
+from route_kernels.doctor.training_step import loss_of, peak_bytes
 
 TINY = """
     import torch

@@ -16,11 +16,9 @@ from torch import nn
 
 from ..integrations.codebase import Report
 from ..integrations.convention import autocast_difference
-from ..testing import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
-from ..testing.training_step import Step
 from .fitting import Apply, applied, noted_use
-from .inputs import moved
-from .target import Inputs, users_code
+from .target import Inputs, moved, users_code
+from .training_step import Step, counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Largest relative error of steps that agree, in the dtype in which they are compared.

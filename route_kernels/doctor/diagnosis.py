@@ -10,10 +10,9 @@ from torch import nn
 
 from .. import backends
 from .agreement import AGREE, DIFFER, UNANSWERED, Agreement, borrowed, compare, seed_everything
-from .cost import MEASURED, peak_bytes, seconds, step
 from .fitting import Apply, applied, what_fits
-from .inputs import described, example_inputs, moved
-from .target import Inputs, UsageError, build, load, users_code
+from .target import Inputs, UsageError, build, described, example_inputs, load, moved, users_code
+from .training_step import MEASURED, peak_bytes, seconds, step
 
 VERDICTS = {AGREE: "agrees", DIFFER: "DIFFERS", UNANSWERED: "none, as the model's own code does not repeat itself"}
 NAMED = 4

@@ -1,5 +1,6 @@
-"""Sample inputs, bad inputs, the tolerance policy and training steps: what tests, benchmarks and the doctor share."""
+"""Sample inputs, bad inputs, the tolerance policy and training steps: what tests and benchmarks share."""
 
+from ..doctor.training_step import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
 from .accuracy import assert_as_accurate, check_accuracy, errors, outcome, root_mean_square
 from .arguments import Arguments, call, converted, map_tensors, named_tensors
 from .bad_inputs import BAD_INPUTS, BadInput
@@ -15,7 +16,6 @@ from .samples import (
     sample_arguments,
     sigmoid_focal_loss_arguments,
 )
-from .training_step import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
 
 __all__ = [
     "BAD_INPUTS",
