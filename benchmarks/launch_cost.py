@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 import route_kernels as rk
+from route_kernels import backends
 from route_kernels.testing import call, named_tensors, sample_arguments
 
 from .device import circumstances
@@ -115,9 +116,7 @@ def costs(driver: StubbedDriver, ops: Sequence[str], repeat: int) -> Iterator[Co
 
 
 def _cost(driver: StubbedDriver, op: str, direction: str, step: Callable[[], None], repeat: int) -> Cost:
-    module = sys.modules[f"route_kernels.ops.{op}"]
-    table: dict[str, Callable] = module._FORWARD if direction == "forward" else module._BACKWARD
-    original, within = table["triton"], [0.0]
+    original, within = backends.kernel(op, direction, "triton"), [0.0]
 
     def timed(*arguments: Any) -> Any:
         start = time.perf_counter()
@@ -130,7 +129,7 @@ def _cost(driver: StubbedDriver, op: str, direction: str, step: Callable[[], Non
     before = driver.launches
     step()
     launches = driver.launches - before
-    with mock.patch.dict(table, {"triton": timed}):
+    with mock.patch.object(backends, "kernel", lambda *_: timed):
         wrapper = min(_batch(step, lambda: within[0]) for _ in range(repeat))
     whole = min(_batch(step, time.perf_counter) for _ in range(repeat))
     return Cost(op, direction, launches, round(whole, 1), round(wrapper, 1))

@@ -73,7 +73,7 @@ def _self_attention(
     key_ranges: Tensor | None = None,  # [B, N, 2, 2]
 ) -> Tensor:
     """`nn.MultiheadAttention` with the bias, and what a query may not see, as one additive mask [B H, N, N]."""
-    mask = None if routing is None else routing_bias(*routing).repeat_interleave(self.num_heads, 0)
+    mask = None if routing is None else routing_bias(routing).repeat_interleave(self.num_heads, 0)
     if key_ranges is not None:
         hidden = ~visible_keys(key_ranges, query.shape[1]).repeat_interleave(self.num_heads, 0)
         mask = (query.new_zeros(hidden.shape) if mask is None else mask).masked_fill(hidden, -torch.inf)

@@ -8,8 +8,9 @@ runs or raises: it never falls back.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -173,6 +174,32 @@ def choose(op: str, *tensors: torch.Tensor | None) -> str:
     if requested is None and exporting():
         return "reference"
     return resolve(op, requested, *tensors)
+
+
+def plain(op: str, backend: str | None) -> Callable | None:
+    """The function of plain PyTorch that `backend` runs instead of the op; None where it has kernels."""
+    package = PLAIN.get(backend)
+    return None if package is None else getattr(package, op)
+
+
+@functools.cache
+def kernel(op: str, direction: str, backend: str) -> Callable:
+    """The entry point of a kernel, "forward" or "backward", found by its name.
+
+    All backends' have the arguments of the native schema (csrc/registration.cpp): inputs, then the outputs, which the
+    caller allocates and the kernel fills.
+
+    Raises:
+        BackendUnavailableError: the kernels of this backend are not here; the message says why.
+    """
+    runs, reason = can_run(op, backend)
+    if not runs:
+        raise BackendUnavailableError(f"{op}: backend {backend!r} was requested but cannot run: {reason}")
+    if backend == "triton":
+        from .triton import old_convention
+
+        return old_convention.kernel(op, direction)
+    return getattr(torch.ops.route_kernels_native, f"{op}_{direction}").default
 
 
 def exporting() -> bool:

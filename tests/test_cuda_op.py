@@ -15,8 +15,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import route_kernels as rk
 from benchmarks.cuda_machine_code import ROOT, build
-from route_kernels import cuda, native
-from route_kernels.ops import ms_deform_attn, ms_deform_attn_fused
+from route_kernels import backends, cuda, native
 from route_kernels.testing import (
     check_accuracy,
     map_tensors,
@@ -28,7 +27,6 @@ from route_kernels.testing import (
 
 pytestmark = pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
 
-MODULES = {"ms_deform_attn": ms_deform_attn, "ms_deform_attn_fused": ms_deform_attn_fused}
 MAKE = {"ms_deform_attn": ms_deform_attn_arguments, "ms_deform_attn_fused": ms_deform_attn_fused_arguments}
 SOURCES = ("tests/simt/cuda_op.cpp", "tests/simt/block.cpp", "csrc/ms_deform_attn/cuda_op.cpp")
 FLAGS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-w", "-Wl,-Bsymbolic")
@@ -78,10 +76,7 @@ def emulated():
 @pytest.fixture(autouse=True)
 def as_cuda(emulated, monkeypatch):
     """The public ops take the CUDA library's way for CPU tensors."""
-    monkeypatch.setattr(torch.ops, "route_kernels_native", emulated)
-    for module in MODULES.values():
-        monkeypatch.setitem(module._FORWARD, "cpu", module._FORWARD["cuda"])
-        monkeypatch.setitem(module._BACKWARD, "cpu", module._BACKWARD["cuda"])
+    monkeypatch.setattr(backends, "kernel", lambda op, direction, backend: getattr(emulated, f"{op}_{direction}"))
 
 
 @pytest.fixture

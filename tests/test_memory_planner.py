@@ -160,7 +160,7 @@ def test_the_parts_of_groups_of_heads_are_counted():
         (query, grad, lse, *factors),
     )
     op = torch.ops.route_kernels.routed_attention_backward.default
-    at_most = workspace_bytes(op, (grad, grad, lse, query, query, query, *factors, None, None, None, 1.0), "triton")
+    at_most = workspace_bytes(op, (grad, grad, lse, query, query, query, factors, 1.0, None, None, None, 1.0), "triton")
     assert lse.nbytes < found <= at_most < 2 * heads * found
 
 

@@ -41,10 +41,12 @@ def test_every_element_of_poisoned_outputs_is_written(sizes, dtype, threads):
     grad_output = gradient_for(arguments)
     expected = list(outcome(rk.ms_deform_attn, arguments, grad_output).values())
     value, locations, weights = (tensor.detach() for _, tensor in named_tensors(arguments))
-    inputs = (value, [5, 7, 3, 4], [0, 35], locations.flatten(3, 4), weights.flatten(3, 4), [weights.shape[4]] * 2)
+    levels = [5, 7, 3, 4, 0, 35, weights.shape[4], weights.shape[4]]
+    inputs = (value, levels, locations.flatten(3, 4), weights.flatten(3, 4))
     output, grads = poisoned(grad_output), [poisoned(tensor) for tensor in (value, locations, weights)]
     kernels.ms_deform_attn_forward(*inputs, output)
-    kernels.ms_deform_attn_backward(grad_output, *inputs, grads[0], grads[1].flatten(3, 4), grads[2].flatten(3, 4))
+    of_points = [grad.flatten(3, 4) for grad in grads[1:]]
+    kernels.ms_deform_attn_backward(grad_output, *inputs, False, [grads[0], *of_points])
     for written, wanted in zip((output, *grads), expected, strict=True):
         assert torch.equal(written, wanted)  # NaN equals nothing
 
@@ -61,15 +63,15 @@ def test_every_element_of_poisoned_outputs_of_the_fused_kernel_is_written(sizes,
     grad_output = gradient_for(arguments)
     expected = list(outcome(rk.ms_deform_attn_fused, arguments, grad_output).values())
     value, references, offsets, logits, mask = (tensor.detach() for _, tensor in named_tensors(arguments))
-    points = [logits.shape[3] // 2] * 2
-    inputs = (value, [5, 7, 3, 4], [0, 35], references, offsets, logits, points, mask)
+    points = logits.shape[3] // 2
+    inputs = (value, [5, 7, 3, 4, 0, 35, points, points], references, offsets, logits, mask)
     output, grads = poisoned(grad_output), [poisoned(tensor) for tensor in (value, references, offsets, logits)]
     kernels.ms_deform_attn_fused_forward(*inputs, output)
-    kernels.ms_deform_attn_fused_backward(grad_output, *inputs, *grads)
+    kernels.ms_deform_attn_fused_backward(grad_output, *inputs, False, [grads[i] for i in (0, 2, 3, 1)])
     for written, wanted in zip((output, *grads), expected, strict=True):
         assert torch.equal(written, wanted)
     without = [poisoned(tensor) for tensor in (value, offsets, logits)]
-    kernels.ms_deform_attn_fused_backward(grad_output, *inputs, without[0], None, *without[1:])
+    kernels.ms_deform_attn_fused_backward(grad_output, *inputs, False, without)
     for written, wanted in zip(without, (expected[1], *expected[3:]), strict=True):
         assert torch.equal(written, wanted)
 

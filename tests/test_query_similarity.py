@@ -114,7 +114,7 @@ def test_poisoned_output_threads_and_repeats(dtype, threads):
     alone = rk.query_similarity(x)
     torch.set_num_threads(threads)
     output = torch.full_like(alone, math.nan)
-    torch.ops.route_kernels_native.query_similarity_relu(x, output)
+    torch.ops.route_kernels_native.query_similarity_forward(x, output)
     assert torch.equal(output, alone)  # each query is one worker's: the same sums for any number of threads
     assert torch.equal(rk.query_similarity(x), output)
 

@@ -122,6 +122,8 @@ def test_opcheck(name, backend):
         differentiable = "_backward" not in name
 
         def fresh(argument, differentiable=differentiable):
+            if isinstance(argument, list):
+                return [fresh(x) for x in argument]
             if not isinstance(argument, torch.Tensor):
                 return argument
             return argument.detach().clone().requires_grad_(argument.requires_grad and differentiable)

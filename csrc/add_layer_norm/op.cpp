@@ -19,20 +19,21 @@ Args arguments(
 }  // namespace
 
 void forward(
-    Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps, Tensor channels, Tensor output, Tensor rstd,
-    Tensor normalized) {
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, const Tensor& channels,
+    double eps, const Tensor& output, const Tensor& rstd, const Tensor& normalized) {
   Args a = arguments(output, rstd, normalized, channels, weight, bias);
   a.x = view_of(x), a.residual = view_of(residual), a.eps = eps;
   a.parallel = torch_threads(a.T / 64);
   RK_RUN(forward, a);
 }
 
+// grads: of the sum [T, C], and of weight and bias summed over each part of the tokens [parts, 2, C].
 void backward(
-    Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, Tensor weight, Tensor bias,
-    Tensor grad_sum, Tensor sums) {
+    const Tensor& grad_output, const Tensor& output, const Tensor& rstd, const Tensor& normalized,
+    const Tensor& channels, const Tensor& weight, const Tensor& bias, const Tensors& grads) {
   Args a = arguments(output, rstd, normalized, channels, weight, bias);
-  a.grad_output = view_of(grad_output), a.grad_sum = view_of(grad_sum), a.sums = view_of(sums);
-  a.parts = sums.size(0);
+  a.grad_output = view_of(grad_output), a.grad_sum = view_of(grads[0]), a.sums = view_of(grads[1]);
+  a.parts = grads[1].size(0);
   a.parallel = torch_threads(a.parts);
   RK_RUN(backward, a);
 }

@@ -4,11 +4,11 @@
 namespace rk::add_layer_norm {
 
 void forward(
-    Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps, Tensor channels, Tensor output, Tensor rstd,
-    Tensor normalized);
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, const Tensor& channels,
+    double eps, const Tensor& output, const Tensor& rstd, const Tensor& normalized);
 
 void backward(
-    Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, Tensor weight, Tensor bias,
-    Tensor grad_sum, Tensor sums);
+    const Tensor& grad_output, const Tensor& output, const Tensor& rstd, const Tensor& normalized,
+    const Tensor& channels, const Tensor& weight, const Tensor& bias, const Tensors& grads);
 
 }  // namespace rk::add_layer_norm

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <mutex>
+#include <optional>
+#include <vector>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -16,6 +18,10 @@
 namespace rk {
 
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+using Numbers = std::vector<double>;
+using Ints = std::vector<int64_t>;
 
 inline DType dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
@@ -40,7 +46,7 @@ inline View view_of(const Tensor& tensor) {
   return view;
 }
 
-inline View view_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? view_of(*tensor) : View{}; }
+inline View view_of(const MaybeTensor& tensor) { return tensor.has_value() ? view_of(*tensor) : View{}; }
 
 // Workers are PyTorch's own threads: torch.set_num_threads() rules. More than `at_most`, what the work is worth, do
 // not help. One worker is the calling thread.

@@ -12,7 +12,6 @@ namespace rk::ms_deform_attn {
 namespace {
 
 using torch::headeronly::ScalarType;
-using Ints = std::vector<int64_t>;
 
 int64_t at_most(int64_t most, const char* name, int64_t size) {
   STD_TORCH_CHECK(size <= most, "ms_deform_attn: the CUDA kernel takes at most ", most, " ", name, ", got ", size);
@@ -20,17 +19,16 @@ int64_t at_most(int64_t most, const char* name, int64_t size) {
 }
 
 // What both ops have.
-DeviceArgs arguments(
-    const Tensor& value, const Ints& spatial_shapes, const Ints& starts, const Ints& points, const Tensor& places,
-    const Tensor& weights) {
+DeviceArgs arguments(const Tensor& value, const Ints& levels, const Tensor& places, const Tensor& weights) {
   DeviceArgs a{};
   a.B = value.size(0), a.H = value.size(2), a.D = value.size(3), a.N = weights.size(1);
   a.S = at_most(MAX_POSITIONS, "feature positions", value.size(1));
   a.K = at_most(MAX_POINTS, "points of a query and head", weights.size(3));
-  a.L = at_most(MAX_LEVELS, "levels", int64_t(starts.size()));
+  a.L = at_most(MAX_LEVELS, "levels", int64_t(levels.size()) / 4);
+  const int64_t *starts = levels.data() + 2 * a.L, *points = levels.data() + 3 * a.L;
   int64_t point = 0;
   for (int64_t l = 0; l < a.L; ++l) {
-    const int64_t height = spatial_shapes[2 * l], width = spatial_shapes[2 * l + 1];
+    const int64_t height = levels[2 * l], width = levels[2 * l + 1];
     a.levels[l] = {starts[l], int32_t(height), int32_t(width), int32_t(point), int32_t(points[l])};
     a.cells += (height + 1) * (width + 1);
     point += points[l];
@@ -41,9 +39,9 @@ DeviceArgs arguments(
 }
 
 DeviceArgs fused_arguments(
-    const Tensor& value, const Ints& spatial_shapes, const Ints& starts, const Tensor& reference_points,
-    const Tensor& offsets, const Tensor& logits, const Ints& points, const std::optional<Tensor>& value_mask) {
-  DeviceArgs a = arguments(value, spatial_shapes, starts, points, offsets, logits);
+    const Tensor& value, const Ints& levels, const Tensor& reference_points, const Tensor& offsets,
+    const Tensor& logits, const MaybeTensor& value_mask) {
+  DeviceArgs a = arguments(value, levels, offsets, logits);
   a.fused = true;
   a.value_mask = view_of(value_mask);
   a.reference = view_of(reference_points);
@@ -104,13 +102,11 @@ void backward_in_order(DeviceArgs& a, const Tensor& value, Tensor grad_value, cu
   launch_for(a.value.dtype, [&](auto storage) { return launch_gather<storage.value>(a, stream); });
 }
 
-void backward(
-    DeviceArgs& a, const Tensor& grad_output, const Tensor& value, const Tensor& grad_value, const Tensor& grad_places,
-    const Tensor& grad_weights, bool deterministic) {
+void backward(DeviceArgs& a, const Tensor& grad_output, const Tensor& value, bool deterministic, const Tensors& grads) {
   const CudaStream stream(value);
   a.grad_output = view_of(grad_output);
-  a.grad_places = view_of(grad_places), a.grad_weights = view_of(grad_weights);
-  (deterministic ? backward_in_order : backward_by_atomics)(a, value, grad_value, stream);
+  a.grad_places = view_of(grads[1]), a.grad_weights = view_of(grads[2]);
+  (deterministic ? backward_in_order : backward_by_atomics)(a, value, grads[0], stream);
 }
 
 // Over heads and, where all levels share a reference, over levels.
@@ -123,36 +119,36 @@ void sum_over_heads(const DeviceArgs& a, const Tensor& of_heads, Tensor grad_ref
 }  // namespace
 
 void forward(
-    Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points, Tensor output) {
-  DeviceArgs a = arguments(value, spatial_shapes, starts, points, locations, weights);
+    const Tensor& value, const Ints& levels, const Tensor& locations, const Tensor& weights, const Tensor& output) {
+  DeviceArgs a = arguments(value, levels, locations, weights);
   forward(a, value, output);
 }
 
 void backward(
-    Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor locations, Tensor weights, Ints points,
-    Tensor grad_value, Tensor grad_locations, Tensor grad_weights, bool deterministic) {
-  DeviceArgs a = arguments(value, spatial_shapes, starts, points, locations, weights);
-  backward(a, grad_output, value, grad_value, grad_locations, grad_weights, deterministic);
+    const Tensor& grad_output, const Tensor& value, const Ints& levels, const Tensor& locations, const Tensor& weights,
+    bool deterministic, const Tensors& grads) {
+  DeviceArgs a = arguments(value, levels, locations, weights);
+  backward(a, grad_output, value, deterministic, grads);
 }
 
 void fused_forward(
-    Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets, Tensor logits, Ints points,
-    std::optional<Tensor> value_mask, Tensor output) {
-  DeviceArgs a = fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
+    const Tensor& value, const Ints& levels, const Tensor& reference_points, const Tensor& offsets,
+    const Tensor& logits, const MaybeTensor& value_mask, const Tensor& output) {
+  DeviceArgs a = fused_arguments(value, levels, reference_points, offsets, logits, value_mask);
   forward(a, value, output);
 }
 
 void fused_backward(
-    Tensor grad_output, Tensor value, Ints spatial_shapes, Ints starts, Tensor reference_points, Tensor offsets,
-    Tensor logits, Ints points, std::optional<Tensor> value_mask, Tensor grad_value,
-    std::optional<Tensor> grad_reference, Tensor grad_offsets, Tensor grad_logits, bool deterministic) {
-  DeviceArgs a = fused_arguments(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask);
-  std::optional<Tensor> of_heads;  // [B, N, H, L, 2 or 4]
-  if (grad_reference.has_value())
+    const Tensor& grad_output, const Tensor& value, const Ints& levels, const Tensor& reference_points,
+    const Tensor& offsets, const Tensor& logits, const MaybeTensor& value_mask, bool deterministic,
+    const Tensors& grads) {
+  DeviceArgs a = fused_arguments(value, levels, reference_points, offsets, logits, value_mask);
+  MaybeTensor of_heads;  // [B, N, H, L, 2 or 4]
+  if (grads.size() > 3)
     of_heads = empty_on_device_of(value, {a.B, a.N, a.H, a.L, a.reference_size}, accumulate_type(value));
   a.grad_reference = view_of(of_heads);
-  backward(a, grad_output, value, grad_value, grad_offsets, grad_logits, deterministic);
-  if (grad_reference.has_value()) sum_over_heads(a, *of_heads, *grad_reference);
+  backward(a, grad_output, value, deterministic, grads);
+  if (of_heads.has_value()) sum_over_heads(a, *of_heads, grads[3]);
 }
 
 }  // namespace rk::ms_deform_attn

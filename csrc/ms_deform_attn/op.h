@@ -1,28 +1,27 @@
 #pragma once
 // What op.cpp defines in the CPU library and cuda_op.cpp in the CUDA library. Sums are made in a fixed order by the
 // former always, by the latter where `deterministic`.
+//
+// levels: (h_1, w_1, ..., h_L, w_L, start_1, ..., start_L, points_1, ..., points_L)
 
 #include "../common/stable_tensor.h"
 
 namespace rk::ms_deform_attn {
 
 void forward(
-    Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor locations, Tensor weights,
-    std::vector<int64_t> points, Tensor output);
+    const Tensor& value, const Ints& levels, const Tensor& locations, const Tensor& weights, const Tensor& output);
 
 void backward(
-    Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
-    Tensor locations, Tensor weights, std::vector<int64_t> points, Tensor grad_value, Tensor grad_locations,
-    Tensor grad_weights, bool deterministic);
+    const Tensor& grad_output, const Tensor& value, const Ints& levels, const Tensor& locations, const Tensor& weights,
+    bool deterministic, const Tensors& grads);
 
 void fused_forward(
-    Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts, Tensor reference_points,
-    Tensor offsets, Tensor logits, std::vector<int64_t> points, std::optional<Tensor> value_mask, Tensor output);
+    const Tensor& value, const Ints& levels, const Tensor& reference_points, const Tensor& offsets,
+    const Tensor& logits, const MaybeTensor& value_mask, const Tensor& output);
 
 void fused_backward(
-    Tensor grad_output, Tensor value, std::vector<int64_t> spatial_shapes, std::vector<int64_t> starts,
-    Tensor reference_points, Tensor offsets, Tensor logits, std::vector<int64_t> points,
-    std::optional<Tensor> value_mask, Tensor grad_value, std::optional<Tensor> grad_reference, Tensor grad_offsets,
-    Tensor grad_logits, bool deterministic);
+    const Tensor& grad_output, const Tensor& value, const Ints& levels, const Tensor& reference_points,
+    const Tensor& offsets, const Tensor& logits, const MaybeTensor& value_mask, bool deterministic,
+    const Tensors& grads);
 
 }  // namespace rk::ms_deform_attn

@@ -4,7 +4,7 @@
 
 namespace rk::query_similarity {
 
-void forward(Tensor x, Tensor output) {
+void forward(const Tensor& x, const Tensor& output) {
   Args a{};
   a.batch = x.size(0), a.queries = x.size(1), a.channels = x.size(2);
   a.x = view_of(x), a.output = view_of(output);

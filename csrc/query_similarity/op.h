@@ -1,4 +1,6 @@
 #pragma once
 #include "../common/stable_tensor.h"
 
-namespace rk::query_similarity { void forward(Tensor x, Tensor output); }  // namespace rk::query_similarity
+namespace rk::query_similarity {
+void forward(const Tensor& x, const Tensor& output);
+}  // namespace rk::query_similarity

@@ -38,6 +38,7 @@ struct BackwardScratch {
   T* grad_sup_q;             // [R, BLOCK_N]
   T* grad_del_q;             // [R, BLOCK_N]
   T* grad_gate_q;            // [G, BLOCK_N]
+  T* grad_strength;          // [BLOCK_N] sum_j grad_bias_ij clamp(r_ij)
   T* minus_lse;              // [H, BLOCK_N] times log2(e), as logits are
   T* minus_dot;              // [H, BLOCK_N] -T_hi = -dO_hi . O_hi
   OnlineSoftmax<T> softmax;  // of rows whose lse could not carry the sum
@@ -51,9 +52,10 @@ struct BackwardScratch {
       : bias(blocks, a), query(blocks, a.heads, a.channels, true), grad_output(blocks, a.heads, a.channels, true),
         grad_query(blocks, a.heads, a.channels, false), grad_sup_q(blocks.take<T>(a.sup_rank * BLOCK_N)),
         grad_del_q(blocks.take<T>(a.del_rank * BLOCK_N)), grad_gate_q(blocks.take<T>(a.gate_rank * BLOCK_N)),
-        minus_lse(blocks.take<T>(a.heads * BLOCK_N)), minus_dot(blocks.take<T>(a.heads * BLOCK_N)),
-        softmax(blocks, a.heads), pairs(softmax.weights), grad_bias(blocks.take<T>(TILE_SIZE)),
-        key(blocks.take<T>(BLOCK_M * query.padded_columns)), value(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        grad_strength(blocks.take<T>(BLOCK_N)), minus_lse(blocks.take<T>(a.heads * BLOCK_N)),
+        minus_dot(blocks.take<T>(a.heads * BLOCK_N)), softmax(blocks, a.heads), pairs(softmax.weights),
+        grad_bias(blocks.take<T>(TILE_SIZE)), key(blocks.take<T>(BLOCK_M * query.padded_columns)),
+        value(blocks.take<T>(BLOCK_M * query.padded_columns)),
         sum(blocks.take<T>(
             BLOCK_M *
             larger(
@@ -124,6 +126,7 @@ struct Backward {
     memset(s.grad_sup_q, 0, size_t(a.sup_rank * BLOCK_N) * sizeof(T));
     memset(s.grad_del_q, 0, size_t(a.del_rank * BLOCK_N) * sizeof(T));
     memset(s.grad_gate_q, 0, size_t(a.gate_rank * BLOCK_N) * sizeof(T));
+    memset(s.grad_strength, 0, BLOCK_N * sizeof(T));
   }
 
   // P = 2^(S - max) / sum where lse lost the sum: max takes the place of lse, and 1 / sum goes into dO and T.
@@ -227,11 +230,14 @@ struct Backward {
   }
 
   void differentiate_routes(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& at) const {
-    const Vec<T> limit = broadcast(a.clamped ? T(a.limit) : T(__builtin_inff()));
+    const Vec<T> limit = broadcast(T(a.limit)), strength = broadcast(T(a.strength));
+    const bool of_strength = grad.strength.data != nullptr;
     BiasTile<T>& tile = s.bias;
     for (int64_t j = 0; j < at.count; ++j)
       for (int64_t e = j * BLOCK_N; e < j * BLOCK_N + at.columns; e += LANES<T>) {
-        const Vec<T> grad_r = clamp_adjoint(load(tile.del.products + e), limit, load(s.grad_bias + e));
+        const Vec<T> r = load(tile.del.products + e), grad_bias = load(s.grad_bias + e);
+        if (of_strength) add_strength_gradient(s.grad_strength + (e - j * BLOCK_N), clamp(r, limit), grad_bias);
+        const Vec<T> grad_r = strength * clamp_adjoint(r, limit, grad_bias);
         const RouteGradient<Vec<T>> g =
             route_adjoint(load(tile.gate.products + e), load(tile.sup.products + e), grad_r);
         store(tile.sup.products + e, g.sup), store(tile.del.products + e, g.del);
@@ -240,6 +246,11 @@ struct Backward {
     add_factor_gradients(tile.sup, s.grad_sup_q, keys.sup, at);
     add_factor_gradients(tile.del, s.grad_del_q, keys.del, at);
     add_factor_gradients(tile.gate, s.grad_gate_q, keys.gate, at);
+  }
+
+  // grad_i += grad_bias_ij clamp(r_ij), of pairs that have a gradient: r of others may be NaN
+  static void add_strength_gradient(T* grad, Vec<T> clamped, Vec<T> grad_bias) {
+    store(grad, load(grad) + (grad_bias == 0 ? grad_bias : grad_bias * clamped));
   }
 
   // grad_q^T += keys^T dproducts,  grad_k += dproducts queries
@@ -264,6 +275,9 @@ struct Backward {
     };
     write(s.bias.sup, s.grad_sup_q, grad.sup_q), write(s.bias.del, s.grad_del_q, grad.del_q);
     write(s.bias.gate, s.grad_gate_q, grad.gate_q);
+    if (grad.strength.data == nullptr) return;
+    T* of_strength = static_cast<T*>(grad.strength.data) + at.b * a.queries + at.first;
+    memcpy(of_strength, s.grad_strength, size_t(at.rows) * sizeof(T));
   }
 
   // grad = factor * (sum of the slots of image b, in the order of the workers)

@@ -5,21 +5,30 @@
 namespace rk::routed_attention {
 namespace {
 
+// routing: nothing, the six factors, or these and [2]: strength and limit, which then take the place of the numbers.
+// scalars: scale, strength, limit; the limit is infinity where there is none.
 Args arguments(
-    const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& sup_q, const MaybeTensor& sup_k,
-    const MaybeTensor& del_q, const MaybeTensor& del_k, const MaybeTensor& gate_q, const MaybeTensor& gate_k,
-    std::optional<double> limit, const MaybeTensor& attn_mask, const MaybeTensor& key_ranges, double scale,
-    const Tensor& output, const Tensor& lse) {
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensors& routing, const MaybeTensor& attn_mask,
+    const MaybeTensor& key_ranges, const Numbers& scalars, const Tensor& output, const Tensor& lse) {
   Args a{};
   a.batch = query.size(0), a.heads = query.size(1), a.queries = query.size(2), a.channels = query.size(3);
   a.keys = key.size(2);
-  a.routed = sup_q.has_value();
-  if (a.routed) a.sup_rank = sup_q->size(2), a.del_rank = del_q->size(2), a.gate_rank = gate_q->size(2);
-  a.clamped = a.routed && limit.has_value();
-  a.limit = limit.value_or(0), a.scale = scale;
   a.query = view_of(query), a.key = view_of(key), a.value = view_of(value);
-  a.sup_q = view_of(sup_q), a.sup_k = view_of(sup_k), a.del_q = view_of(del_q), a.del_k = view_of(del_k);
-  a.gate_q = view_of(gate_q), a.gate_k = view_of(gate_k);
+  a.scale = scalars[0], a.strength = scalars[1], a.limit = scalars[2];
+  a.routed = !routing.empty();
+  if (a.routed) {
+    a.sup_rank = routing[0].size(2), a.del_rank = routing[2].size(2), a.gate_rank = routing[4].size(2);
+    a.sup_q = view_of(routing[0]), a.sup_k = view_of(routing[1]), a.del_q = view_of(routing[2]);
+    a.del_k = view_of(routing[3]), a.gate_q = view_of(routing[4]), a.gate_k = view_of(routing[5]);
+  }
+  if (routing.size() > 6) {
+    const View given = view_of(routing[6]);
+    const auto number = [&](int64_t i) {
+      return given.dtype == DType::float64 ? static_cast<const double*>(given.data)[i]
+                                           : static_cast<const float*>(given.data)[i];
+    };
+    a.strength = number(0), a.limit = number(1);
+  }
   a.attn_mask = view_of(attn_mask);
   a.key_ranges = view_of(key_ranges);
   a.output = view_of(output), a.lse = view_of(lse);
@@ -31,27 +40,26 @@ Args arguments(
 }  // namespace
 
 void forward(
-    Tensor query, Tensor key, Tensor value, MaybeTensor sup_q, MaybeTensor sup_k, MaybeTensor del_q, MaybeTensor del_k,
-    MaybeTensor gate_q, MaybeTensor gate_k, std::optional<double> limit, MaybeTensor attn_mask, MaybeTensor key_ranges,
-    double scale, Tensor output, Tensor lse) {
-  Args a = arguments(
-      query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale, output, lse);
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensors& routing, const MaybeTensor& attn_mask,
+    const MaybeTensor& key_ranges, const Numbers& scalars, const Tensor& output, const Tensor& lse) {
+  Args a = arguments(query, key, value, routing, attn_mask, key_ranges, scalars, output, lse);
   RK_RUN(forward, a);
 }
 
+// grads: of query, key, value, of the six factors, and the rows [B, N] of the strength's.
 void backward(
-    Tensor grad_output, Tensor output, Tensor lse, Tensor query, Tensor key, Tensor value, MaybeTensor sup_q,
-    MaybeTensor sup_k, MaybeTensor del_q, MaybeTensor del_k, MaybeTensor gate_q, MaybeTensor gate_k,
-    std::optional<double> limit, MaybeTensor attn_mask, MaybeTensor key_ranges, double scale, Tensor grad_query,
-    Tensor grad_key, Tensor grad_value, MaybeTensor grad_sup_q, MaybeTensor grad_sup_k, MaybeTensor grad_del_q,
-    MaybeTensor grad_del_k, MaybeTensor grad_gate_q, MaybeTensor grad_gate_k) {
-  Args a = arguments(
-      query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale, output, lse);
+    const Tensor& grad_output, const Tensor& output, const Tensor& lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensors& routing, const MaybeTensor& attn_mask, const MaybeTensor& key_ranges,
+    const Numbers& scalars, const Tensors& grads) {
+  Args a = arguments(query, key, value, routing, attn_mask, key_ranges, scalars, output, lse);
   Gradients& grad = a.grad;
   grad.output = view_of(grad_output);
-  grad.query = view_of(grad_query), grad.key = view_of(grad_key), grad.value = view_of(grad_value);
-  grad.sup_q = view_of(grad_sup_q), grad.sup_k = view_of(grad_sup_k), grad.del_q = view_of(grad_del_q);
-  grad.del_k = view_of(grad_del_k), grad.gate_q = view_of(grad_gate_q), grad.gate_k = view_of(grad_gate_k);
+  grad.query = view_of(grads[0]), grad.key = view_of(grads[1]), grad.value = view_of(grads[2]);
+  if (a.routed) {
+    grad.sup_q = view_of(grads[3]), grad.sup_k = view_of(grads[4]), grad.del_q = view_of(grads[5]);
+    grad.del_k = view_of(grads[6]), grad.gate_q = view_of(grads[7]), grad.gate_k = view_of(grads[8]);
+  }
+  if (grads.size() > 9) grad.strength = view_of(grads[9]);
   RK_RUN(backward, a);
 }
 

@@ -215,14 +215,15 @@ struct BiasTile {
     sup.read_keys(a.sup_k, at, for_backward), del.read_keys(a.del_k, at, for_backward);
     gate.read_keys(a.gate_k, at, for_backward);
     sup.multiply(at), del.multiply(at);
-    const Vec<T> limit = broadcast(a.clamped ? T(a.limit) : T(__builtin_inff()));
+    const Vec<T> limit = broadcast(T(a.limit));
+    const T strength = T(a.strength * LOG2_E);
     gate.multiply(at, [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
       const int64_t e = j * BLOCK_N + i;
       const Vec<T> suppressor = load(sup.products + e), delegator = load(del.products + e);
       const Vec<T> decay = exp2_nonpositive((logit < 0 ? logit : -logit) * T(LOG2_E));
       const Vec<T> p = sigmoid_of_decay(logit, decay, reciprocal(1 + decay));
       const Vec<T> r = route(p, suppressor, delegator);
-      store(shared + e, clamp(r, limit) * T(LOG2_E));
+      store(shared + e, clamp(r, limit) * strength);
       if (!for_backward) return;
       store(gate.products + e, p), store(sup.products + e, suppressor - delegator), store(del.products + e, r);
     });

@@ -15,7 +15,8 @@ Args arguments(const Tensor& of_classes, double scale) {
 }  // namespace
 
 void forward(
-    Tensor logits, Tensor targets, double alpha, double gamma, double scale, Tensor loss, std::optional<Tensor> grad) {
+    const Tensor& logits, const Tensor& targets, double alpha, double gamma, double scale, const Tensor& loss,
+    const MaybeTensor& grad) {
   Args a = arguments(logits, scale);
   a.alpha = alpha, a.gamma = gamma;
   a.logits = view_of(logits), a.loss = view_of(loss), a.grad = view_of(grad);
@@ -23,9 +24,9 @@ void forward(
   RK_RUN(forward, a);
 }
 
-void backward(Tensor grad_loss, Tensor grad, double scale, Tensor grad_logits) {
+void backward(const Tensor& grad_output, const Tensor& grad, double scale, const Tensors& grads) {
   Args a = arguments(grad, scale);
-  a.grad_loss = view_of(grad_loss), a.grad = view_of(grad), a.grad_logits = view_of(grad_logits);
+  a.grad_loss = view_of(grad_output), a.grad = view_of(grad), a.grad_logits = view_of(grads[0]);
   RK_RUN(backward, a);
 }
 

@@ -4,8 +4,9 @@
 namespace rk::sigmoid_focal_loss {
 
 void forward(
-    Tensor logits, Tensor targets, double alpha, double gamma, double scale, Tensor loss, std::optional<Tensor> grad);
+    const Tensor& logits, const Tensor& targets, double alpha, double gamma, double scale, const Tensor& loss,
+    const MaybeTensor& grad);
 
-void backward(Tensor grad_loss, Tensor grad, double scale, Tensor grad_logits);
+void backward(const Tensor& grad_output, const Tensor& grad, double scale, const Tensors& grads);
 
 }  // namespace rk::sigmoid_focal_loss

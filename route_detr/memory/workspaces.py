@@ -50,12 +50,11 @@ def _ms_deform_attn_fused_backward(
     return _sums(value) + weights + of_heads
 
 
-def _routed_attention_backward(grad_output, output, lse, query, key, value, *others) -> int:
+def _routed_attention_backward(grad_output, output, lse, query, key, value, routing, *others) -> int:
     """dO . O, with a float mask maxima and sums of rows, and what groups of heads add to three factors' gradients: at
     most a group for every head."""
-    factors = [factor for factor in others[:6] if factor is not None]
-    of_queries, of_keys = (sum(factor.numel() for factor in factors[side::2]) for side in (0, 1))
-    attn_mask = others[7]
+    of_queries, of_keys = (sum(factor.numel() for factor in routing[side:6:2]) for side in (0, 1))
+    _strength, _limit, attn_mask, *_ = others
     of_rows = 3 if attn_mask is not None and attn_mask.dtype != torch.bool else 1
     return _bytes(of_rows * lse.numel() + query.shape[1] * max(of_queries, of_keys), torch.float32)
 

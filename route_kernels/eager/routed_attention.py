@@ -10,21 +10,24 @@ def routed_attention(
     query: torch.Tensor,  # [B, H, N, D]
     key: torch.Tensor,  # [B, H, M, D]
     value: torch.Tensor,  # [B, H, M, D]
-    factors: tuple[torch.Tensor, ...] | None,  # sup_q, sup_k, del_q, del_k, gate_q, gate_k: [B, N or M, R or G]
-    limit: float | None,
+    routing: tuple | None,  # sup_q, sup_k, del_q, del_k, gate_q, gate_k: [B, N or M, R or G]; limit, strength
     attn_mask: torch.Tensor | None,  # broadcastable to [B, H, N, M]
     key_ranges: torch.Tensor | None,  # [N, 2, 2] or [B, N, 2, 2]
     scale: float,
 ) -> torch.Tensor:
     """softmax(scale q k^T + bias + mask) v, bias and masks written out as one mask: [B, H, N, D]."""
     mask, visible = None, None
-    if factors is not None:
-        sup_q, sup_k, del_q, del_k, gate_q, gate_k = factors
+    if routing is not None:
+        sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, strength = routing
         p = torch.sigmoid(gate_q @ gate_k.mT)
         r = p * (sup_q @ sup_k.mT) + (1 - p) * (del_q @ del_k.mT)  # [B, N, M]
-        if limit is not None:
+        if isinstance(limit, torch.Tensor):
+            limit = limit.to(r.dtype)
+        elif limit is not None:
             limit = min(limit, torch.finfo(r.dtype).max)
+        if limit is not None:
             r = r.clamp(-limit, limit)
+        r = strength * r
         mask = r.unsqueeze(1).to(query.dtype)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = torch.atleast_2d(attn_mask)

@@ -27,7 +27,7 @@ from .contract import (
     may_be_differentiated,
     number,
 )
-from .registry import register, register_backward
+from .registry import Backward, register
 
 OP = "add_layer_norm"
 KEEP = ("output", "normalized")
@@ -72,9 +72,10 @@ def add_layer_norm(
     dtype = _output_dtype(x, residual)
     chosen = backends.choose(OP, x, residual, weight, bias)
     inputs = (x, residual, weight, bias)
-    if chosen in backends.PLAIN:
+    plain = backends.plain(OP, chosen)
+    if plain is not None:
         check(*inputs, eps, dtype)
-        return backends.PLAIN[chosen].add_layer_norm(*inputs, eps, dtype)
+        return plain(*inputs, eps, dtype)
     channels = weight.shape[0] if weight.dim() else 0
     kept = (channels if keep == "normalized" else min(SPARE, channels)) if may_be_differentiated(*inputs) else 0
     return torch.ops.route_kernels.add_layer_norm(*inputs, eps, kept, dtype, chosen)[0]
@@ -114,34 +115,29 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return last_dim_contiguous(x).reshape(-1, x.shape[-1])
 
 
-def _new_outputs(x: torch.Tensor, kept: int, dtype: torch.dtype):
-    """y [..., C], rstd [...] in the dtype of sums, x^ of the kept channels [..., kept]."""
+def _new_outputs(x, residual, weight, bias, eps, kept, dtype, backend):
+    """y [..., C], rstd [...] in the dtype of sums, x^ of the kept channels [..., kept], which are int32 [kept]."""
+    check(x, residual, weight, bias, eps, dtype)
     return (
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty(x.shape[:-1], dtype=accumulate_dtype(dtype)),
         x.new_empty(*x.shape[:-1], kept, dtype=dtype),
+        x.new_empty(kept, dtype=torch.int32),
     )
 
 
 def _kernel(x, residual, weight, bias, eps, kept, dtype, backend):
-    check(x, residual, weight, bias, eps, dtype)
-    chosen = backends.resolve(OP, backend, x)
-    channels = spare_channels(weight, bias, kept)
-    output, rstd, normalized = _new_outputs(x, kept, dtype)
+    output, rstd, normalized, channels = outputs = _new_outputs(x, residual, weight, bias, eps, kept, dtype, backend)
+    channels.copy_(spare_channels(weight, bias, kept))
     if x.numel():
-        _FORWARD[chosen](
-            _rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), eps, channels,
+        backends.kernel(OP, "forward", backend)(
+            _rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), channels, eps,
             _rows(output), rstd.view(-1), normalized.view(rstd.numel(), kept),
         )  # fmt: skip
-    return output, rstd, normalized, channels
+    return outputs
 
 
-def _fake(x, residual, weight, bias, eps, kept, dtype, backend):
-    check(x, residual, weight, bias, eps, dtype)
-    return *_new_outputs(x, kept, dtype), x.new_empty(kept, dtype=torch.int32)
-
-
-def _new_grads(output, weight) -> list[torch.Tensor]:
+def _new_grads(grad_output, output, *others) -> list[torch.Tensor]:
     """Of s [..., C], and of weight and bias summed over each part of the tokens: [parts, 2, C]."""
     channels = output.shape[-1]
     tokens = output.numel() // max(channels, 1)
@@ -151,74 +147,31 @@ def _new_grads(output, weight) -> list[torch.Tensor]:
 
 
 def _backward_kernel(grad_output, output, rstd, normalized, channels, weight, bias, backend):
-    grad_sum, sums = grads = _new_grads(output, weight)
+    grad_sum, sums = grads = _new_grads(grad_output, output)
     if output.numel():
-        _BACKWARD[backends.resolve(OP, backend, output)](
+        backends.kernel(OP, "backward", backend)(
             _rows(grad_output), _rows(output), rstd.view(-1), normalized.view(rstd.numel(), channels.numel()), channels,
-            weight.contiguous(), bias.contiguous(), _rows(grad_sum), sums,
+            weight.contiguous(), bias.contiguous(), [_rows(grad_sum), sums],
         )  # fmt: skip
     return grads
 
 
-def _backward_fake(grad_output, output, rstd, normalized, channels, weight, bias, backend):
-    return _new_grads(output, weight)
-
-
-def _cpu_forward(*arguments):
-    torch.ops.route_kernels_native.add_layer_norm_forward(*arguments)
-
-
-def _cpu_backward(*arguments):
-    torch.ops.route_kernels_native.add_layer_norm_backward(*arguments)
-
-
-def _triton_forward(*arguments):
-    from ..triton.add_layer_norm import forward
-
-    forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from ..triton.add_layer_norm import backward
-
-    backward(*arguments)
-
-
-_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
-_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
-
-
-def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, _, _, _, ctx.backend = inputs
-    y, rstd, normalized, channels = output
-    ctx.mark_non_differentiable(rstd, normalized, channels)
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-    ctx.dtypes = x.dtype, residual.dtype
-    ctx.save_for_backward(y, rstd, normalized, channels, weight, bias)
-
-
-def _backward(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * 8
-    *saved, weight, bias = ctx.saved_tensors
-    grad_sum, sums = torch.ops.route_kernels.add_layer_norm_backward(grad_output, *saved, weight, bias, ctx.backend)
+def _gradients(grads, given):
+    grad_sum, sums = grads
     grad_weight, grad_bias = sums.sum(0).unbind()
-    grad_x, grad_residual = (grad_sum.to(dtype) for dtype in ctx.dtypes)
-    return grad_x, grad_residual, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None, None
+    return {"x": grad_sum, "residual": grad_sum, "weight": grad_weight, "bias": grad_bias}
 
 
 register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, SymInt kept, ScalarType dtype, "
-    "str? backend) -> (Tensor output, Tensor rstd, Tensor normalized, Tensor channels)",
+    "str backend) -> (Tensor output, Tensor rstd, Tensor normalized, Tensor channels)",
     _kernel,
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-register_backward(
-    OP,
-    "add_layer_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, "
-    "Tensor weight, Tensor bias, str? backend) -> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
+    _new_outputs,
+    Backward(
+        "add_layer_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, "
+        "Tensor weight, Tensor bias, str backend) -> Tensor[]",
+        _backward_kernel,
+        _new_grads,
+        _gradients,
+    ),
 )

@@ -23,7 +23,7 @@ from .products import (
     rows_of_chunk,
     sum_of_rows,
 )
-from .registry import register, register_backward
+from .registry import Backward, register
 from .workspace import new_workspace, parts_of
 
 OP = "add_linear"
@@ -161,22 +161,10 @@ def _backward_fake(grad_output, x, position, weight, bias, dtype):
     return [*grads, new_workspace(_backward_parts(x, position, weight, grad_output.dtype), x)]
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.dtype = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_output, _grad_workspace):
-    if grad_output is None:
-        return (None,) * 5
-    x, position, weight, bias = ctx.saved_tensors
-    grad_sum, grad_weight, *others = torch.ops.route_kernels.add_linear_backward(
-        grad_output, x, position, weight, bias, ctx.dtype
-    )
-    grad_position = grad_sum.sum_to_size(position.shape).to(position.dtype) if ctx.needs_input_grad[1] else None
-    return grad_sum.to(x.dtype), grad_position, grad_weight, None if bias is None else others[0], None
+def _gradients(grads, given):
+    grad_sum, grad_weight, *others = grads
+    grad_bias = None if given["bias"] is None else others[0]
+    return {"x": grad_sum, "position": grad_sum, "weight": grad_weight, "bias": grad_bias}
 
 
 _INPUTS = "Tensor x, Tensor position, Tensor weight, Tensor? bias, ScalarType? dtype"
@@ -185,9 +173,7 @@ register(
     f"add_linear({_INPUTS}) -> (Tensor output, Tensor workspace)",
     _kernel,
     _fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-register_backward(
-    OP, f"add_linear_backward(Tensor grad_output, {_INPUTS}) -> Tensor[]", _backward_kernel, _backward_fake
+    Backward(
+        f"add_linear_backward(Tensor grad_output, {_INPUTS}) -> Tensor[]", _backward_kernel, _backward_fake, _gradients
+    ),
 )

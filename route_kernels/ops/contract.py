@@ -68,18 +68,29 @@ def number(op: str, argument: str, value: object) -> float:
         TypeError: it is anything else.
     """
     if isinstance(value, torch.Tensor):
-        if value.dim() > 0 or value.dtype == torch.bool or value.is_complex():
-            shape, dtype = list(value.shape), value.dtype
-            raise TypeError(f"{op}: {argument}: expected a number, got a tensor of shape {shape} and dtype {dtype}")
-        if value.requires_grad or has_tangent(value):
-            raise TypeError(f"{op}: {argument}: expected no gradient, got a tensor that requires one; detach it")
-        value = value.item()
+        value = number_or_tensor(op, argument, value).item()
     if isinstance(value, bool) or not isinstance(value, _REAL):
         raise TypeError(f"{op}: {argument}: expected a number, got {_brief(value)}")
     try:
         return float(value)
     except OverflowError:
         raise ValueError(f"{op}: {argument}: expected a number that a float can hold, got {_brief(value)}") from None
+
+
+def number_or_tensor(op: str, argument: str, value: object, differentiable: bool = False) -> float | torch.Tensor:
+    """`value` as a float, or as it is where it is a tensor of one real number; that is not read.
+
+    Raises:
+        TypeError: it is anything else, or such a tensor asks for a gradient and is not differentiable.
+    """
+    if not isinstance(value, torch.Tensor):
+        return number(op, argument, value)
+    if value.dim() > 0 or value.dtype == torch.bool or value.is_complex():
+        shape, dtype = list(value.shape), value.dtype
+        raise TypeError(f"{op}: {argument}: expected a number, got a tensor of shape {shape} and dtype {dtype}")
+    if not differentiable and (value.requires_grad or has_tangent(value)):
+        raise TypeError(f"{op}: {argument}: expected no gradient, got a tensor that requires one; detach it")
+    return value
 
 
 def integer(op: str, argument: str, value: object) -> int:

@@ -28,7 +28,7 @@ from .products import (
     rows_of_chunk,
     sum_of_rows,
 )
-from .registry import register, register_backward
+from .registry import Backward, register
 from .workspace import new_workspace, parts_of
 
 OP = "feed_forward"
@@ -199,20 +199,9 @@ def _backward_fake(grad_output, x, w1, b1, w2, b2, activation, chunks, dtype):
     return [*grads, new_workspace(_backward_parts(x, w1, b1, w2, chunks, grad_output.dtype), x)]
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.chunks, ctx.dtype = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_output, _grad_workspace):
-    if grad_output is None:
-        return (None,) * 8
-    tensors = ctx.saved_tensors
-    found = torch.ops.route_kernels.feed_forward_backward(grad_output, *tensors, ctx.activation, ctx.chunks, ctx.dtype)
-    grads = iter(found)
-    return *(None if tensor is None else next(grads) for tensor in tensors), None, None, None
+def _gradients(grads, given):
+    found = iter(grads)
+    return {name: None if given[name] is None else next(found) for name in ("x", "w1", "b1", "w2", "b2")}
 
 
 _INPUTS = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, SymInt chunks, ScalarType? dtype"
@@ -221,9 +210,10 @@ register(
     f"feed_forward({_INPUTS}) -> (Tensor output, Tensor workspace)",
     _kernel,
     _fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-register_backward(
-    OP, f"feed_forward_backward(Tensor grad_output, {_INPUTS}) -> Tensor[]", _backward_kernel, _backward_fake
+    Backward(
+        f"feed_forward_backward(Tensor grad_output, {_INPUTS}) -> Tensor[]",
+        _backward_kernel,
+        _backward_fake,
+        _gradients,
+    ),
 )

@@ -7,13 +7,15 @@ it where its kernel runs.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
+from .. import backends
 from .contract import integer
+from .registry import Backward, gradients, register
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -202,6 +204,48 @@ def check_levels(
             )
 
 
+def packed_levels(spatial_shapes: Sequence[int], starts: Sequence[int], points: Sequence[int]) -> tuple[int, ...]:
+    """What kernels take: (h_1, w_1, ..., h_L, w_L, start_1, ..., start_L, points_1, ..., points_L)."""
+    return (*spatial_shapes, *starts, *points)
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def kernel(op: str, direction: str, backend: str | None, value: torch.Tensor) -> Callable:
+    """`backends.kernel`, of the fastest backend if none is named; plain PyTorch has one where levels were tensors."""
+    backend = backend or backends.resolve(op, None, value)
+    plain = backends.plain(op, backend)
+    if plain is None:
+        return backends.kernel(op, direction, backend)
+    return partial(_plain_forward if direction == "forward" else _plain_backward, plain)
+
+
+def _plain(function: Callable, value: torch.Tensor, levels: Sequence[int], *others: torch.Tensor | None):
+    """The output of plain PyTorch for a kernel's inputs."""
+    count = len(levels) // 4
+    pairs, starts, points = level_pairs(levels[: 2 * count]), levels[2 * count : 3 * count], levels[3 * count :]
+    return function(value, pairs, starts, *others[:3], points, *others[3:])  # the value's mask comes last
+
+
+def _plain_forward(function: Callable, *inputs_and_output) -> None:
+    *inputs, output = inputs_and_output
+    output.copy_(_plain(function, *inputs))
+
+
+def _plain_backward(function: Callable, grad_output: torch.Tensor, value: torch.Tensor, levels, *others) -> None:
+    *others, _deterministic, grads = others
+    tensors = [value, *others]
+    order = (0, 1, 2) if len(others) == 2 else (0, 2, 3, 1)[: len(grads)]  # reference points come last
+
+    def forward(*leaves):
+        given = dict(enumerate(tensors)) | dict(zip(order, leaves, strict=True))
+        return _plain(function, given.pop(0), levels, *given.values())
+
+    for grad, found in zip(grads, gradients(forward, [tensors[i] for i in order], grad_output), strict=True):
+        grad.copy_(found)
+
+
 # ---- registration: every op with levels has two overloads -----------------------------------------------------------
 
 _READERS = {
@@ -211,37 +255,34 @@ _READERS = {
 }
 
 
-def register_with_levels(register: Callable, op: str, schema: str, kernel: Callable, *functions, **autograd) -> None:
-    """`register(schema, kernel, ...)` for levels as numbers, and again as overload `tensor` for levels as tensors.
+def register_with_levels(op: str, schema: str, kernel: Callable, fake: Callable, backward: Backward) -> None:
+    """`register`, for levels as numbers, and again as overload `tensor` for levels as tensors.
 
-    The kernel is one: the overload reads the tensors first, which a CUDA graph must not record.
+    The kernels are the same: the overload reads the tensors first, which a CUDA graph must not record.
     """
-    register(schema, kernel, *functions, **autograd)
-    name, _, arguments = schema.partition("(")
-    parameters = tuple(inspect.signature(kernel).parameters)
+    register(schema, kernel, fake, backward)
+    of_tensors = backward._replace(
+        schema=_of_tensors(backward.schema), kernel=_reading(op, backward.schema, backward.kernel)
+    )
+    unsafe = (torch.Tag.cudagraph_unsafe,)
+    register(_of_tensors(schema), _reading(op, schema, kernel), fake, of_tensors, tags=unsafe)
 
-    def reading(*inputs):
-        pairs = zip(parameters, inputs, strict=True)
-        return kernel(*(_READERS[name](op, given) if name in _READERS else given for name, given in pairs))
 
-    of_tensors = f"{name}.tensor({arguments.replace('SymInt[]', 'Tensor')}"
-    register(of_tensors, reading, *functions, tags=(torch.Tag.cudagraph_unsafe,), **autograd)
+def _of_tensors(schema: str) -> str:
+    return schema.replace("(", ".tensor(", 1).replace("SymInt[]", "Tensor")
+
+
+def _reading(op: str, schema: str, kernel: Callable) -> Callable:
+    arguments = schema[schema.index("(") + 1 : schema.index(")")].split(", ")
+    readers = [_READERS.get(argument.rpartition(" ")[2]) for argument in arguments]
+
+    def run(*inputs):
+        return kernel(*(x if read is None else read(op, x) for read, x in zip(readers, inputs, strict=True)))
+
+    return run
 
 
 def overload(name: str, spatial_shapes: Sequence[int] | torch.Tensor) -> Callable:
     """The registered op of that name that takes such levels."""
     packet = getattr(torch.ops.route_kernels, name)
     return packet.tensor if isinstance(spatial_shapes, torch.Tensor) else packet
-
-
-def keep_for_backward(ctx, tensors: Sequence[torch.Tensor | None], *levels: Sequence[int] | torch.Tensor | None):
-    """`ctx.save_for_backward`, with the levels, which are numbers or tensors."""
-    are_tensors = isinstance(levels[0], torch.Tensor)
-    ctx.levels = None if are_tensors else levels
-    ctx.save_for_backward(*tensors, *(levels if are_tensors else ()))
-
-
-def kept_for_backward(ctx, count: int) -> tuple[Sequence[torch.Tensor | None], Sequence]:
-    """The `count` tensors and the levels that `keep_for_backward` kept."""
-    saved = ctx.saved_tensors
-    return saved[:count], saved[count:] if ctx.levels is None else ctx.levels

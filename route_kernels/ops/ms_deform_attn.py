@@ -9,11 +9,9 @@ points over all levels.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
-from .. import backends, eager, reference
+from .. import backends
 from ..reference.precision import accumulate_dtype, autocast_dtype
 from .contract import (
     FLOATING,
@@ -29,16 +27,16 @@ from .levels import (
     SpatialShapes,
     check_levels,
     check_points,
-    keep_for_backward,
-    kept_for_backward,
+    kernel,
     level_arguments,
     level_count,
     level_pairs,
     level_starts,
     overload,
+    packed_levels,
     register_with_levels,
 )
-from .registry import gradients, register, register_backward
+from .registry import Backward
 
 OP = "ms_deform_attn"
 
@@ -85,13 +83,12 @@ def ms_deform_attn(
     inputs = (value, sizes, starts, sampling_locations, attention_weights, counts)
     if isinstance(sizes, torch.Tensor):
         chosen = backends.requested_backend() if chosen == "reference" else chosen  # exported: chosen where it runs
-    elif chosen in backends.PLAIN:
-        check(*inputs)
-        return backends.PLAIN[chosen].ms_deform_attn(
-            value, level_pairs(sizes), level_starts(sizes, starts), sampling_locations, attention_weights,
-            None if counts is None else tuple(counts),
-        )  # fmt: skip
-    return overload(OP, sizes)(*inputs, chosen)
+    plain = None if isinstance(sizes, torch.Tensor) else backends.plain(OP, chosen)
+    if plain is None:
+        return overload(OP, sizes)(*inputs, chosen)
+    check(*inputs)
+    counts = None if counts is None else tuple(counts)
+    return plain(value, level_pairs(sizes), level_starts(sizes, starts), sampling_locations, attention_weights, counts)
 
 
 def check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points) -> None:
@@ -130,14 +127,14 @@ def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.numel() == 0 or tensor[0, 0, 0].is_contiguous() else tensor.contiguous()
 
 
-def _native_inputs(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points):
+def _kernel_inputs(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points):
     """The inputs as the kernels read them: locations [B, N, H, K, 2] and weights [B, N, H, K], rows contiguous."""
-    starts = level_starts(spatial_shapes, level_start_index)
     if points is None:
-        points = (sampling_locations.shape[4],) * len(starts)
+        points = (sampling_locations.shape[4],) * level_count(spatial_shapes)
         sampling_locations, attention_weights = _all_points(sampling_locations), _all_points(attention_weights)
+    levels = packed_levels(spatial_shapes, level_starts(spatial_shapes, level_start_index), points)
     locations, weights = contiguous_rows(sampling_locations), contiguous_rows(attention_weights)
-    return last_dim_contiguous(value), spatial_shapes, starts, locations, weights, points
+    return last_dim_contiguous(value), levels, locations, weights
 
 
 def _all_points(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,105 +142,30 @@ def _all_points(tensor: torch.Tensor) -> torch.Tensor:
     return contiguous_rows(tensor).flatten(3, 4)
 
 
-def _kernel(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend):
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points)
-    check(*inputs)
-    return _FORWARD[backends.resolve(OP, backend, value)](*_native_inputs(*inputs))
-
-
-def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend):
-    check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points)
-    batch, _, heads, channels = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
-
-
-def _backward_kernel(
-    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend
-):
-    run = _BACKWARD[backends.resolve(OP, backend, value)]
-    grads = tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
-    inputs = _native_inputs(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points)
-    of_points = grads[1:] if points is not None else (grad.flatten(3, 4) for grad in grads[1:])
-    run(last_dim_contiguous(grad_output), *inputs, grads[0], *of_points)
-    return grads
-
-
-def _backward_fake(
-    grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, backend
-):
-    return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
-
-
-def _plain_forward(formulas, value, spatial_shapes, starts, locations, weights, points):
-    return formulas.ms_deform_attn(value, level_pairs(spatial_shapes), starts, locations, weights, tuple(points))
-
-
-def _plain_backward(formulas, grad_output, value, spatial_shapes, starts, locations, weights, points, *grads):
-    def forward(value, locations, weights):
-        return _plain_forward(formulas, value, spatial_shapes, starts, locations, weights, points)
-
-    for grad, found in zip(grads, gradients(forward, (value, locations, weights), grad_output), strict=True):
-        grad.copy_(found)
-
-
-def _native_forward(value, spatial_shapes, starts, locations, weights, points):
-    batch, _, heads, channels = value.shape
-    output = value.new_empty(batch, locations.shape[1], heads * channels)
-    torch.ops.route_kernels_native.ms_deform_attn_forward(
-        value, spatial_shapes, starts, locations, weights, points, output
-    )
+def _kernel(*inputs):
+    *inputs, backend = inputs
+    output = _new_output(*inputs)
+    kernel(OP, "forward", backend, inputs[0])(*_kernel_inputs(*inputs), output)
     return output
 
 
-def _native_backward(grad_output, value, spatial_shapes, starts, locations, weights, points, *grads, **options):
-    torch.ops.route_kernels_native.ms_deform_attn_backward(
-        grad_output, value, spatial_shapes, starts, locations, weights, points, *grads, **options
-    )
+def _new_output(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points):
+    check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points)
+    return value.new_empty(*value.shape[:1], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 
-def _cuda_backward(*inputs_and_grads):
-    _native_backward(*inputs_and_grads, deterministic=torch.are_deterministic_algorithms_enabled())
+def _backward_kernel(grad_output, *inputs):
+    *inputs, backend = inputs
+    grads = _new_grads(*inputs)
+    of_points = grads[1:] if inputs[-1] is not None else (grad.flatten(3, 4) for grad in grads[1:])
+    run = kernel(OP, "backward", backend, inputs[0])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    run(last_dim_contiguous(grad_output), *_kernel_inputs(*inputs), deterministic, [grads[0], *of_points])
+    return grads
 
 
-def _triton_forward(*inputs):
-    from ..triton.ms_deform_attn import forward
-
-    return forward(*inputs)
-
-
-def _triton_backward(grad_output, *inputs_and_grads):
-    from ..triton.ms_deform_attn import backward
-
-    backward(grad_output, *inputs_and_grads)
-
-
-_FORWARD = {
-    "reference": partial(_plain_forward, reference),
-    "eager": partial(_plain_forward, eager),
-    "cpu": _native_forward,
-    "cuda": _native_forward,
-    "triton": _triton_forward,
-}
-_BACKWARD = {
-    "reference": partial(_plain_backward, reference),
-    "eager": partial(_plain_backward, eager),
-    "cpu": _native_backward,
-    "cuda": _cuda_backward,
-    "triton": _triton_backward,
-}
-
-
-def _setup_context(ctx, inputs, output):
-    value, spatial_shapes, level_start_index, locations, weights, points, ctx.backend = inputs
-    keep_for_backward(ctx, (value, locations, weights), spatial_shapes, level_start_index, points)
-
-
-def _backward(ctx, grad_output):
-    (value, locations, weights), (sizes, starts, points) = kept_for_backward(ctx, 3)
-    grad_value, grad_locations, grad_weights = overload("ms_deform_attn_backward", sizes)(
-        grad_output, value, sizes, starts, locations, weights, points, ctx.backend
-    )
-    return grad_value, None, None, grad_locations, grad_weights, None, None
+def _new_grads(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points):
+    return tuple(x.new_empty(x.shape) for x in (value, sampling_locations, attention_weights))
 
 
 _INPUTS = (
@@ -252,18 +174,14 @@ _INPUTS = (
 )
 
 register_with_levels(
-    register,
     OP,
     f"ms_deform_attn({_INPUTS}) -> Tensor",
     _kernel,
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-register_with_levels(
-    partial(register_backward, OP),
-    OP,
-    f"ms_deform_attn_backward(Tensor grad_output, {_INPUTS}) -> (Tensor value, Tensor locations, Tensor weights)",
-    _backward_kernel,
-    _backward_fake,
+    lambda *inputs: _new_output(*inputs[:-1]),
+    Backward(
+        f"ms_deform_attn_backward(Tensor grad_output, {_INPUTS}) -> (Tensor value, Tensor locations, Tensor weights)",
+        _backward_kernel,
+        lambda grad_output, *inputs: _new_grads(*inputs[:-1]),
+        lambda grads, _: dict(zip(("value", "sampling_locations", "attention_weights"), grads, strict=True)),
+    ),
 )

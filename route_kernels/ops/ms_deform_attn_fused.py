@@ -12,11 +12,10 @@ K points over all levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
-from .. import backends, eager, reference
+from .. import backends
 from .contract import (
     expect_floating,
     expect_same_device,
@@ -29,17 +28,17 @@ from .levels import (
     SpatialShapes,
     check_levels,
     check_points,
-    keep_for_backward,
-    kept_for_backward,
+    kernel,
     level_arguments,
     level_count,
     level_pairs,
     level_starts,
     overload,
+    packed_levels,
     register_with_levels,
 )
 from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums
-from .registry import gradients, register, register_backward
+from .registry import Backward
 
 OP = "ms_deform_attn_fused"
 
@@ -87,17 +86,16 @@ def ms_deform_attn_fused(
     )  # fmt: skip
     sizes, _, points = level_arguments(OP, value, spatial_shapes, None, points)
     value = autocast_value(value)
-    tensors = (reference_points, sampling_offsets, attention_logits)
-    chosen = backends.choose(OP, value, *tensors, value_mask)
+    chosen = backends.choose(OP, value, reference_points, sampling_offsets, attention_logits, value_mask)
+    inputs = (value, sizes, reference_points, sampling_offsets, attention_logits, points, value_mask)
     if isinstance(sizes, torch.Tensor):
         chosen = backends.requested_backend() if chosen == "reference" else chosen  # exported: chosen where it runs
-    elif chosen in backends.PLAIN:
-        check(value, sizes, *tensors, points, value_mask)
-        return backends.PLAIN[chosen].ms_deform_attn_fused(
-            value, level_pairs(sizes), level_starts(sizes, None), *tensors,
-            _points(sizes, attention_logits, points), value_mask,
-        )  # fmt: skip
-    return overload(OP, sizes)(value, sizes, *tensors, points, value_mask, chosen)
+    plain = None if isinstance(sizes, torch.Tensor) else backends.plain(OP, chosen)
+    if plain is None:
+        return overload(OP, sizes)(*inputs, chosen)
+    check(*inputs)
+    counts = _points(sizes, attention_logits, points)
+    return plain(value, level_pairs(sizes), level_starts(sizes, None), *inputs[2:5], counts, value_mask)
 
 
 def check(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask) -> None:
@@ -144,162 +142,62 @@ def _points(spatial_shapes: Sequence[int], attention_logits: torch.Tensor, point
     return (attention_logits.shape[3] // max(levels, 1),) * levels if points is None else tuple(points)
 
 
-def _native_inputs(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask):
+def _kernel_inputs(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask):
     """The inputs as the kernels read them: each row of points contiguous, any other strides."""
+    counts = _points(spatial_shapes, attention_logits, points)
     return (
         last_dim_contiguous(value),
-        spatial_shapes,
-        level_starts(spatial_shapes, None),
+        packed_levels(spatial_shapes, level_starts(spatial_shapes, None), counts),
         last_dim_contiguous(reference_points),
         contiguous_rows(sampling_offsets),
         contiguous_rows(attention_logits),
-        _points(spatial_shapes, attention_logits, points),
         value_mask,
     )
 
 
-def _kernel(
-    value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask, backend
-):  # fmt: skip
-    inputs = (value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask)
-    check(*inputs)
-    return _FORWARD[backends.resolve(OP, backend, value)](*_native_inputs(*inputs))
-
-
-def _fake(value, spatial_shapes, reference_points, sampling_offsets, *settings):
-    check(value, spatial_shapes, reference_points, sampling_offsets, *settings[:-1])
-    batch, _, heads, channels = value.shape
-    return value.new_empty(batch, sampling_offsets.shape[1], heads * channels)
-
-
-def _backward_kernel(
-    grad_output, value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask,
-    reference_grad, backend,
-):  # fmt: skip
-    inputs = _native_inputs(
-        value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask
-    )
-    run = _BACKWARD[backends.resolve(OP, backend, value)]
-    return run(last_dim_contiguous(grad_output), *inputs, reference_grad)
-
-
-def _backward_fake(
-    grad_output, value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points, value_mask,
-    reference_grad, backend,
-):  # fmt: skip
-    return _new_grads(value, sampling_offsets, attention_logits, reference_points, reference_grad)
-
-
-def _new_grads(value, sampling_offsets, attention_logits, reference_points, reference_grad) -> list[torch.Tensor]:
-    wanted = (value, sampling_offsets, attention_logits, *((reference_points,) if reference_grad else ()))
-    return [x.new_empty(x.shape) for x in wanted]
-
-
-def _plain_forward(formulas, value, spatial_shapes, *inputs):
-    *tensors, points, value_mask = inputs[1:]
-    pairs = level_pairs(spatial_shapes)
-    return formulas.ms_deform_attn_fused(value, pairs, inputs[0], *tensors, tuple(points), value_mask)
-
-
-def _plain_backward(
-    formulas, grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask,
-    reference_grad,
-):  # fmt: skip
-    def forward(value, offsets, logits, reference_points=reference_points):
-        return _plain_forward(
-            formulas, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask
-        )
-
-    inputs = (value, offsets, logits, *((reference_points,) if reference_grad else ()))
-    return [grad.contiguous() for grad in gradients(forward, inputs, grad_output)]
-
-
-def _native_forward(value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask):
-    batch, _, heads, channels = value.shape
-    output = value.new_empty(batch, offsets.shape[1], heads * channels)
-    torch.ops.route_kernels_native.ms_deform_attn_fused_forward(
-        value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, output
-    )
+def _kernel(*inputs):
+    *inputs, backend = inputs
+    output = _new_output(*inputs)
+    kernel(OP, "forward", backend, inputs[0])(*_kernel_inputs(*inputs), output)
     return output
 
 
-def _native_backward(
-    grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask, reference_grad,
-    **options,
-):  # fmt: skip
-    grads = _new_grads(value, offsets, logits, reference_points, reference_grad)
-    grad_reference = grads[3] if reference_grad else None
-    torch.ops.route_kernels_native.ms_deform_attn_fused_backward(
-        grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, points, value_mask,
-        grads[0], grad_reference, *grads[1:3], **options,
-    )  # fmt: skip
+def _new_output(value, spatial_shapes, reference_points, sampling_offsets, *others):
+    check(value, spatial_shapes, reference_points, sampling_offsets, *others)
+    return value.new_empty(value.shape[0], sampling_offsets.shape[1], value.shape[2] * value.shape[3])
+
+
+def _backward_kernel(grad_output, *inputs):
+    *inputs, of_reference, backend = inputs
+    grads = _new_grads(inputs, of_reference)
+    run = kernel(OP, "backward", backend, inputs[0])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    run(last_dim_contiguous(grad_output), *_kernel_inputs(*inputs), deterministic, grads)
     return grads
 
 
-def _cuda_backward(*inputs):
-    return _native_backward(*inputs, deterministic=torch.are_deterministic_algorithms_enabled())
-
-
-def _triton_forward(*inputs):
-    from ..triton.ms_deform_attn_fused import forward
-
-    return forward(*inputs)
-
-
-def _triton_backward(grad_output, *inputs):
-    from ..triton.ms_deform_attn_fused import backward
-
-    return backward(grad_output, *inputs)
-
-
-_FORWARD = {
-    "reference": partial(_plain_forward, reference),
-    "eager": partial(_plain_forward, eager),
-    "cpu": _native_forward,
-    "cuda": _native_forward,
-    "triton": _triton_forward,
-}
-_BACKWARD = {
-    "reference": partial(_plain_backward, reference),
-    "eager": partial(_plain_backward, eager),
-    "cpu": _native_backward,
-    "cuda": _cuda_backward,
-    "triton": _triton_backward,
-}
-
-
-def _setup_context(ctx, inputs, output):
-    value, spatial_shapes, references, offsets, logits, points, value_mask, ctx.backend = inputs
-    keep_for_backward(ctx, (value, references, offsets, logits, value_mask), spatial_shapes, points)
-
-
-def _backward(ctx, grad_output):
-    (value, references, offsets, logits, value_mask), (sizes, points) = kept_for_backward(ctx, 5)
-    grads = overload("ms_deform_attn_fused_backward", sizes)(
-        grad_output, value, sizes, references, offsets, logits, points, value_mask, ctx.needs_input_grad[2], ctx.backend
-    )
-    grad_value, grad_offsets, grad_logits, *grad_reference = grads
-    return grad_value, None, grad_reference[0] if grad_reference else None, grad_offsets, grad_logits, None, None, None
+def _new_grads(inputs, of_reference: bool) -> list[torch.Tensor]:
+    value, _, reference_points, sampling_offsets, attention_logits, *_ = inputs
+    wanted = (value, sampling_offsets, attention_logits, *((reference_points,) if of_reference else ()))
+    return [x.new_empty(x.shape) for x in wanted]
 
 
 _INPUTS = (
     "Tensor value, SymInt[] spatial_shapes, Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
     "SymInt[]? points, Tensor? value_mask"
 )
+_DIFFERENTIATED = ("value", "sampling_offsets", "attention_logits", "reference_points")
 
 register_with_levels(
-    register,
     OP,
     f"ms_deform_attn_fused({_INPUTS}, str? backend) -> Tensor",
     _kernel,
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-register_with_levels(
-    partial(register_backward, OP),
-    OP,
-    f"ms_deform_attn_fused_backward(Tensor grad_output, {_INPUTS}, bool reference_grad, str? backend) -> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
+    lambda *inputs: _new_output(*inputs[:-1]),
+    Backward(
+        f"ms_deform_attn_fused_backward(Tensor grad_output, {_INPUTS}, bool reference_points_grad, str? backend) "
+        "-> Tensor[]",
+        _backward_kernel,
+        lambda grad_output, *inputs: _new_grads(inputs, inputs[-2]),
+        lambda grads, _: dict(zip(_DIFFERENTIATED, grads, strict=False)),
+    ),
 )

@@ -37,9 +37,12 @@ def query_similarity(x: torch.Tensor, mode: str = "relu") -> torch.Tensor:
     expect_tensors(OP, x=x)
     expect_choice(OP, "mode", mode, MODES)
     chosen = backends.choose(OP, x)
-    if mode == "mean" or chosen in backends.PLAIN:  # O(N C) in plain PyTorch: nothing to fuse, on any backend
+    plain = backends.plain(OP, chosen)
+    if mode == "mean" and plain is None:
+        plain = reference.query_similarity  # O(N C): nothing to fuse, on any backend
+    if plain is not None:
         check(x, mode)
-        return backends.PLAIN.get(chosen, reference).query_similarity(x, mode)
+        return plain(x, mode)
     return torch.ops.route_kernels.query_similarity(x.detach(), mode, chosen)
 
 
@@ -50,31 +53,15 @@ def check(x: torch.Tensor, mode: str) -> None:
     expect_choice(OP, "mode", mode, MODES)
 
 
-def _kernel(x: torch.Tensor, mode: str, backend: str | None) -> torch.Tensor:
-    check(x, mode)
-    if mode == "mean":
-        return reference.query_similarity(x, mode)
-    return _FORWARD[backends.resolve(OP, backend, x)](last_dim_contiguous(x))
-
-
-def _cpu_forward(x: torch.Tensor) -> torch.Tensor:
-    output = x.new_empty(x.shape[:2])
-    torch.ops.route_kernels_native.query_similarity_relu(x, output)
+def _kernel(x: torch.Tensor, mode: str, backend: str) -> torch.Tensor:
+    output = _new_output(x, mode)
+    backends.kernel(OP, "forward", backend)(last_dim_contiguous(x), output)
     return output
 
 
-def _triton_forward(x: torch.Tensor) -> torch.Tensor:
-    from ..triton.query_similarity import forward
-
-    return forward(x)
-
-
-_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
-
-
-def _fake(x: torch.Tensor, mode: str, backend: str | None) -> torch.Tensor:
+def _new_output(x: torch.Tensor, mode: str, backend: str | None = None) -> torch.Tensor:
     check(x, mode)
     return x.new_empty(x.shape[:2])
 
 
-register("query_similarity(Tensor x, str mode, str? backend) -> Tensor", _kernel, _fake)
+register("query_similarity(Tensor x, str mode, str backend) -> Tensor", _kernel, _new_output)

@@ -2,7 +2,7 @@
 
     p_ij = sigmoid(gate_q_i . gate_k_j)
     r_ij = p_ij (sup_q_i . sup_k_j) + (1 - p_ij)(del_q_i . del_k_j)
-    b_ij = clamp(r_ij, -limit, +limit)                        one bias, shared by all heads
+    b_ij = strength clamp(r_ij, -limit, +limit)               one bias, shared by all heads
     S_hij = scale q_hi . k_hj + b_ij + mask_ij
     O_hi  = sum_j softmax_j(S_hij) v_hj
 
@@ -12,6 +12,7 @@ B batch, H heads, N queries, M keys, D channels of one head, R rank of a product
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,18 +27,23 @@ from .contract import (
     expect_tensors,
     last_dim_contiguous,
     number,
+    number_or_tensor,
 )
-from .registry import register, register_backward
+from .registry import Backward, register
 
 OP = "routed_attention"
 
 
 class RoutingFactors(NamedTuple):
-    """What the pairwise bias is made of: b = clamp(p sup + (1 - p) del), p = sigmoid(gate).
+    """What the pairwise bias is made of: b = strength clamp(p sup + (1 - p) del), p = sigmoid(gate).
 
-    Sign, strength and 1/sqrt(R) are already folded into the suppressor and delegator factors.
+    Sign and 1/sqrt(R) are already folded into the suppressor and delegator factors.
     All six have one dtype: the query's, or the dtype it is accumulated in (float32; float64 for float64).
-    `torch.compile` takes `limit` for a constant: a new value compiles once more.
+
+    `limit` and `strength` are numbers, or tensors without dimensions on the device of the factors. `torch.compile`
+    takes numbers for constants: a new value compiles once more. A tensor is read by the kernel alone: its value may
+    change from step to step in one compiled graph or CUDA graph. `strength` has a gradient where it asks for one,
+    `limit` has none.
     """
 
     sup_q: torch.Tensor  # [B, N, R]
@@ -46,7 +52,8 @@ class RoutingFactors(NamedTuple):
     del_k: torch.Tensor  # [B, M, R]
     gate_q: torch.Tensor  # [B, N, G]
     gate_k: torch.Tensor  # [B, M, G]
-    limit: float | None = None
+    limit: float | torch.Tensor | None = None
+    strength: float | torch.Tensor = 1.0
 
 
 def routed_attention(
@@ -93,22 +100,16 @@ def routed_attention(
     masks = {"attn_mask": attn_mask, "key_ranges": key_ranges}
     expect_tensors(OP, query=query, key=key, value=value, **{k: mask for k, mask in masks.items() if mask is not None})
     query, key, value = _autocast(query, key, value)
-    factors: tuple = (None,) * 7
     if routing is not None:
-        _expect_factors(OP, routing)
-        limit = None if routing.limit is None else number(OP, "routing.limit", routing.limit)
-        factors = (*routing[:6], limit)
+        routing = _expect_factors(OP, routing)
     scale = None if scale is None else number(OP, "scale", scale)
-    chosen = backends.choose(OP, query, key, value, *factors[:6])
-    if chosen in backends.PLAIN:
-        check(query, key, value, *factors, attn_mask, key_ranges, scale)
-        return backends.PLAIN[chosen].routed_attention(
-            query, key, value, None if routing is None else factors[:6], factors[6], attn_mask, key_ranges,
-            _scale(query, scale),
-        )  # fmt: skip
-    return torch.ops.route_kernels.routed_attention(query, key, value, *factors, attn_mask, key_ranges, scale, chosen)[
-        0
-    ]
+    chosen = backends.choose(OP, query, key, value, routing)
+    plain = backends.plain(OP, chosen)
+    if plain is not None:
+        check(_Call(query, key, value, *_numbers_of(routing), attn_mask, key_ranges, scale))
+        return plain(query, key, value, routing, attn_mask, key_ranges, _scale(query, scale))
+    packed = _packed(routing, query)
+    return torch.ops.route_kernels.routed_attention(query, key, value, *packed, attn_mask, key_ranges, scale, chosen)[0]
 
 
 def routing_bias(routing: RoutingFactors) -> torch.Tensor:
@@ -117,19 +118,56 @@ def routing_bias(routing: RoutingFactors) -> torch.Tensor:
     Raises:
         ValueError, TypeError: as `routed_attention`.
     """
+    op = "routing_bias"
     if not isinstance(routing, RoutingFactors):
-        raise TypeError(f"routing_bias: routing: expected RoutingFactors, got {type(routing).__name__}")
-    _expect_factors("routing_bias", routing)
-    limit = None if routing.limit is None else number("routing_bias", "routing.limit", routing.limit)
-    expect_shape("routing_bias", "routing.sup_q", routing.sup_q, "B", "N", "R")
-    expect_shape("routing_bias", "routing.sup_k", routing.sup_k, "B", "M", "R")
-    _check_factors("routing_bias", *routing.sup_q.shape[:2], routing.sup_k.shape[1], routing._replace(limit=limit))
-    dtype, accumulate = routing.sup_q.dtype, accumulate_dtype(routing.sup_q.dtype)
-    return reference.routing_bias(*(x.to(accumulate) for x in routing[:6]), limit).to(dtype)
+        raise TypeError(f"{op}: routing: expected RoutingFactors, got {type(routing).__name__}")
+    routing = _expect_factors(op, routing)
+    expect_shape(op, "routing.sup_q", routing.sup_q, "B", "N", "R")
+    expect_shape(op, "routing.sup_k", routing.sup_k, "B", "M", "R")
+    factors, _, limit = _numbers_of(routing)
+    _check_factors(op, *routing.sup_q.shape[:2], routing.sup_k.shape[1], factors, limit)
+    accumulate = accumulate_dtype(routing.sup_q.dtype)
+    return reference.routing_bias((*(x.to(accumulate) for x in factors), *routing[6:])).to(routing.sup_q.dtype)
 
 
-def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale) -> None:
+class _Call(NamedTuple):
+    """The arguments of the op, but for its backend."""
+
+    query: torch.Tensor  # [B, H, N, D]
+    key: torch.Tensor  # [B, H, M, D]
+    value: torch.Tensor  # [B, H, M, D]
+    routing: list[torch.Tensor]
+    """None, the six factors, or these and [2]: strength and limit, which then take the place of the numbers."""
+    strength: float
+    limit: float | None
+    attn_mask: torch.Tensor | None
+    key_ranges: torch.Tensor | None
+    scale: float | None
+
+
+def _numbers_of(routing: RoutingFactors | None) -> tuple[list[torch.Tensor], float, float | None]:
+    """The factors, the strength and the limit; what is a tensor counts as 1 or as no limit."""
+    if routing is None:
+        return [], 1.0, None
+    *factors, limit, strength = routing
+    strength = 1.0 if isinstance(strength, torch.Tensor) else strength
+    return factors, strength, None if isinstance(limit, torch.Tensor) else limit
+
+
+def _packed(routing: RoutingFactors | None, query: torch.Tensor) -> tuple[list[torch.Tensor], float, float | None]:
+    """The same, with one tensor of both more where one of them is a tensor."""
+    factors, strength, limit = _numbers_of(routing)
+    if routing is None or not (isinstance(routing.strength, torch.Tensor) or isinstance(routing.limit, torch.Tensor)):
+        return factors, strength, limit
+    dtype = accumulate_dtype(query.dtype)
+    given = (routing.strength, math.inf if routing.limit is None else routing.limit)
+    both = [x.to(dtype) if isinstance(x, torch.Tensor) else query.new_full((), x, dtype=dtype) for x in given]
+    return [*factors, torch.stack(both)], 1.0, None
+
+
+def check(call: _Call) -> None:
     """The contract, for real and fake tensors alike."""
+    query, key, value, routing, _, limit, attn_mask, key_ranges, scale = call
     expect_shape(OP, "query", query, "B", "H", "N", "D")
     batch, heads, queries, channels = query.shape
     expect_shape(OP, "key", key, ("B", batch), ("H", heads), "M", ("D", channels))
@@ -140,10 +178,9 @@ def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, 
     expect_floating(OP, "value", value, (query.dtype,))
     if channels == 0 and scale is None:
         raise ValueError(f"{OP}: query: expected D >= 1 for the default scale 1/sqrt(D), got D = 0")
-    factors = (sup_q, sup_k, del_q, del_k, gate_q, gate_k)
-    if any(factor is not None for factor in factors):
-        _check_factors(OP, batch, queries, keys, RoutingFactors(*factors, limit))
-        expect_floating(OP, "routing.sup_q", sup_q, (query.dtype, accumulate_dtype(query.dtype)))
+    if routing:
+        _check_factors(OP, batch, queries, keys, routing[:6], limit)
+        expect_floating(OP, "routing.sup_q", routing[0], (query.dtype, accumulate_dtype(query.dtype)))
     if attn_mask is not None:
         _check_attn_mask(attn_mask, (batch, heads, queries, keys))
     if key_ranges is not None:
@@ -152,29 +189,34 @@ def check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, 
         else:
             expect_shape(OP, "key_ranges", key_ranges, ("N", queries), ("", 2), ("", 2))
         expect_floating(OP, "key_ranges", key_ranges, (torch.int32,))
-    expect_same_device(
-        OP, ("query", query), key=key, value=value, sup_q=sup_q, sup_k=sup_k, del_q=del_q, del_k=del_k,
-        gate_q=gate_q, gate_k=gate_k, attn_mask=attn_mask, key_ranges=key_ranges,
-    )  # fmt: skip
+    named = dict(zip(RoutingFactors._fields[:6], routing, strict=False))
+    expect_same_device(OP, ("query", query), key=key, value=value, **named, attn_mask=attn_mask, key_ranges=key_ranges)
 
 
-def _expect_factors(op: str, routing: RoutingFactors) -> None:
-    named = zip(RoutingFactors._fields[:6], routing[:6], strict=True)
-    expect_tensors(op, **{f"routing.{name}": factor for name, factor in named})
+def _expect_factors(op: str, routing: RoutingFactors) -> RoutingFactors:
+    """`routing`, if it is made of tensors and its strength and limit are numbers or tensors of one."""
+    named = dict(zip(RoutingFactors._fields[:6], routing[:6], strict=True))
+    expect_tensors(op, **{f"routing.{name}": factor for name, factor in named.items()})
+    limit = None if routing.limit is None else number_or_tensor(op, "routing.limit", routing.limit)
+    strength = number_or_tensor(op, "routing.strength", routing.strength, differentiable=True)
+    for name, x in (("limit", limit), ("strength", strength)):
+        if isinstance(x, torch.Tensor):
+            expect_same_device(op, ("routing.sup_q", routing.sup_q), **{f"routing.{name}": x})
+    return routing._replace(limit=limit, strength=strength)
 
 
-def _check_factors(op: str, b: int, n: int, m: int, routing: RoutingFactors) -> None:
-    for name, factor in zip(RoutingFactors._fields[:6], routing[:6], strict=True):
-        expect_floating(op, f"routing.{name}", factor, (routing.sup_q.dtype,))
-    expect_shape(op, "routing.sup_q", routing.sup_q, ("B", b), ("N", n), "R")
-    rank = routing.sup_q.shape[2]
-    expect_shape(op, "routing.sup_k", routing.sup_k, ("B", b), ("M", m), ("R", rank))
-    expect_shape(op, "routing.del_q", routing.del_q, ("B", b), ("N", n), "R")
-    expect_shape(op, "routing.del_k", routing.del_k, ("B", b), ("M", m), ("R", routing.del_q.shape[2]))
-    expect_shape(op, "routing.gate_q", routing.gate_q, ("B", b), ("N", n), "G")
-    expect_shape(op, "routing.gate_k", routing.gate_k, ("B", b), ("M", m), ("G", routing.gate_q.shape[2]))
-    if routing.limit is not None and not routing.limit >= 0:
-        raise ValueError(f"{op}: routing.limit: expected a number >= 0 or None, got {routing.limit}")
+def _check_factors(op: str, b: int, n: int, m: int, factors: Sequence[torch.Tensor], limit: float | None) -> None:
+    sup_q, sup_k, del_q, del_k, gate_q, gate_k = factors
+    for name, factor in zip(RoutingFactors._fields[:6], factors, strict=True):
+        expect_floating(op, f"routing.{name}", factor, (sup_q.dtype,))
+    expect_shape(op, "routing.sup_q", sup_q, ("B", b), ("N", n), "R")
+    expect_shape(op, "routing.sup_k", sup_k, ("B", b), ("M", m), ("R", sup_q.shape[2]))
+    expect_shape(op, "routing.del_q", del_q, ("B", b), ("N", n), "R")
+    expect_shape(op, "routing.del_k", del_k, ("B", b), ("M", m), ("R", del_q.shape[2]))
+    expect_shape(op, "routing.gate_q", gate_q, ("B", b), ("N", n), "G")
+    expect_shape(op, "routing.gate_k", gate_k, ("B", b), ("M", m), ("G", gate_q.shape[2]))
+    if limit is not None and not limit >= 0:
+        raise ValueError(f"{op}: routing.limit: expected a number >= 0 or None, got {limit}")
 
 
 def _check_attn_mask(attn_mask: torch.Tensor, full: tuple[int, ...]) -> None:
@@ -204,117 +246,75 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _kernel_views(query, key, factors, attn_mask, key_ranges):
+def _new_outputs(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """O [B, H, N, D], and lse [B, H, N] = log sum_j exp(S_hij), +inf where a query attends nothing.
+
+    lse is a natural logarithm on every backend.
+    """
+    check(call)
+    query = call.query
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulate_dtype(query.dtype))
+
+
+def _new_grads(call: _Call, of_strength: bool) -> list[torch.Tensor]:
+    """Of query, key, value and factors, and rows [B, N] of the strength's, which sum to it."""
+    grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value, *call.routing[:6])]
+    if of_strength and len(call.routing) > 6:
+        grads.append(call.routing[6].new_empty(call.query.shape[0], call.query.shape[2]))
+    return grads
+
+
+def _kernel_inputs(call: _Call) -> tuple:
     """What the kernels read: contiguous rows, masks as strided views over [B, H, N, M] and [B, N, 2, 2] (no copies)."""
-    factors = tuple(None if x is None else last_dim_contiguous(x) for x in factors)
+    query, key, value, routing, strength, limit, attn_mask, key_ranges, scale = call
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     if key_ranges is not None:
         key_ranges = key_ranges.contiguous().expand(query.shape[0], -1, -1, -1)
-    return factors, attn_mask, key_ranges
+    scalars = (_scale(query, scale), strength, math.inf if limit is None else limit)
+    query, key, value = last_dim_contiguous(query), last_dim_contiguous(key), last_dim_contiguous(value)
+    return query, key, value, [last_dim_contiguous(x) for x in routing], attn_mask, key_ranges, scalars
 
 
-def _kernel(
-    query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale, backend
-):
-    check(query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, attn_mask, key_ranges, scale)
-    chosen = backends.resolve(OP, backend, query)
-    query, key, value = map(last_dim_contiguous, (query, key, value))
-    factors = (sup_q, sup_k, del_q, del_k, gate_q, gate_k)
-    factors, attn_mask, key_ranges = _kernel_views(query, key, factors, attn_mask, key_ranges)
-    return _FORWARD[chosen](query, key, value, factors, limit, attn_mask, key_ranges, _scale(query, scale))
+def _kernel(*inputs):
+    *inputs, backend = inputs
+    call = _Call(*inputs)
+    outputs = _new_outputs(call)
+    backends.kernel(OP, "forward", backend)(*_kernel_inputs(call), *outputs)
+    return outputs
 
 
-def _fake(query, *args):
-    check(query, *args[:-1])
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulate_dtype(query.dtype))
-
-
-def _backward_kernel(
-    grad_output, output, lse, query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit,
-    attn_mask, key_ranges, scale, backend,
-):  # fmt: skip
-    chosen = backends.resolve(OP, backend, query)
-    grad_output, query, key, value = map(last_dim_contiguous, (grad_output, query, key, value))
-    factors = (sup_q, sup_k, del_q, del_k, gate_q, gate_k)
-    factors, attn_mask, key_ranges = _kernel_views(query, key, factors, attn_mask, key_ranges)
-    return _BACKWARD[chosen](
-        grad_output, output, lse, query, key, value, factors, limit, attn_mask, key_ranges, _scale(query, scale)
-    )
-
-
-def _backward_fake(grad_output, output, lse, query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k, *settings):
-    inputs = (query, key, value, sup_q, sup_k, del_q, del_k, gate_q, gate_k)
-    return [x.new_empty(x.shape) for x in inputs if x is not None]
-
-
-def _cpu_forward(query, key, value, factors, limit, mask, key_ranges, scale):
-    output = query.new_empty(query.shape)
-    lse = query.new_empty(query.shape[:3], dtype=accumulate_dtype(query.dtype))
-    torch.ops.route_kernels_native.routed_attention_forward(
-        query, key, value, *factors, limit, mask, key_ranges, scale, output, lse
-    )
-    return output, lse
-
-
-def _cpu_backward(grad_output, output, lse, query, key, value, factors, limit, mask, key_ranges, scale):
-    grads = [x.new_empty(x.shape) for x in (query, key, value, *factors) if x is not None]
-    factor_grads = grads[3:] if len(grads) > 3 else [None] * 6
-    torch.ops.route_kernels_native.routed_attention_backward(
-        grad_output, output, lse, query, key, value, *factors, limit, mask, key_ranges, scale,
-        *grads[:3], *factor_grads,
-    )  # fmt: skip
+def _backward_kernel(grad_output, output, lse, *inputs):
+    *inputs, of_strength, backend = inputs
+    call = _Call(*inputs)
+    grads = _new_grads(call, of_strength)
+    run = backends.kernel(OP, "backward", backend)
+    run(last_dim_contiguous(grad_output), output, lse, *_kernel_inputs(call), grads)
     return grads
 
 
-def _triton_forward(*args):
-    from ..triton.routed_attention import forward
-
-    return forward(*args)
-
-
-def _triton_backward(*args):
-    from ..triton.routed_attention import backward
-
-    return backward(*args)
-
-
-_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
-_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, limit, attn_mask, key_ranges, scale, backend = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, attn_mask, key_ranges, out, lse)
-    ctx.limit, ctx.scale, ctx.backend = limit, scale, backend
-
-
-def _backward(ctx, grad_output, _grad_lse):
-    *tensors, attn_mask, key_ranges, output, lse = ctx.saved_tensors
-    grads = torch.ops.route_kernels.routed_attention_backward(
-        grad_output, output, lse, *tensors, ctx.limit, attn_mask, key_ranges, ctx.scale, ctx.backend
-    )
-    grads = [*grads, *(None,) * (9 - len(grads))]
-    return *grads, None, None, None, None, None
+def _gradients(grads, given):
+    routing = grads[3:9]
+    if len(given["routing"]) > 6:
+        sums = (grads[9].sum(), grads[9].new_zeros(())) if given["routing_grad"] else None
+        routing = [*routing, None if sums is None else torch.stack(sums)]
+    return {"query": grads[0], "key": grads[1], "value": grads[2], "routing": routing}
 
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? sup_q, Tensor? sup_k, Tensor? del_q, Tensor? del_k, "
-    "Tensor? gate_q, Tensor? gate_k, float? limit, Tensor? attn_mask, Tensor? key_ranges, float? scale, str? backend"
+    "Tensor query, Tensor key, Tensor value, Tensor[] routing, float strength, float? limit, Tensor? attn_mask, "
+    "Tensor? key_ranges, float? scale"
 )
 
 register(
-    f"routed_attention({_INPUTS}) -> (Tensor output, Tensor lse)",
+    f"routed_attention({_INPUTS}, str backend) -> (Tensor output, Tensor lse)",
     _kernel,
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-register_backward(
-    OP,
-    f"routed_attention_backward(Tensor grad_output, Tensor output, Tensor lse, {_INPUTS}) -> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
+    lambda *inputs: _new_outputs(_Call(*inputs[:-1])),
+    Backward(
+        f"routed_attention_backward(Tensor grad_output, Tensor output, Tensor lse, {_INPUTS}, bool routing_grad, "
+        "str backend) -> Tensor[]",
+        _backward_kernel,
+        lambda *inputs: _new_grads(_Call(*inputs[3:-2]), inputs[-2]),
+        _gradients,
+    ),
 )

@@ -23,7 +23,7 @@ from .contract import (
     may_be_differentiated,
     number,
 )
-from .registry import register, register_backward
+from .registry import Backward, register
 
 OP = "sigmoid_focal_loss"
 REDUCTIONS = ("sum", "none")
@@ -66,8 +66,9 @@ def sigmoid_focal_loss(
     check(logits, targets, alpha, gamma)
     if weight is not None:
         _check_weight(weight, targets)
-    if chosen in backends.PLAIN:
-        loss = backends.PLAIN[chosen].sigmoid_focal_loss(logits, targets, alpha, gamma)
+    plain = backends.plain(OP, chosen)
+    if plain is not None:
+        loss = plain(logits, targets, alpha, gamma)
     else:
         source = _source(logits) if may_be_differentiated(logits) else None
         loss, _ = torch.ops.route_kernels.sigmoid_focal_loss(logits, targets, alpha, gamma, source, chosen)
@@ -119,90 +120,45 @@ def _source(logits: torch.Tensor) -> torch.Tensor:
     return logits.narrow(0, 0, 0).clone()  # a view would keep the logits
 
 
-def _new_outputs(logits: torch.Tensor, source: torch.Tensor | None):
+def _new_outputs(logits, targets, alpha, gamma, source, backend):
+    check(logits, targets, alpha, gamma)
     loss = logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits.dtype))
     return loss, logits.new_empty((0,) if source is None else logits.shape)
 
 
 def _kernel(logits, targets, alpha, gamma, source, backend):
-    check(logits, targets, alpha, gamma)
-    loss, grad = _new_outputs(logits, source)
+    loss, grad = outputs = _new_outputs(logits, targets, alpha, gamma, source, backend)
     if logits.numel() == 0:
-        return loss.zero_(), grad
-    _FORWARD[backends.resolve(OP, backend, logits)](
+        loss.zero_()
+        return outputs
+    backends.kernel(OP, "forward", backend)(
         _rows(logits), targets.reshape(-1).contiguous(), alpha, gamma, kept_scale(logits.dtype), loss.view(-1),
         None if source is None else grad.view(-1, logits.shape[-1]),
     )  # fmt: skip
-    return loss, grad
+    return outputs
 
 
-def _fake(logits, targets, alpha, gamma, source, backend):
-    check(logits, targets, alpha, gamma)
-    return _new_outputs(logits, source)
-
-
-def _backward_kernel(grad_loss, grad, source, backend):
-    grad_logits = grad.new_empty(grad.shape)
-    if grad.numel():
-        _BACKWARD[backends.resolve(OP, backend, grad)](
-            grad_loss.reshape(-1).contiguous(), _rows(grad), 1 / kept_scale(grad.dtype), _rows(grad_logits)
-        )
-    return grad_logits
-
-
-def _backward_fake(grad_loss, grad, source, backend):
+def _new_grad(grad_output, grad, *others):
     return grad.new_empty(grad.shape)
 
 
-def _cpu_forward(*arguments):
-    torch.ops.route_kernels_native.sigmoid_focal_loss_forward(*arguments)
-
-
-def _cpu_backward(*arguments):
-    torch.ops.route_kernels_native.sigmoid_focal_loss_backward(*arguments)
-
-
-def _triton_forward(*arguments):
-    from ..triton.sigmoid_focal_loss import forward
-
-    forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from ..triton.sigmoid_focal_loss import backward
-
-    backward(*arguments)
-
-
-_FORWARD = {"cpu": _cpu_forward, "triton": _triton_forward}
-_BACKWARD = {"cpu": _cpu_backward, "triton": _triton_backward}
-
-
-def _setup_context(ctx, inputs, output):
-    *_, source, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-    ctx.save_for_backward(output[1], source)
-
-
-def _backward(ctx, grad_loss, _grad_of_grad):
-    if grad_loss is None:
-        return (None,) * 6
-    grad_logits = torch.ops.route_kernels.sigmoid_focal_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
-    return grad_logits, None, None, None, None, None
+def _backward_kernel(grad_output, grad, source, backend):
+    grad_logits = _new_grad(grad_output, grad)
+    if grad.numel():
+        run = backends.kernel(OP, "backward", backend)
+        run(grad_output.reshape(-1).contiguous(), _rows(grad), 1 / kept_scale(grad.dtype), [_rows(grad_logits)])
+    return grad_logits
 
 
 register(
-    "sigmoid_focal_loss(Tensor logits, Tensor targets, float alpha, float gamma, Tensor? source, str? backend) "
+    "sigmoid_focal_loss(Tensor logits, Tensor targets, float alpha, float gamma, Tensor? source, str backend) "
     "-> (Tensor loss, Tensor grad)",
     _kernel,
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-register_backward(
-    OP,
-    "sigmoid_focal_loss_backward(Tensor grad_loss, Tensor grad, Tensor? source, str? backend) -> Tensor",
-    _backward_kernel,
-    _backward_fake,
+    _new_outputs,
+    Backward(
+        "sigmoid_focal_loss_backward(Tensor grad_output, Tensor grad, Tensor? source, str backend) -> Tensor",
+        _backward_kernel,
+        _new_grad,
+        lambda grad_logits, _: {"logits": grad_logits},
+    ),
 )

@@ -12,18 +12,16 @@ from .precision import accumulate_dtype, without_autocast
 
 
 def routing_bias(
-    sup_q: torch.Tensor,  # [B, N, R]
-    sup_k: torch.Tensor,  # [B, M, R]
-    del_q: torch.Tensor,  # [B, N, R]
-    del_k: torch.Tensor,  # [B, M, R]
-    gate_q: torch.Tensor,  # [B, N, G]
-    gate_k: torch.Tensor,  # [B, M, G]
-    limit: float | None,
+    routing: tuple,  # sup_q, sup_k, del_q, del_k, gate_q, gate_k: [B, N or M, R or G]; limit, strength
 ) -> torch.Tensor:
-    """b_ij = clamp(p_ij sup_ij + (1 - p_ij) del_ij, -limit, limit), p_ij = sigmoid(gate_q_i . gate_k_j): [B, N, M]."""
+    """b_ij = strength clamp(p_ij sup_ij + (1 - p_ij) del_ij, -limit, limit), p_ij = sigmoid(gate_ij): [B, N, M]."""
+    sup_q, sup_k, del_q, del_k, gate_q, gate_k, limit, strength = routing
     p = torch.sigmoid(gate_q @ gate_k.mT)
     r = p * (sup_q @ sup_k.mT) + (1 - p) * (del_q @ del_k.mT)
-    return r if limit is None else r.clamp(-limit, limit)
+    if isinstance(limit, torch.Tensor):
+        limit = limit.to(r.dtype)
+    b = r if limit is None else r.clamp(-limit, limit)
+    return strength * b if isinstance(strength, torch.Tensor) or strength != 1 else b
 
 
 def visible_keys(key_ranges: torch.Tensor, keys: int) -> torch.Tensor:
@@ -43,8 +41,7 @@ def routed_attention(
     query: torch.Tensor,  # [B, H, N, D]
     key: torch.Tensor,  # [B, H, M, D]
     value: torch.Tensor,  # [B, H, M, D]
-    factors: tuple[torch.Tensor, ...] | None,
-    limit: float | None,
+    routing: tuple | None,  # six factors, limit and strength
     attn_mask: torch.Tensor | None,
     key_ranges: torch.Tensor | None,
     scale: float,
@@ -54,8 +51,8 @@ def routed_attention(
     with without_autocast(query.device):
         query, key, value = (x.to(accumulate) for x in (query, key, value))
         logits = scale * (query @ key.mT)
-        if factors is not None:
-            logits = logits + routing_bias(*(x.to(accumulate) for x in factors), limit).unsqueeze(1)
+        if routing is not None:
+            logits = logits + routing_bias((*(x.to(accumulate) for x in routing[:6]), *routing[6:])).unsqueeze(1)
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             logits = logits + _finite_stays_finite(attn_mask, accumulate)
         elif attn_mask is not None:

@@ -45,7 +45,7 @@ def routed_attention_arguments(
             normal(batch, rows, r, dtype=factor_dtype, scale=math.sqrt(2) * max(r, 1) ** -0.25)
             for rows, r in zip((queries, keys) * 3, ranks, strict=True)
         ]
-        arguments["routing"] = RoutingFactors._make([*factors, limit])
+        arguments["routing"] = RoutingFactors(*factors, limit)
     return arguments
 
 
