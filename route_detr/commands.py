@@ -19,24 +19,17 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from route_detr.checkpoint import (
-    SOFTWARE,
-    check_replaceable,
-    load_checkpoint,
-    save_checkpoint,
-    with_folder,
-    write_text,
-)
 from route_detr.cli import run_folder
 from route_detr.config import Config, first_error, load_config, preset
 from route_detr.data import CocoDetection, coco_layout, killed_worker, read_rgb
 from route_detr.data.check import as_text
 from route_detr.data.check import check_data as check_data_set
-from route_detr.engine import evaluate as evaluate_detector
 from route_detr.errors import RunError, RunFailed, UsageError
+from route_detr.evaluation import evaluate as evaluate_detector
 from route_detr.evaluation import table
+from route_detr.files import SOFTWARE, check_replaceable, with_folder, write_text
 from route_detr.memory.command import plan_memory  # noqa: F401
-from route_detr.prediction import (
+from route_detr.predict import (
     PREDICTIONS,
     Trained,
     image_files,
@@ -45,14 +38,14 @@ from route_detr.prediction import (
     predict_files,
     stored_config,
 )
-from route_detr.run import Run, find_checkpoint
+from route_detr.run import Run, find_checkpoint, load_checkpoint, save_checkpoint
 from route_detr.scale_out import start_processes, take_weights
 from route_detr.tools import digits
 from route_detr.tools.cityscapes import write_cityscapes as write_cityscapes_folder
 from route_detr.tools.export import export as export_detector
 from route_detr.tools.importing import imported, read_published
 from route_detr.tools.plots import plot_curves, plot_detections, plot_routing, plot_schedule
-from route_detr.training import Training
+from route_detr.train import Training
 
 BUNDLED_DATA = "data/digits"
 DATA_OPTIONS = ("train_json", "train_images", "val_json", "val_images")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
+from torch import Tensor, nn
 
+from route_detr.config import TrainConfig
+from route_detr.data import CocoDetection, batch_loader
 from route_detr.data.report import DatasetError, Report
 from route_detr.data.segmentations import compress_masks
 from route_detr.errors import NoGroundTruth
+from route_detr.model.detector import detections
+from route_detr.scale_out import everybodys
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)
@@ -131,3 +138,46 @@ def table(metrics: dict[str, float | None]) -> str:
             rows.append(["-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in names])
     lines = ["  ".join(f"{cell:>5}" for cell in row) for row in rows]
     return "\n".join(lines if len(rows) == 2 else [lines[0], f"{lines[1]}  boxes", f"{lines[2]}  masks"])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDetection,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    category_ids: list[int] | None = None,
+    after_batch: Callable[[int], object] = lambda images: None,
+) -> dict[str, float | None]:
+    """Average precision of the main branch (plain self-attention) on ``dataset``, which the ranks share; alike on all.
+
+    ``category_ids`` gives the COCO category of each label where it is not the data set's own.
+    ``after_batch`` is called with the number of images that this rank has done, equally often on all.
+
+    Raises:
+        NoGroundTruth: the data set has no box to be found.
+        FloatingPointError: the detector computes NaN or infinity for one of the images.
+    """
+    model.eval()
+    indices = list(range(len(dataset)))
+    batches = [indices[start : start + config.batch_size] for start in range(0, len(dataset), config.batch_size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    rounds = math.ceil(len(batches) / accelerator.num_processes)
+    results, image_ids = [], []
+    # A rank without a last batch computes one in vain: a sharded model needs all ranks to run it.
+    for turn, batch in enumerate(batch_loader(dataset, mine + batches[: rounds - len(mine)], config.workers)):
+        batch = batch.to(accelerator.device, non_blocking=True)
+        output = model(batch.images, batch.padding_mask)
+        if turn < len(mine):
+            ids = [target.image_id for target in batch.targets]
+            sizes, seen = zip(*((target.original_size, target.size) for target in batch.targets), strict=True)
+            try:
+                found = detections(output, sizes, config.top_k, seen)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"no average precision of the images with the ids {ids}: {error}") from error
+            results += coco_results(found, ids, category_ids or dataset.category_ids)
+            image_ids += ids
+        after_batch(len(image_ids))
+    shares = everybodys((results, image_ids))
+    results, image_ids = ([entry for share in shares for entry in share[part]] for part in (0, 1))
+    return average_precision(dataset.coco, results, image_ids, masks=output.pixel_embeddings is not None)

@@ -28,9 +28,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from route_detr.checkpoint import load_checkpoint
 from route_detr.config import TrainConfig
 from route_detr.errors import CheckpointError, UsageError
+from route_detr.run import load_checkpoint
 
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 

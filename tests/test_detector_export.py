@@ -10,12 +10,12 @@ import torch
 from small_training import SMALL
 from torch import nn
 
-from route_detr.checkpoint import kind_of
 from route_detr.cli import main
 from route_detr.config import preset
 from route_detr.errors import UsageError
+from route_detr.files import kind_of
 from route_detr.model.detector import Detector
-from route_detr.prediction import Trained
+from route_detr.predict import Trained
 from route_detr.tools.export import Inference, export
 
 SIZE = (64, 48)

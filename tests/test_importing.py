@@ -21,12 +21,12 @@ pytest.importorskip("transformers")
 from small_training import write_data
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
-from route_detr.checkpoint import load_checkpoint, save_checkpoint
 from route_detr.cli import main
 from route_detr.config import DetectorConfig, preset
 from route_detr.errors import CheckpointError
 from route_detr.model.detector import Detector
-from route_detr.prediction import load_trained, stored_config
+from route_detr.predict import load_trained, stored_config
+from route_detr.run import load_checkpoint, save_checkpoint
 from route_detr.scale_out import take_weights
 from route_detr.tools.importing import imported, read_published, source_config, transformers_config
 

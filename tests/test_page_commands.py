@@ -28,13 +28,12 @@ from transformers import ResNetConfig, ResNetModel, SwinConfig, SwinModel
 
 import route_kernels.cli
 from route_detr import commands as route_detr_commands
-from route_detr.checkpoint import save_checkpoint
 from route_detr.cli import main, parsed, run_folder
 from route_detr.config import preset
 from route_detr.data import DatasetError
-from route_detr.run import Run
+from route_detr.run import Run, save_checkpoint
 from route_detr.tools.digits import write_digits
-from route_detr.training import Training
+from route_detr.train import Training
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

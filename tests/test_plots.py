@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from route_detr.config import preset
-from route_detr.prediction import draw_detections
+from route_detr.predict import draw_detections
 from route_detr.run import Run
 from route_detr.tools import plots
 from route_detr.tools.plots import (

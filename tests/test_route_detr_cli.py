@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from small_training import options, write_data
 
-from route_detr.checkpoint import save_checkpoint
 from route_detr.cli import main, parsed, run_folder
 from route_detr.data import DatasetError
-from route_detr.prediction import Trained, image_files, pictures_of
-from route_detr.run import Run
+from route_detr.predict import Trained, image_files, pictures_of
+from route_detr.run import Run, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 RUN_FILES = {"metrics.jsonl", "config.json", "last.pt", "best.pt", "curves.png", "detections.png"}
@@ -422,13 +421,13 @@ def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, argume
 
 
 def test_a_picture_that_fails_costs_a_warning_and_not_the_summary(data, tmp_path, capsys, monkeypatch):
-    from route_detr import commands, training
+    from route_detr import commands, train
 
     def fails_to_draw(*args):
         raise ValueError("Ba$$in:\n  ^ ParseException")
 
     monkeypatch.setattr(commands, "plot_detections", fails_to_draw)
-    monkeypatch.setattr(training, "plot_curves", fails_to_draw)
+    monkeypatch.setattr(train, "plot_curves", fails_to_draw)
     folder = tmp_path / "run"
     assert main(train_arguments(data, folder, changes={"train.epochs": 1})) == 0
     printed = capsys.readouterr()
@@ -694,7 +693,7 @@ def test_what_ends_the_reading_of_images_says_that_the_checkpoint_stands(
         raise error
         yield
 
-    monkeypatch.setattr("route_detr.training.train_one_epoch", ended)
+    monkeypatch.setattr("route_detr.train.train_one_epoch", ended)
     assert main(train_arguments(data, tmp_path / "run")) == code
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert told in line and line.endswith(f"{tmp_path / 'run' / 'last.pt'} holds the run as it was before")

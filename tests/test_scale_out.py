@@ -15,14 +15,12 @@ from small_training import SMALL, options, write_data
 from torch import nn
 from two_processes import seen_while_training
 
-from route_detr.checkpoint import load_checkpoint
 from route_detr.config import preset
 from route_detr.data import coco_layout
-from route_detr.engine import train_one_epoch
 from route_detr.errors import UsageError
-from route_detr.run import Run
+from route_detr.run import Run, load_checkpoint
 from route_detr.scale_out import ACCUMULATION, accumulation, prepared, start_processes
-from route_detr.training import Training
+from route_detr.train import Training, train_one_epoch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "tests" / "two_processes.py")

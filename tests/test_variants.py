@@ -13,7 +13,7 @@ from route_detr.model.backbone import Backbone, self_contained
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector, parameter_groups
 from route_detr.model.matcher import padded_targets
-from route_detr.prediction import stored_config
+from route_detr.predict import stored_config
 from route_detr.tools.digits import write_digits
 
 CONTENTS = {content: {"query_content": content} for content in ("encoded", "box", "joint")}

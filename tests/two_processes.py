@@ -13,13 +13,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 
-from route_detr import cli, engine
-from route_detr.checkpoint import load_checkpoint
+from route_detr import cli, evaluation
 from route_detr.config import Config
 from route_detr.model.criterion import Criterion
-from route_detr.run import Run
+from route_detr.run import Run, load_checkpoint
 from route_detr.scale_out import start_processes
-from route_detr.training import Training
+from route_detr.train import Training
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -27,7 +26,7 @@ RANK = int(os.environ.get("RANK", 0))
 def seen_while_training(training: Training) -> dict:
     """Trains, and notes in each step what the forward pass of this rank has made of the schedule."""
     seen = {"steps": [], "evaluations": []}
-    criterion, average_precision = training.criterion, engine.average_precision
+    criterion, average_precision = training.criterion, evaluation.average_precision
 
     def watching_criterion(output, targets, box_count):
         branches = output.layers[-1].boxes.shape[1]
@@ -39,12 +38,12 @@ def seen_while_training(training: Training) -> dict:
         seen["evaluations"].append([results, image_ids])
         return average_precision(coco, results, image_ids, **options)
 
-    training.criterion, engine.average_precision = watching_criterion, watching_average_precision
+    training.criterion, evaluation.average_precision = watching_criterion, watching_average_precision
     try:
         training.start()
         training.fit()
     finally:
-        engine.average_precision = average_precision
+        evaluation.average_precision = average_precision
     router = next(training.detector.decoder.routers.parameters())
     return {**seen, "router": router.detach().flatten().tolist(), "kind": type(training.model).__name__}
 

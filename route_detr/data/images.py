@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageFile
 from PIL.Image import Transpose
 
-from route_detr.checkpoint import write_atomically, writing
 from route_detr.data.report import DatasetError, Report
+from route_detr.files import write_atomically, writing
 
 ORIENTATION_TAG, TIFF_WIDTH, TIFF_HEIGHT = 0x0112, 0x0100, 0x0101
 UPRIGHT = {  # what turns a stored image upright, by its orientation

@@ -62,7 +62,7 @@ def plan_memory(options: argparse.Namespace) -> int:
     """Exit code: 0; 1 for a measured peak more than 5 % off the planned one."""
     from tqdm import tqdm
 
-    from route_detr.checkpoint import check_replaceable, with_folder
+    from route_detr.files import check_replaceable, with_folder
 
     from . import planner, plot
 

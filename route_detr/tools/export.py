@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
-from route_detr.checkpoint import SOFTWARE, check_replaceable, with_folder, write_atomically
 from route_detr.errors import UsageError
-from route_detr.prediction import Trained
+from route_detr.files import SOFTWARE, check_replaceable, with_folder, write_atomically
+from route_detr.predict import Trained
 
 OPSET = 20  # GridSample of any batch, LayerNormalization, Gelu
 TOLERANCE = 1e-3  # of logits and boxes, relative to the largest: float32 through a whole detector

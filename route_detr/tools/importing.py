@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeformableDetrConfig, PretrainedConfig
 
-from route_detr.checkpoint import why_unreadable
 from route_detr.config import Config, preset
 from route_detr.model.backbone import settings_of
 from route_detr.model.detector import Detector
+from route_detr.run import why_unreadable
 
 Rules = Mapping[str, str | Callable[..., str]]
 

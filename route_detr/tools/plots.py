@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from route_detr.checkpoint import SOFTWARE, write_atomically
 from route_detr.config import Config
+from route_detr.files import SOFTWARE, write_atomically
 from route_detr.model.schedule import sampled_schedule
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.

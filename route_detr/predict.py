@@ -18,21 +18,15 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import route_kernels as rk
-from route_detr.checkpoint import (
-    SOFTWARE,
-    check_replaceable,
-    load_checkpoint,
-    remove_abandoned,
-    write_atomically,
-    write_text,
-)
 from route_detr.config import Config
 from route_detr.data import DatasetError, eval_view, image_pixels, normalised, read_rgb
 from route_detr.errors import CheckpointError
 from route_detr.evaluation import coco_results
+from route_detr.files import SOFTWARE, check_replaceable, remove_abandoned, write_atomically, write_text
 from route_detr.model.backbone import known_settings
 from route_detr.model.boxes import corners
 from route_detr.model.detector import Detector, detections
+from route_detr.run import load_checkpoint
 
 PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
 PREDICTIONS = "predictions.json"

@@ -1,31 +1,22 @@
-"""Checkpoints: written whole or not at all, read without running any code that they contain.
-
-A checkpoint is one dictionary of tensors and plain containers, so ``torch.load(weights_only=True)`` reads it.
-"""
+"""Files of this package: what stands at a path, and how a new one is put there, whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from route_detr.errors import CheckpointError, UsageError, WriteError
+from route_detr.errors import UsageError, WriteError
 
-FORMAT = "route_detr.checkpoint"
-VERSION = 2
-REQUIRED = ("config", "categories", "model")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r".+\.(\d+)-[0-9a-f]{8}\.tmp")
 
@@ -156,78 +147,3 @@ def _is_alive(process: int) -> bool:
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     write_atomically(path, lambda stream: stream.write(text.encode()))
-
-
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings, lists, tuples and dicts only) to ``path``, whole or not at all."""
-    complete = {"format": FORMAT, "version": VERSION, **state}
-    write_atomically(path, lambda stream: torch.save(complete, stream))
-
-
-def not_finite(model: Mapping[str, Any]) -> str:
-    """How many tensors of a state dict hold NaN or infinity, and the first of them; empty when none does."""
-    floating = {name: value for name, value in model.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    spoilt = [
-        name
-        for name, value in floating.items()
-        if value.numel() and not all(math.isfinite(extreme) for extreme in value.aminmax())
-    ]
-    return f"{len(spoilt)} of {len(model)} tensors hold NaN or infinity, the first is {spoilt[0]}" if spoilt else ""
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint.
-
-    Raises:
-        CheckpointError: there is no such file, it is damaged, foreign, of another version, or its model is not finite.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        _compare_checksums(path)
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere inside the unpickler or the zip reader
-        why = f"it is damaged or holds more than tensors ({why_unreadable(error)})"
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint; {why}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint written by route-detr")
-    if state.get("version") != VERSION:
-        raise CheckpointError(f"{path}: checkpoint format {state.get('version')}, this program reads format {VERSION}")
-    missing = [key for key in REQUIRED if key not in state]
-    if missing:
-        raise CheckpointError(f"{path}: incomplete checkpoint, without {', '.join(missing)}")
-    if spoilt := not_finite(state["model"]):
-        raise CheckpointError(f"{path}: its model has diverged: {spoilt}")
-    return state
-
-
-def _compare_checksums(path: Path) -> None:
-    """Raise `zipfile.BadZipFile` where a byte of the file has changed, which torch.load does not notice."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-        if record is not None:
-            raise zipfile.BadZipFile(f"{record} has changed since it was written, its checksum differs")
-
-
-def why_unreadable(error: Exception) -> str:
-    """The cause in an error of torch.load, without the advice around it."""
-    text = str(error).strip()
-    named = re.search(r"(?:Unsupported|Trying to load unsupported) .*?(?=\. Please|\n|$)", text)
-    if named is None and (cause := re.search(r"WeightsUnpickler error:\s+(.+)", text)):
-        return cause[1]
-    return named[0] if named else text.partition("\n")[0] or f"{type(error).__name__}, the file may be empty"
-
-
-def random_state() -> dict[str, Any]:
-    """The states of PyTorch's random number generators, as tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to a ``random_state()``; CUDA states apply where as many devices are visible."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

@@ -15,16 +15,13 @@ from PIL import Image
 from small_training import SMALL, write_data
 
 from route_detr import run as run_module
-from route_detr import training as training_module
-from route_detr.checkpoint import load_checkpoint, save_checkpoint
+from route_detr import train as training_module
 from route_detr.config import preset
 from route_detr.data import coco_layout, epoch_batches, micro_batches
-from route_detr.engine import Step, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError, WriteError
-from route_detr.progress import LossSums, Progress
-from route_detr.run import Run
+from route_detr.run import Run, load_checkpoint, save_checkpoint
 from route_detr.scale_out import start_processes
-from route_detr.training import Training
+from route_detr.train import LossSums, Progress, Step, Training, train_one_epoch
 
 
 @pytest.fixture(scope="module", autouse=True)

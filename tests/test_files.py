@@ -13,16 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from route_detr.checkpoint import (
-    load_checkpoint,
-    random_state,
-    remove_abandoned,
-    restore_random_state,
-    save_checkpoint,
-    write_atomically,
-    write_text,
-)
 from route_detr.errors import CheckpointError, WriteError
+from route_detr.files import remove_abandoned, write_atomically, write_text
+from route_detr.run import load_checkpoint, random_state, restore_random_state, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STATE = {"config": {"a": 1}, "categories": [{"id": 3, "name": "x"}], "model": {"w": torch.arange(3.0)}, "step": 5}
@@ -58,7 +51,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     write_text(path, "old")
     program = """
         import os, signal, sys
-        from route_detr.checkpoint import write_atomically
+        from route_detr.files import write_atomically
         def torn(stream):
             stream.write(b"new, but only ha")
             stream.flush()

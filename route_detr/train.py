@@ -6,34 +6,45 @@ import hashlib
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from route_detr.checkpoint import load_checkpoint, not_finite, random_state, restore_random_state
-from route_detr.config import Config
-from route_detr.data import CocoDetection, DatasetError, coco_layout, killed_worker, micro_batches, open_splits
+from route_detr.config import Config, TrainConfig
+from route_detr.data import (
+    CocoDetection,
+    DatasetError,
+    batch_loader,
+    coco_layout,
+    epoch_batches,
+    killed_worker,
+    micro_batches,
+    open_splits,
+)
 from route_detr.data.images import image_file
-from route_detr.engine import Step, evaluate, train_one_epoch
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
-from route_detr.evaluation import in_words
+from route_detr.evaluation import evaluate, in_words
 from route_detr.model.backbone import self_contained
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector, parameter_groups
-from route_detr.progress import LossSums, Progress
-from route_detr.run import Run
+from route_detr.model.schedule import routing_values
+from route_detr.run import Run, load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.scale_out import (
     accumulation,
+    average_gradients,
     everybodys,
     is_lost_connection,
     load_model,
@@ -45,6 +56,171 @@ from route_detr.tools.plots import plot_curves
 
 CURVES_EVERY_SECONDS = 30.0
 SKIPPED_AT_MOST = 40  # steps in a row: each halves the scale of float16 gradients, which begins at 2**16
+
+
+@dataclass
+class Progress:
+    """The part of a run's state that is neither weights nor optimizer, alike on all ranks."""
+
+    epoch: int = 0  # finished epochs, each with its evaluation
+    step_in_epoch: int = 0
+    step: int = 0
+    skipped: int = 0  # of these steps, those whose float16 gradients overflowed
+    skipped_in_a_row: int = 0  # the latest of them
+    elapsed: float = 0.0  # seconds of training and evaluation, over all resumptions
+    metrics: dict[str, float | None] = field(default_factory=dict)  # of the latest evaluation
+    best: dict[str, float | None] = field(default_factory=dict)  # of the best one, with its "epoch"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def count_step(self, seconds: float, skipped: bool = False) -> None:
+        self.step += 1
+        self.skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+        self.step_in_epoch += 1
+        self.elapsed += seconds
+
+    def finish_epoch(self) -> None:
+        self.epoch += 1
+        self.step_in_epoch = 0
+
+    def out_of_time(self, config: TrainConfig) -> bool:
+        return config.time_budget is not None and self.elapsed >= config.time_budget
+
+    def fraction(self, steps_per_epoch: int, config: TrainConfig) -> float:
+        """Share of the run that is done: by steps, or by seconds where a time budget will end it sooner."""
+        by_steps = self.step / (config.epochs * steps_per_epoch)
+        return by_steps if config.time_budget is None else max(by_steps, self.elapsed / config.time_budget)
+
+    def learning_rate_factor(self, steps_per_epoch: int, config: TrainConfig) -> float:
+        """Linear warm-up over ``warmup_steps``, then 1, and 0.1 from ``drop_at`` (a share of the run) on."""
+        warmup = min(1.0, (self.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        return warmup * (0.1 if self.fraction(steps_per_epoch, config) >= config.drop_at else 1.0)
+
+
+class LossSums:
+    """Sums of an epoch's losses, on the device until they are read.
+
+    ``reduce`` averages a tensor over the ranks. The names change when the branches fork.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], before: dict[str, float] | None = None) -> None:
+        self.reduce, self.before = reduce, before or {}
+        self.names: tuple[str, ...] = ()
+        self.sums = torch.zeros(0)
+
+    def add(self, names: tuple[str, ...], values: Tensor) -> None:
+        """values: [len(names)]."""
+        if names != self.names:
+            self.before, self.names = self.read(), names
+            start = [self.before.pop(name, 0.0) for name in names]
+            self.sums = torch.tensor(start, dtype=torch.float64, device=values.device)
+        self.sums = self.sums + values
+
+    def read(self) -> dict[str, float]:
+        """Waits for the device and, with several ranks, for all of them."""
+        if not self.names:
+            return dict(self.before)
+        return self.before | dict(zip(self.names, self.reduce(self.sums).tolist(), strict=True))
+
+
+class Step(NamedTuple):
+    """What a training step has computed, on the device until it is read."""
+
+    number: int
+    names: tuple[str, ...]
+    values: Tensor  # [len(names)], this rank's share of the losses
+    grad_norm: Tensor
+    settings: dict[str, float]
+    skipped: bool = False  # by the scaler of float16 gradients, which overflowed: the weights are as they were
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Losses, ``grad_norm`` (but of a step that was skipped), ``learning_rate``, ``routing_strength`` and
+        ``aux_weight``; all ranks take part.
+
+        Raises:
+            NonFiniteLoss: names the parts of the loss that are not finite, or the gradient norm.
+        """
+        values = accelerator.reduce(torch.cat([self.values, self.grad_norm.reshape(1)]), "mean").tolist()
+        return self._finite(values) | self.settings
+
+    def check(self) -> None:
+        """`read`'s error, from this rank's share alone."""
+        self._finite([*self.values.tolist(), self.grad_norm.item()])
+
+    def _finite(self, values: list[float]) -> dict[str, float]:
+        named = dict(zip((*self.names, "grad_norm"), values, strict=True))
+        if self.skipped:
+            del named["grad_norm"]
+        bad = ", ".join(f"{name} = {value}" for name, value in named.items() if not math.isfinite(value))
+        if bad:
+            raise NonFiniteLoss(f"the loss is not finite at step {self.number}: {bad}")
+        return named
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    dataset: CocoDetection,
+    progress: Progress,
+    config: Config,
+    accelerator: Accelerator,
+) -> Iterator[Step]:
+    """Train from ``progress`` to the end of its epoch; yields after each step, which the caller counts.
+
+    The steps depend on the weights, the optimizer, ``progress`` and the random generators' states only, so a run
+    continued from a checkpoint repeats the uninterrupted one. Losses are divided by the boxes of the global batch.
+
+    Raises:
+        NonFiniteLoss: the weights may be spoilt by then, but no step that was read is.
+    """
+    detector, pieces = accelerator.unwrap_model(model), accelerator.gradient_accumulation_steps
+    train = config.train
+    dataset.set_epoch(progress.epoch)
+    batches = epoch_batches(dataset.landscape, train.batch_size, train.seed, progress.epoch)
+    share = (accelerator.process_index, accelerator.num_processes, pieces)
+    loader = iter(batch_loader(dataset, micro_batches(batches[progress.step_in_epoch :], *share), train.workers))
+    model.train()
+    step = None
+    while micros := list(islice(loader, pieces)):
+        factor = progress.learning_rate_factor(len(batches), train)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        routing = routing_values(config, progress.step, len(batches))
+        detector.set_routing(*routing)
+        settings = {
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "routing_strength": max(routing.strengths, default=0.0),
+            "aux_weight": routing.aux_weight,
+        }
+
+        boxes = sum(len(target.labels) for batch in micros for target in batch.targets)
+        box_count = accelerator.reduce(torch.full((), float(boxes), device=accelerator.device), "sum")
+        box_count = box_count.clamp_min(1) / accelerator.num_processes  # gradients are averaged over the ranks
+        values = 0
+        for batch in micros:
+            batch = batch.to(accelerator.device, non_blocking=True)
+            with accelerator.accumulate(model):
+                try:
+                    output = model(batch.images, batch.padding_mask, batch.targets)
+                    losses = criterion(output, batch.targets, box_count)
+                except FloatingPointError as error:
+                    if step is not None:
+                        step.check()
+                    raise NonFiniteLoss(f"no finite loss at step {progress.step + 1}: {error}") from error
+                values = values + torch.stack([part.detach() for part in losses.values()])
+                accelerator.backward(losses["loss"] * pieces)
+                if accelerator.sync_gradients:
+                    average_gradients(accelerator, detector.decoder.routers)
+                    norm = accelerator.clip_grad_norm_(model.parameters(), train.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=values.device)
+        skipped = accelerator.scaler is not None and optimizer.step_was_skipped  # which the scaler has read back
+        step = Step(progress.step + 1, tuple(losses), values, norm, settings, skipped)
+        yield step
 
 
 class StopSignal:
