@@ -27,25 +27,14 @@ EXTENSION = "_C"
 
 def forward(
     self: nn.Module,
-    query: torch.Tensor,
-    reference_points: torch.Tensor,
-    value: torch.Tensor,
-    spatial_shapes: torch.Tensor,
-    level_start_index: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
+    query: torch.Tensor,  # [B, N, C]
+    reference_points: torch.Tensor,  # [B, N, L, 2 or 4]
+    value: torch.Tensor,  # [B, S, C]
+    spatial_shapes: torch.Tensor,  # [L, 2]
+    level_start_index: torch.Tensor,  # [L], which must say that the levels lie one after the other
+    key_padding_mask: torch.Tensor | None,  # [B, S] bool, True = padding
 ) -> torch.Tensor:
-    """`MultiScaleDeformableAttention.forward` by the fused op.
-
-    Args:
-        query: [B, N, C].
-        reference_points: [B, N, L, 2] or [B, N, L, 4].
-        value: [B, S, C], the levels one after the other, as `level_start_index` must say.
-        spatial_shapes: [L, 2].
-        key_padding_mask: [B, S] bool, True = padding.
-
-    Returns:
-        [B, N, C].
-    """
+    """`MultiScaleDeformableAttention.forward` by the fused op: [B, N, C]."""
     return sample(self, query, reference_points, value, spatial_shapes, key_padding_mask, heads=self.num_heads)
 
 

@@ -25,25 +25,14 @@ EXTENSION = "MultiScaleDeformableAttention"
 
 def forward(
     self: nn.Module,
-    query: torch.Tensor,
-    reference_points: torch.Tensor,
-    input_flatten: torch.Tensor,
-    input_spatial_shapes: torch.Tensor,
-    input_level_start_index: torch.Tensor,
-    input_padding_mask: torch.Tensor | None = None,
+    query: torch.Tensor,  # [B, N, C]
+    reference_points: torch.Tensor,  # [B, N, L, 2 or 4]
+    input_flatten: torch.Tensor,  # [B, S, C]
+    input_spatial_shapes: torch.Tensor,  # [L, 2]
+    input_level_start_index: torch.Tensor,  # [L], which must say that the levels lie one after the other
+    input_padding_mask: torch.Tensor | None = None,  # [B, S] bool, True = padding
 ) -> torch.Tensor:
-    """`MSDeformAttn.forward` by the fused op.
-
-    Args:
-        query: [B, N, C].
-        reference_points: [B, N, L, 2] or [B, N, L, 4].
-        input_flatten: [B, S, C], the levels one after the other, as `input_level_start_index` must say.
-        input_spatial_shapes: [L, 2].
-        input_padding_mask: [B, S] bool, True = padding.
-
-    Returns:
-        [B, N, C].
-    """
+    """`MSDeformAttn.forward` by the fused op: [B, N, C]."""
     return sample(
         self, query, reference_points, input_flatten, input_spatial_shapes, input_padding_mask, heads=self.n_heads
     )
@@ -70,7 +59,11 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
         TypeError: `model` is no module.
     """
     with applying(CODEBASE, verbose=verbose) as report:
-        _provide_extension(report)
+        imported = sys.modules.get(EXTENSION)
+        if imported is None:
+            report.replace(sys.modules, EXTENSION, MultiScaleDeformableAttention, name=f"import {EXTENSION}", op=PLAIN)
+        else:
+            replace_functions(report, imported, EXTENSION)
         if model is not None:
             fuse(report, model, MS_DEFORM_ATTN)
     return report
@@ -79,11 +72,3 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
 def revert() -> None:
     """Put back everything that `apply` has replaced."""
     revert_all(CODEBASE)
-
-
-def _provide_extension(report: Report) -> None:
-    imported = sys.modules.get(EXTENSION)
-    if imported is None:
-        report.replace(sys.modules, EXTENSION, MultiScaleDeformableAttention, name=f"import {EXTENSION}", op=PLAIN)
-    else:
-        replace_functions(report, imported, EXTENSION)

@@ -93,33 +93,21 @@ def revert() -> None:
 
 def routed_layer(
     self: nn.Module,
-    query: torch.Tensor,
-    query_pos: torch.Tensor | None,
+    query: torch.Tensor,  # [B, N, C]
+    query_pos: torch.Tensor | None,  # [B, N, C]
     reference_points: torch.Tensor,
     value: torch.Tensor,
     spatial_shapes: torch.Tensor,
     level_start_index: torch.Tensor,
-    self_attn_mask: torch.Tensor | None = None,
+    self_attn_mask: torch.Tensor | None = None,  # [N, N] or [B * H, N, N]
     key_padding_mask: torch.Tensor | None = None,
-    gating_lambda: float = 0.0,
-    prev_class_logits: torch.Tensor | None = None,
-    reference_boxes: torch.Tensor | None = None,
+    gating_lambda: float = 0.0,  # 0 or None is plain attention
+    prev_class_logits: torch.Tensor | None = None,  # [B, N, classes] of the previous layer
+    reference_boxes: torch.Tensor | None = None,  # [B, N, 4] as (cx, cy, w, h)
     *,
     original: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """Their decoder layer with its own gating off and, where gating is asked for, factors in place of the mask.
-
-    Args:
-        query, query_pos: [B, N, C].
-        self_attn_mask: [N, N] or [B * H, N, N]; bool (True may not attend) or floating (added).
-        gating_lambda: lambda; 0 or None is plain attention.
-        prev_class_logits: [B, N, classes] of the previous layer, or None.
-        reference_boxes: [B, N, 4] as (cx, cy, w, h), or None.
-        original: their forward.
-
-    Returns:
-        [B, N, C].
-    """
+    """Their decoder layer, `original`, without its own gating: where it is asked for, factors stand for the mask."""
     if gating_lambda and gating_lambda > 0.0:
         with_position = self.with_pos_embed(query, query_pos)
         features = query_features(with_position, prev_class_logits, reference_boxes)
