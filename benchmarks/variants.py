@@ -18,7 +18,7 @@ from triton.compiler import compile as compile_source
 from triton.runtime.jit import create_function_from_signature
 
 from route_kernels.ops.sigmoid_focal_loss import kept_scale
-from route_kernels.reference.precision import accumulate_dtype
+from route_kernels.precision import accumulate_dtype
 from route_kernels.triton import (
     add_layer_norm,
     launch,

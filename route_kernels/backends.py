@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from . import cuda, eager, native, reference
-from .ops.contract import FLOATING
+from .precision import FLOATING
 from .triton import availability
 
 BACKENDS = ("reference", "eager", "cpu", "triton", "cuda")

@@ -10,7 +10,7 @@ import torch
 
 from . import native
 from .graphs import constant_in_graphs
-from .ops.contract import FLOATING
+from .precision import FLOATING
 
 OPS = ("ms_deform_attn", "ms_deform_attn_fused")
 """What has CUDA kernels."""

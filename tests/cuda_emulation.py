@@ -23,7 +23,7 @@ import torch
 
 from route_kernels.ops.contract import last_dim_contiguous
 from route_kernels.ops.levels import flat_spatial_shapes, level_pairs, level_starts
-from route_kernels.reference.precision import accumulate_dtype
+from route_kernels.precision import accumulate_dtype
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("-std=c++17", "-O0", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from route_kernels.ops.levels import level_count
-from route_kernels.reference.precision import accumulate_dtype
+from route_kernels.precision import accumulate_dtype
 
 
 def workspace_bytes(op: Any, arguments: Sequence[Any], backend: str) -> int:

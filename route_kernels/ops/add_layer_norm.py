@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ..reference.precision import accumulate_dtype, autocast_dtype
+from ..precision import accumulate_dtype, autocast_dtype
 from .contract import (
     expect_choice,
     expect_floating,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from ..reference.precision import accumulate_dtype
+from ..precision import accumulate_dtype
 from .contract import expect_same_device, expect_shape, expect_tensors
 from .products import (
     add_product,

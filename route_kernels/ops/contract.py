@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.autograd import forward_ad
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ..precision import FLOATING
 
 _REAL = (float, int, torch.SymFloat, torch.SymInt, numbers.Real)
 

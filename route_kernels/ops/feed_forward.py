@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..precision import accumulate_dtype
 from ..reference.feed_forward import ACTIVATIONS
-from ..reference.precision import accumulate_dtype
 from .contract import expect_choice, expect_same_device, expect_shape, expect_tensors, integer
 from .products import (
     add_product,

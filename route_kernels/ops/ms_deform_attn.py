@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ..reference.precision import accumulate_dtype, autocast_dtype
+from ..precision import FLOATING, accumulate_dtype, autocast_dtype
 from .contract import (
-    FLOATING,
     expect_floating,
     expect_same_device,
     expect_shape,

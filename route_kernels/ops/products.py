@@ -10,9 +10,8 @@ from types import ModuleType
 
 import torch
 
-from .. import backends
-from ..reference import precision
-from .contract import FLOATING, expect_floating
+from .. import backends, precision
+from .contract import expect_floating
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -31,7 +30,7 @@ def expect_dtypes(op: str, dtype: torch.dtype | None, x: torch.Tensor, **others:
     expect_floating(op, "x", x)
     for name, tensor in others.items():
         if tensor is not None:
-            expect_floating(op, name, tensor, (x.dtype,) if dtype is None else FLOATING)
+            expect_floating(op, name, tensor, (x.dtype,) if dtype is None else precision.FLOATING)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 
 from .. import backends, reference
-from ..reference.precision import accumulate_dtype, autocast_dtype
+from ..precision import FLOATING, accumulate_dtype, autocast_dtype
 from .contract import (
-    FLOATING,
     expect_floating,
     expect_same_device,
     expect_shape,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ..reference.precision import accumulate_dtype
+from ..precision import accumulate_dtype
 from .contract import (
     expect_choice,
     expect_floating,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .precision import without_autocast
+from ..precision import without_autocast
 
 
 def add_linear(

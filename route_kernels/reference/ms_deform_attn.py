@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .precision import accumulate_dtype
+from ..precision import accumulate_dtype
 
 
 def _bilinear(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .precision import accumulate_dtype, without_autocast
+from ..precision import accumulate_dtype, without_autocast
 
 EPS = 1e-12
 

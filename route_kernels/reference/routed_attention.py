@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .precision import accumulate_dtype, without_autocast
+from ..precision import accumulate_dtype, without_autocast
 
 
 def routing_bias(

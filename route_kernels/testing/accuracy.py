@@ -12,7 +12,7 @@ import torch
 
 import route_kernels as rk
 
-from ..reference.precision import accumulate_dtype
+from ..precision import accumulate_dtype
 from .arguments import Arguments, converted, map_tensors, named_tensors
 from .eager import EAGER
 

@@ -8,7 +8,7 @@ import re
 import torch
 
 from ..graphs import constant_in_graphs
-from ..ops.contract import FLOATING
+from ..precision import FLOATING
 
 OLDEST = (3, 5)
 OLDEST_CAPABILITY = (8, 0)

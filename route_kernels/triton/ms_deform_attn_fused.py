@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..reference.precision import accumulate_dtype
+from ..precision import accumulate_dtype
 from .launch import Prepared, config, contiguous_like, kept
 from .ms_deform_attn.backward import softmax_adjoint
 from .ms_deform_attn.host import Points, power_of_two, prepared_backward, sample, sample_backward

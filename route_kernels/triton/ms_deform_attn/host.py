@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...reference.precision import accumulate_dtype
+from ...precision import accumulate_dtype
 from ..launch import Prepared, config, kept
 from .backward import ms_deform_attn_backward, ms_deform_attn_gather
 from .forward import ms_deform_attn_forward

@@ -1,10 +1,12 @@
-"""In which precision sums are taken."""
+"""Which dtypes there are, and in which of them sums are taken."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
