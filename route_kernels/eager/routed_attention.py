@@ -27,7 +27,8 @@ def routed_attention(
             limit = min(limit, torch.finfo(r.dtype).max)
         if limit is not None:
             r = r.clamp(-limit, limit)
-        r = strength * r
+        if isinstance(strength, torch.Tensor) or strength != 1:
+            r = strength * r
         mask = r.unsqueeze(1).to(query.dtype)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = torch.atleast_2d(attn_mask)
