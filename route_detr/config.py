@@ -24,11 +24,11 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from .data.transforms import TransformConfig
+from .model.blocks import MemoryLevel
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-MemoryLevel = Literal["none", "fused", "lean", "tight", "min"]  # docs/memory.md says what each recomputes
 FORBID_OTHERS = ConfigDict(extra="forbid")
 
 
@@ -82,7 +82,7 @@ class DetectorConfig:
     router_gate_rank: PositiveInt = 32
     router_limit: Positive = 5.0
     router_nonnegative: bool = False
-    memory: MemoryLevel = "lean"
+    memory: MemoryLevel = "lean"  # docs/memory.md says what each recomputes
 
     @field_validator("routed_layers", mode="before")
     @classmethod

@@ -9,10 +9,8 @@ import route_kernels as rk
 from route_detr.config import TrainConfig
 from route_detr.model.boxes import corners, generalized_iou, inverse_sigmoid
 from route_detr.model.criterion import Criterion
-from route_detr.model.denoising import Denoised, DenoisingTargets
-from route_detr.model.detector import DetectorOutput
-from route_detr.model.heads import Predictions
 from route_detr.model.matcher import Matcher, padded_targets
+from route_detr.model.structures import Denoised, DenoisingTargets, DetectorOutput, Predictions
 
 CLASSES = 3
 

@@ -14,7 +14,6 @@ from route_detr.config import TrainConfig
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import detections
 from route_detr.model.masks import (
-    MaskTargets,
     full_masks,
     image_mask_logits,
     mask_cost,
@@ -23,6 +22,7 @@ from route_detr.model.masks import (
     sampled,
     uncertain_points,
 )
+from route_detr.model.structures import MaskTargets
 
 
 def grid(height, width):

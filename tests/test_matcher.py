@@ -13,9 +13,9 @@ from small_detector import small_batch, small_detector
 from route_detr.config import TrainConfig
 from route_detr.model import matcher as matching
 from route_detr.model.criterion import Criterion
-from route_detr.model.heads import Predictions
 from route_detr.model.masks import mask_targets
 from route_detr.model.matcher import Matcher, padded_targets
+from route_detr.model.structures import Predictions
 
 CONFIG = TrainConfig(mask_points=400)
 

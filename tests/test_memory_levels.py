@@ -7,7 +7,9 @@ from small_detector import small_batch, small_detector, trained_step
 from route_detr.config import DetectorConfig, TrainConfig
 from route_detr.memory.planner import LEVELS
 from route_detr.memory.public_form import PublicCriterion, make_public, public_config
-from route_detr.model.blocks import AddNorm, saves
+from route_detr.model import blocks
+from route_detr.model.blocks import AddNorm, Blocks
+from route_detr.model.encoder import EncoderLayer
 from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn
 
 STRENGTH, AUX_WEIGHT = 0.3, 0.5
@@ -79,7 +81,14 @@ def test_state_dicts_do_not_depend_on_the_level():
         assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in states[0].items()}
 
 
-def test_each_level_recomputes_what_it_says():
+def recomputed_functions(monkeypatch):
+    """A list to which the blocks append each function that backward would run again."""
+    ran = []
+    monkeypatch.setattr(blocks, "recomputed", lambda function, *inputs, kept: ran.append(function) or function(*inputs))
+    return ran
+
+
+def test_each_level_recomputes_what_it_says(monkeypatch):
     by_level = {level: small_detector(memory=level) for level in LEVELS}
     modules = {level: list(detector.modules()) for level, detector in by_level.items()}
     for level, found in modules.items():
@@ -89,7 +98,11 @@ def test_each_level_recomputes_what_it_says():
         assert {module.chunks for module in found if isinstance(module, FeedForward)} == {8 if lean else None}
         again = {module.recompute for module in by_level[level].decoder.modules() if isinstance(module, MSDeformAttn)}
         assert again == {level in ("tight", "min")}
-        assert by_level[level].encoder.recompute == (level == "min")
+        ran = recomputed_functions(monkeypatch)
+        by_level[level](*small_batch()[:2])
+        layers = set(by_level[level].encoder.layers) if level == "min" else set()
+        assert {each for each in ran if isinstance(each, EncoderLayer)} == layers
+        assert (by_level[level].proposals._scored in ran) == lean
 
 
 def test_an_unknown_level_is_an_error():
@@ -99,4 +112,4 @@ def test_an_unknown_level_is_an_error():
 
 def test_levels_are_ordered():
     config = DetectorConfig(memory="tight")
-    assert [saves(config, level) for level in LEVELS] == [True, True, True, True, False]
+    assert [Blocks(config).saves(level) for level in LEVELS] == [True, True, True, True, False]

@@ -22,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from route_detr.config import Config, DetectorConfig, MemoryLevel
 from route_detr.data import Target
 from route_detr.errors import RunFailed
+from route_detr.model.blocks import PredictionHead
 from route_detr.model.criterion import Criterion
 from route_detr.model.decoder import DecoderLayer
 from route_detr.model.detector import Detector
-from route_detr.model.heads import PredictionHead, Predictions
-from route_detr.model.matcher import Matcher, Matches, PaddedTargets
+from route_detr.model.matcher import Matcher
+from route_detr.model.structures import Matches, PaddedTargets, Predictions
 from route_kernels.backends import assumed
 
 from .ledger import WORKSPACES, Ledger

@@ -19,9 +19,9 @@ from torch.nn import functional
 from route_detr.config import DetectorConfig
 from route_detr.eager import make_eager
 from route_detr.model.criterion import Criterion
-from route_detr.model.detector import Detector, DetectorOutput
-from route_detr.model.heads import Predictions
+from route_detr.model.detector import Detector
 from route_detr.model.matcher import padded_targets
+from route_detr.model.structures import DetectorOutput, Predictions
 from route_kernels.backends import assumed
 from route_kernels.nn import FeedForward
 from route_kernels.ops.ms_deform_attn import ms_deform_attn

@@ -1,29 +1,61 @@
-"""What every transformer layer is made of, at each memory level (docs/memory.md)."""
+"""What every transformer layer is made of: embeddings, heads, and at each memory level (docs/memory.md) its blocks."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
-from typing import get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
-from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn
+from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn, RoutedSelfAttention
+from route_kernels.recompute import recomputed
 
-from ..config import DetectorConfig, MemoryLevel
+from .boxes import BOX_LOGIT_LIMIT
 
+if TYPE_CHECKING:
+    from ..config import DetectorConfig
+
+MemoryLevel = Literal["none", "fused", "lean", "tight", "min"]  # each saves what those before it save
 CHUNKS = 8  # of the tokens, in a feed-forward that is computed again in backward
-
-
-def saves(config: DetectorConfig, level: MemoryLevel) -> bool:
-    """Whether the configured memory level is at least `level`."""
-    levels = get_args(MemoryLevel)
-    return levels.index(config.memory) >= levels.index(level)
+PRIOR_PROBABILITY = 0.01  # of each class at the start (focal loss, arXiv 1708.02002)
 
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers between these widths, with ReLU in between."""
     layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
+
+
+def sine_embedding(coordinates: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """[..., k] in [0, 1] -> [..., k dim]: of each coordinate sin and cos of 2 pi x, in turn, at dim / 2 wavelengths.
+
+    DETR's for image positions (arXiv 2005.12872), Deformable DETR's for boxes (arXiv 2010.04159).
+    """
+    exponents = torch.arange(dim // 2, dtype=coordinates.dtype, device=coordinates.device) * (2 / dim)
+    angles = coordinates[..., None] * (2 * math.pi * temperature**-exponents)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
+
+
+class PredictionHead(nn.Module):
+    """Content [..., C] and reference box logits [..., 4] -> class logits [..., K], refined box logits [..., 4]."""
+
+    def __init__(self, embed_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(embed_dim, num_classes)
+        self.refine = mlp(embed_dim, embed_dim, embed_dim, 4)
+        nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        nn.init.zeros_(self.refine[-1].weight)
+        nn.init.zeros_(self.refine[-1].bias)
+
+    def forward(self, content: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        return self.classify(content), self.refined(content, reference)
+
+    def refined(self, content: Tensor, reference: Tensor) -> Tensor:
+        """The reference box, corrected: logits [..., 4]."""
+        return (reference + self.refine(content)).clamp(-BOX_LOGIT_LIMIT, BOX_LOGIT_LIMIT)
 
 
 class AddNorm(nn.LayerNorm):
@@ -33,21 +65,51 @@ class AddNorm(nn.LayerNorm):
         return super().forward(residual + x)
 
 
-def add_norm(config: DetectorConfig) -> nn.LayerNorm:
-    """x, residual -> LayerNorm(residual + x); from `lean` on only its output is kept."""
-    return (AddLayerNorm if saves(config, "lean") else AddNorm)(config.embed_dim)
+class SummedAttention(MSDeformAttn):
+    """`MSDeformAttn` whose sum of query and position is made once and kept for backward."""
+
+    def forward(self, query: Tensor, *others: Any, query_pos: Tensor | None = None, **named: Any) -> Tensor:
+        return super().forward(query if query_pos is None else query + query_pos, *others, **named)
 
 
-def feed_forward(config: DetectorConfig) -> FeedForward:
-    """Linear, ReLU, Linear; from `lean` on the hidden layer is computed again."""
-    return FeedForward(config.embed_dim, config.ffn_dim, chunks=CHUNKS if saves(config, "lean") else None)
+class Blocks:
+    """Makes the blocks of a detector for its memory level, and runs what backward may run again."""
 
+    def __init__(self, config: DetectorConfig) -> None:
+        self.config = config
 
-def deformable_attention(config: DetectorConfig, whole_layer: bool = False) -> MSDeformAttn:
-    """At `lean` memory is cast again for the value; from `tight` on value, offsets and logits are projected again.
+    def saves(self, level: MemoryLevel) -> bool:
+        """Whether the configured memory level is at least `level`."""
+        levels = get_args(MemoryLevel)
+        return levels.index(self.config.memory) >= levels.index(level)
 
-    whole_layer: the layer around it is computed again, and so needs neither.
-    """
-    sizes = config.embed_dim, config.num_levels, config.num_heads, config.num_points
-    recompute = saves(config, "tight") and not whole_layer
-    return MSDeformAttn(*sizes, recompute=recompute, recast=config.memory == "lean")
+    def norm(self) -> nn.LayerNorm:
+        """x, residual -> LayerNorm(residual + x); from `lean` on only its output is kept."""
+        return (AddLayerNorm if self.saves("lean") else AddNorm)(self.config.embed_dim)
+
+    def feed_forward(self) -> FeedForward:
+        """Linear, ReLU, Linear; from `lean` on the hidden layer is computed again."""
+        return FeedForward(self.config.embed_dim, self.config.ffn_dim, chunks=CHUNKS if self.saves("lean") else None)
+
+    def self_attention(self) -> RoutedSelfAttention:
+        """Of queries, with a routing bias; from `lean` on q, k and v are projected again: few queries, few products."""
+        return RoutedSelfAttention(self.config.embed_dim, self.config.num_heads, recompute=self.saves("lean"))
+
+    def deformable_attention(self, in_encoder: bool) -> MSDeformAttn:
+        """At `lean` memory is cast again for the value; from `tight` on value, offsets and logits are projected again.
+
+        in_encoder: at `min` the layer around it runs again, so that it needs neither.
+        """
+        config = self.config
+        kind = MSDeformAttn if self.saves("lean") else SummedAttention
+        sizes = config.embed_dim, config.num_levels, config.num_heads, config.num_points
+        again = self.saves("tight") and not (in_encoder and self.saves("min"))
+        return kind(*sizes, recompute=again, recast=config.memory == "lean")
+
+    def run_encoder_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """layer(*inputs); at `min` backward runs it again."""
+        return recomputed(layer, *inputs, kept=()) if self.saves("min") else layer(*inputs)
+
+    def run_scoring(self, scoring: Callable[..., Any], *inputs: Tensor) -> Any:
+        """scoring(*inputs) of all positions in the first stage; from `lean` on backward runs it again."""
+        return recomputed(scoring, *inputs, kept=()) if self.saves("lean") else scoring(*inputs)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import route_kernels as rk
 
-from ..config import TrainConfig
 from .boxes import corners, generalized_iou
-from .denoising import DenoisingTargets
-from .detector import DetectorOutput
-from .heads import Predictions, side_by_side
 from .masks import mask_losses, mask_targets
-from .matcher import Matcher, Matches, PaddedTargets, padded_targets
+from .matcher import Matcher, padded_targets
+from .structures import DenoisingTargets, DetectorOutput, Matches, PaddedTargets, Predictions, side_by_side
+
+if TYPE_CHECKING:
+    from ..config import TrainConfig
 
 
 class Criterion:

@@ -8,30 +8,23 @@ routed one give both branches the same result and run once; after it the branche
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
-from route_kernels.nn import QueryRouter, RoutedSelfAttention
+from route_kernels.nn import QueryRouter
 
-from ..config import DetectorConfig
-from .blocks import add_norm, deformable_attention, feed_forward, mlp, saves
+from .blocks import Blocks, PredictionHead, mlp, sine_embedding
 from .denoising import group_similarity
-from .encoder import Memory
-from .heads import PredictionHead, Predictions, side_by_side
-from .position import sine_embedding
-from .proposals import Queries
-from .schedule import RouteType, RoutingValues
+from .structures import Memory, Predictions, Queries, RouteType, RoutingValues, side_by_side
+
+if TYPE_CHECKING:
+    from ..config import DetectorConfig
 
 MIN_AREA = 1e-6  # of a reference box, before the logarithm
-ROUTER = (
-    "rank",
-    "hidden_dim",
-    "gate_rank",
-    "limit",
-    "nonnegative",
-)  # of `QueryRouter`, router_... in the configuration
+ROUTER = ("rank", "hidden_dim", "gate_rank", "limit", "nonnegative")  # router_... in the configuration
 
 
 class DecoderLayer(nn.Module):
@@ -39,13 +32,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        again = saves(config, "lean")  # q, k and v are projected again in backward: few queries, so few products
-        self.self_attention = RoutedSelfAttention(config.embed_dim, config.num_heads, recompute=again)
-        self.self_norm = add_norm(config)
-        self.cross_attention = deformable_attention(config)
-        self.cross_norm = add_norm(config)
-        self.ffn = feed_forward(config)
-        self.ffn_norm = add_norm(config)
+        blocks = Blocks(config)
+        self.self_attention = blocks.self_attention()
+        self.self_norm = blocks.norm()
+        self.cross_attention = blocks.deformable_attention(in_encoder=False)
+        self.cross_norm = blocks.norm()
+        self.ffn = blocks.feed_forward()
+        self.ffn_norm = blocks.norm()
 
     def forward(self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""

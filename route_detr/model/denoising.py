@@ -6,50 +6,18 @@ queries and to their own group; matching queries see none of them. Two key inter
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
 
-from ..config import DetectorConfig
 from .boxes import corners, inverse_sigmoid
-from .heads import Predictions
-from .matcher import PaddedTargets
+from .structures import DenoisingTargets, PaddedTargets, Queries
 
 if TYPE_CHECKING:
-    from .proposals import Queries
-
-
-class DenoisingTargets(NamedTuple):
-    """What each of D denoising queries of an image is to find; `groups` copies of the targets lie side by side.
-
-    Class losses count where `present`, against the target's label where `positive` and background elsewhere; box losses
-    where `positive`. Both are divided by `groups` times the number of target boxes.
-    """
-
-    target: Tensor  # [B, D] int64, index among the image's targets; 0 where there is none
-    positive: Tensor  # [B, D] bool: starts close to its target and is to find it
-    present: Tensor  # [B, D] bool: positive or negative; False where images with fewer targets are filled up
-    groups: int
-
-    @property
-    def group_size(self) -> int:
-        """Queries of a group, absent ones too; the present ones come first."""
-        return self.target.shape[1] // self.groups
-
-    @property
-    def group_counts(self) -> Tensor:
-        """Present queries in each group of an image: [B] int64."""
-        return self.present.sum(1) // self.groups
-
-
-class Denoised(NamedTuple):
-    """Predictions of the denoising queries [B, G, D, .] of every decoder layer, and what they are to be."""
-
-    layers: list[Predictions]
-    targets: DenoisingTargets
+    from ..config import DetectorConfig
 
 
 class Denoising(nn.Module):

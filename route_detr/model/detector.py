@@ -4,56 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import route_kernels as rk
-
-from ..config import DetectorConfig, TrainConfig
 from ..eager import make_eager
 from .backbone import Backbone, FeatureLevels
 from .boxes import corners
 from .decoder import Decoder
-from .denoising import Denoised, Denoising
-from .encoder import Encoder, Memory, flatten_levels
-from .heads import Predictions
+from .denoising import Denoising
+from .encoder import Encoder, flatten_levels
 from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits
-from .matcher import PaddedTargets, padded_targets
+from .matcher import padded_targets
 from .proposals import Proposals
-from .schedule import ROUTE_TYPES, RouteType, RoutingValues
+from .structures import (
+    ROUTE_TYPES,
+    Denoised,
+    DetectorOutput,
+    Memory,
+    PaddedTargets,
+    RoutedLayerView,
+    RouteType,
+    RoutingValues,
+)
 
-
-class DetectorOutput(NamedTuple):
-    """Predictions of every decoder layer [B, G, N, .] and of the first stage [B, 1, S, .].
-
-    G = 2 holds (main, auxiliary); G = 1 is one result that stands for both branches.
-    """
-
-    layers: list[Predictions]
-    proposals: Predictions
-    aux_weight: Tensor  # alpha, 0-dim; 0 where there is no auxiliary branch
-    denoising: Denoised | None = None  # in training
-    pixel_embeddings: Tensor | None = None  # [B, E, h, w] at 1/4 of the images' size, to segment
-
-    @property
-    def logits(self) -> Tensor:
-        """Class logits [B, N, K] of the main branch's last layer."""
-        return self.layers[-1].logits[:, 0]
-
-    @property
-    def boxes(self) -> Tensor:
-        """Boxes [B, N, 4] (cx, cy, w, h) in [0, 1] of the main branch's last layer."""
-        return self.layers[-1].boxes[:, 0]
-
-
-class RoutedLayerView(NamedTuple):
-    """What a routed layer's bias is made of, for inspection."""
-
-    factors: rk.RoutingFactors  # at strength 1
-    boxes: Tensor  # [B, N, 4] reference boxes that enter the layer
-    confidence: Tensor  # [B, N] highest class probability of the layer before; 0 in the first layer
+if TYPE_CHECKING:
+    from ..config import DetectorConfig, TrainConfig
 
 
 class RoutingState(nn.Module):

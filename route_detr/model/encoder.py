@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from route_kernels.recompute import recomputed
+from .blocks import Blocks, sine_embedding
+from .structures import Memory
 
-from ..config import DetectorConfig
-from .blocks import add_norm, deformable_attention, feed_forward, saves
-from .position import sine_embedding
-
-
-class Memory(NamedTuple):
-    """Feature levels of a batch, flattened to S positions."""
-
-    features: Tensor  # [B, S, C]
-    positions: Tensor  # [B or 1, S, 2] (x, y) as fractions of each image's own extent; beyond 1 in its padding
-    spatial_shapes: list[tuple[int, int]]  # (h, w) of each level
-    padding: Tensor | None = None  # [B, S] bool, True = padding; None: no padding anywhere
-    valid_ratios: Tensor | None = None  # [B, L, 2] (x, y): share of each level that is not padding
-
-    def sampling_reference(self, reference: Tensor) -> Tensor:
-        """Image fractions [B, N, 2 or 4] -> fractions of each padded level, [B, N, L or 1, 2 or 4]."""
-        if self.valid_ratios is None:
-            return reference[:, :, None]
-        return reference[:, :, None] * self.valid_ratios[:, None].repeat(1, 1, 1, reference.shape[-1] // 2)
+if TYPE_CHECKING:
+    from ..config import DetectorConfig
 
 
 def flatten_levels(
@@ -65,16 +49,15 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        self.attention = deformable_attention(config, whole_layer=saves(config, "min"))
-        self.attention_norm = add_norm(config)
-        self.ffn = feed_forward(config)
-        self.ffn_norm = add_norm(config)
-        self.keeps_sum = not saves(config, "lean")
+        blocks = Blocks(config)
+        self.attention = blocks.deformable_attention(in_encoder=True)
+        self.attention_norm = blocks.norm()
+        self.ffn = blocks.feed_forward()
+        self.ffn_norm = blocks.norm()
 
     def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Tensor:
         x = memory.features
-        query, added = (x + position, None) if self.keeps_sum else (x, position)
-        attended = self.attention(query, reference, x, memory.spatial_shapes, memory.padding, query_pos=added)
+        attended = self.attention(x, reference, x, memory.spatial_shapes, memory.padding, query_pos=position)
         x = self.attention_norm(attended, x)
         return self.ffn_norm(self.ffn(x), x)
 
@@ -86,13 +69,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, config.embed_dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.recompute = saves(config, "min")
+        self.blocks = Blocks(config)
 
     def forward(self, memory: Memory, embedding: Tensor) -> Memory:
         rows = zip(self.level_embedding, memory.spatial_shapes, strict=True)
         position = embedding + torch.cat([row.expand(height * width, -1) for row, (height, width) in rows])
         reference = memory.sampling_reference(memory.positions.expand(memory.features.shape[0], -1, -1))
         for layer in self.layers:
-            inputs = (memory, position, reference)
-            memory = memory._replace(features=recomputed(layer, *inputs, kept=()) if self.recompute else layer(*inputs))
+            features = self.blocks.run_encoder_layer(layer, memory, position, reference)
+            memory = memory._replace(features=features)
         return memory

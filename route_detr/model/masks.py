@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..config import DetectorConfig
-from .encoder import Memory
-from .position import sine_embedding
+from .blocks import sine_embedding
+from .structures import MaskTargets, Memory
+
+if TYPE_CHECKING:
+    from ..config import DetectorConfig
 
 MASK_STRIDE = 4
 OVERSAMPLING = 3  # candidates a point, of which the most uncertain are kept
@@ -46,20 +48,6 @@ class PixelEmbedding(nn.Module):
         encoded = placed.mT.unflatten(2, (height, width))
         encoded = functional.interpolate(encoded, size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return self.project(self.lateral(fine) + encoded)
-
-
-class MaskTargets(NamedTuple):
-    """True masks of a batch, each image without padding, and what of the padded pixel embeddings its image covers."""
-
-    masks: Sequence[Tensor]  # [T, h, w] bool of each image
-    extents: Tensor  # [B, 2] (x, y) in (0, 1]
-
-    def at(self, image: int, points: Tensor, target: Tensor | None = None) -> Tensor:
-        """Whether points are inside, as 0 and 1: [P, 2] -> [T, P], or with `target` [M]: [M, P, 2] -> [M, P]."""
-        masks = self.masks[image]
-        sides = enumerate(masks.shape[:0:-1])  # x, y
-        column, row = ((points[..., axis] * side).clamp_max(side - 1).long() for axis, side in sides)
-        return (masks[:, row, column] if target is None else masks[target[:, None], row, column]).to(points.dtype)
 
 
 def mask_targets(targets: Sequence, pixels: Tensor) -> MaskTargets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,28 +14,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
-from ..config import TrainConfig
 from .boxes import corners, generalized_iou
-from .heads import Predictions
-from .masks import MaskTargets, mask_cost
+from .masks import mask_cost
+from .structures import Matches, PaddedTargets, Predictions
 
-
-class PaddedTargets(NamedTuple):
-    """Targets of a batch, padded to T = the longest."""
-
-    labels: Tensor  # [B, T] int64
-    boxes: Tensor  # [B, T, 4] (cx, cy, w, h)
-    counts: list[int]  # boxes of each image
-    masks: MaskTargets | None = None
-
-
-class Matches(NamedTuple):
-    """M matched pairs for each of G prediction rows; every row matches min(N, T_b) targets of image b."""
-
-    image: Tensor  # [M]
-    query: Tensor  # [G, M]
-    target: Tensor  # [G, M]
-    counts: list[int]  # pairs of each image, which stand together
+if TYPE_CHECKING:
+    from ..config import TrainConfig
 
 
 def padded_targets(targets: Sequence, like: Tensor) -> PaddedTargets:

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from route_kernels.recompute import recomputed
-
-from ..config import DetectorConfig
-from .blocks import saves
+from .blocks import Blocks, PredictionHead, sine_embedding
 from .boxes import inverse_sigmoid
-from .denoising import DenoisingTargets
-from .encoder import Memory
-from .heads import PredictionHead, Predictions
-from .position import sine_embedding
+from .structures import Memory, Predictions, Queries
+
+if TYPE_CHECKING:
+    from ..config import DetectorConfig
 
 BASE_SIZE = 0.05  # side of the finest level's proposals, doubled with each level
 BORDER = 0.01  # a proposal centred closer to the border, or larger than 1 - BORDER, is left out
-
-
-class Queries(NamedTuple):
-    """What enters a decoder layer, for G branches; denoising queries, where there are any, follow the matching ones."""
-
-    content: Tensor  # [B, G, N, C]
-    position: Tensor | None  # [B, 1 or G, N, C]; None: the decoder makes it from the boxes
-    box_logits: Tensor  # [B, G, N, 4] inverse sigmoid of the reference boxes, detached
-    logits: Tensor | None = None  # [B, G, N, K] class logits of the layer before; None before the first
-    attached: Tensor | None = None  # box_logits with the gradient to the layer before, to look forward twice
-    key_ranges: Tensor | None = None  # [B, N, 2, 2] int32: which queries each may see; None: all
-    denoising: DenoisingTargets | None = None
-
-    @property
-    def matching(self) -> int:
-        """How many of the N queries are not denoising ones."""
-        return self.content.shape[2] - (0 if self.denoising is None else self.denoising.target.shape[1])
-
-    @property
-    def confidence(self) -> Tensor:
-        """Highest class probability that the layer before gave, 0 before the first: [B, G, N]."""
-        return torch.zeros_like(self.content[..., 0]) if self.logits is None else self.logits.amax(-1).sigmoid()
 
 
 class Proposals(nn.Module):
@@ -57,7 +32,7 @@ class Proposals(nn.Module):
         dim, self.query_content, self.num_queries = config.embed_dim, config.query_content, config.num_queries
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.head = PredictionHead(dim, 1 if config.proposal_classes == "agnostic" else config.num_classes)
-        self.recompute = saves(config, "lean")
+        self.blocks = Blocks(config)
         self.content = self.position = None
         if self.query_content == "learned":
             self.content = nn.Parameter(torch.randn(self.num_queries, dim))
@@ -69,9 +44,7 @@ class Proposals(nn.Module):
     def forward(self, memory: Memory) -> tuple[Predictions, Queries]:
         """Queries are the best num_queries proposals, or all S where there are fewer."""
         anchors, usable = self._anchors(memory)
-        inputs = (memory.features, usable, anchors)
-        scored = recomputed(self._scored, *inputs, kept=()) if self.recompute else self._scored(*inputs)
-        features, scores, box_logits = scored
+        features, scores, box_logits = self.blocks.run_scoring(self._scored, memory.features, usable, anchors)
         batch, size, dim = features.shape
         ranking = scores.detach().amax(-1).masked_fill(~usable, -torch.inf)
         best = ranking.topk(min(self.num_queries, size), dim=1).indices[..., None]

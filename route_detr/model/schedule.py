@@ -7,20 +7,12 @@ names other schedules as open.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING
 
-from ..config import Config, ScheduleConfig
+from .structures import RouteType, RoutingValues
 
-RouteType = Literal["gated", "suppressor", "delegator"]
-ROUTE_TYPES: tuple[RouteType, ...] = ("gated", "suppressor", "delegator")
-
-
-class RoutingValues(NamedTuple):
-    """What `Detector.set_routing` takes."""
-
-    strengths: tuple[float, ...]  # lambda of each routed layer, first to last
-    aux_weight: float  # alpha
-    route_type: RouteType  # which products make up the bias
+if TYPE_CHECKING:
+    from ..config import Config, ScheduleConfig
 
 
 def rise(time: float, config: ScheduleConfig) -> float:
