@@ -14,18 +14,22 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.verification import Results, complaint, yardstick
-from route_kernels.testing import EAGER, Arguments, call, map_tensors, named_tensors, outcome
+from route_kernels.testing import EAGER, Arguments, call, declaration, map_tensors, named_tensors, outcome
 
 Function = Callable[..., Tensor]
 TWO_31 = 2**31
 SUMMED_BY_ATOMICS = {("ms_deform_attn", "grad value"), ("ms_deform_attn_fused", "grad value")}
 """(op, result) that need not be bitwise the same twice, except under torch.use_deterministic_algorithms(True)."""
-FLOAT32_UNDER_AUTOCAST = ("query_similarity", "add_layer_norm", "sigmoid_focal_loss")
 
 
 def public(op: str) -> Function:
     """The public op as a function under test."""
     return lambda **arguments: call(op, arguments)
+
+
+def output_dtype_under_autocast(op: str, dtype: torch.dtype) -> torch.dtype:
+    """Of float32 inputs; `dtype` is that of autocast."""
+    return torch.float32 if getattr(declaration(op), "FLOAT32_UNDER_AUTOCAST", False) else dtype
 
 
 def placed(arguments: Arguments, device: torch.device | str) -> Arguments:
@@ -112,7 +116,7 @@ def check_autocast(op: str, function: Function, arguments: Arguments, dtype: tor
     expected = results_of(function, arguments, grad_output)
     with torch.autocast(device.type, dtype):
         results = results_of(function, arguments, grad_output)
-    assert results["output"].dtype == (torch.float32 if op in FLOAT32_UNDER_AUTOCAST else dtype)
+    assert results["output"].dtype == output_dtype_under_autocast(op, dtype)
     for name, tensor in expected.items():
         assert name == "output" or results[name].dtype == torch.float32, name
         torch.testing.assert_close(results[name].float(), tensor, rtol=0.1, atol=0.1, msg=name)

@@ -13,6 +13,7 @@ from route_kernels.backends import OPS, PRODUCTS
 from route_kernels.testing import (
     BAD_INPUTS,
     call,
+    declaration,
     map_tensors,
     named_tensors,
     routed_attention_arguments,
@@ -52,12 +53,14 @@ def test_fake_gives_the_same_message(bad):
 
 
 NUMBERS = [
-    ("routed_attention", "scale", 0.375),
-    ("routed_attention", "routing.limit", 0.5),
-    ("add_layer_norm", "eps", 0.25),
-    ("sigmoid_focal_loss", "alpha", 0.75),
-    ("sigmoid_focal_loss", "gamma", 3),
+    (op, argument, number)
+    for op in (*OPS, *PRODUCTS)
+    for argument, number in getattr(declaration(op), "NUMBERS", {}).items()
 ]
+
+
+def test_there_are_numbers():
+    assert {op for op, _, _ in NUMBERS} == {"routed_attention", "add_layer_norm", "sigmoid_focal_loss"}
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "compiled"])

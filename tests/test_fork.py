@@ -8,16 +8,7 @@ import pytest
 import torch
 
 import route_kernels as rk
-from route_kernels.testing import outcome, sample_arguments
-
-LARGE = {  # enough work for several workers, and too few elements for several of PyTorch's own
-    "routed_attention": dict(queries=200),
-    "query_similarity": dict(queries=300),
-    "ms_deform_attn": dict(queries=100),
-    "ms_deform_attn_fused": dict(queries=100),
-    "add_layer_norm": dict(queries=200),
-    "sigmoid_focal_loss": dict(queries=1000),
-}
+from route_kernels.testing import declaration, outcome, sample_arguments
 
 
 def first_elements(op, arguments, grad_output):
@@ -26,12 +17,12 @@ def first_elements(op, arguments, grad_output):
     }
 
 
-@pytest.mark.parametrize("sizes", [{}, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("op", LARGE)
-def test_a_forked_child_computes_what_its_parent_does(op, sizes):
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("op", rk.backends.OPS)
+def test_a_forked_child_computes_what_its_parent_does(op, large):
     assert rk.can_run(op, "cpu", torch.empty(0))[0]
     torch.set_num_threads(2)
-    arguments = next(iter(sample_arguments(op, **sizes.get(op, {})).values()))
+    arguments = next(iter(sample_arguments(op, **declaration(op).OF_WORKERS if large else {}).values()))
     grad_output = torch.ones_like(getattr(rk, op)(**arguments))
     expected = first_elements(op, arguments, grad_output)
     torch.ones(10**6).exp()  # PyTorch's threads exist, whatever the op needed

@@ -6,32 +6,26 @@
 import fcntl
 import os
 import tempfile
+from importlib import import_module
 
 import gpu_checks
 import pytest
-import test_add_layer_norm
-import test_ms_deform_attn
 import test_ms_deform_attn_fused
-import test_query_similarity
 import test_routed_attention
-import test_sigmoid_focal_loss
 import torch
 
 import route_kernels as rk
 from route_kernels.backends import OPS
 from route_kernels.testing import (
     BAD_INPUTS,
-    add_layer_norm_arguments,
     call,
     check_accuracy,
+    declaration,
     map_tensors,
-    ms_deform_attn_arguments,
     ms_deform_attn_fused_arguments,
     named_tensors,
-    query_similarity_arguments,
     routed_attention_arguments,
     sample_arguments,
-    sigmoid_focal_loss_arguments,
 )
 
 pytestmark = [
@@ -44,30 +38,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f
 HALVES_AND_F32 = {name: DTYPES[name] for name in ("f32", "bf16", "f16")}
 SAMPLES = [(op, label) for op in OPS for label in sample_arguments(op)]
 FIRST_SAMPLES = [(op, next(iter(sample_arguments(op)))) for op in OPS]
-MAKE = {
-    "routed_attention": routed_attention_arguments,
-    "query_similarity": query_similarity_arguments,
-    "ms_deform_attn": ms_deform_attn_arguments,
-    "ms_deform_attn_fused": ms_deform_attn_fused_arguments,
-    "add_layer_norm": add_layer_norm_arguments,
-    "sigmoid_focal_loss": sigmoid_focal_loss_arguments,
-}
-DETECTOR = {  # sizes of a decoder; the queries vary
-    "routed_attention": dict(batch=1, heads=8, channels=32, rank=16, gate_rank=3),
-    "query_similarity": dict(batch=1, channels=256),
-    "ms_deform_attn": dict(batch=1, heads=8, channels=32, points=4),
-    "ms_deform_attn_fused": dict(batch=1, heads=8, channels=32, points=4),
-    "add_layer_norm": dict(batch=1, channels=256),
-    "sigmoid_focal_loss": dict(batch=1, classes=91),
-}
-TABLES = {
-    "routed_attention": test_routed_attention.SHAPES,
-    "query_similarity": test_query_similarity.SHAPES,
-    "ms_deform_attn": test_ms_deform_attn.SHAPES,
-    "ms_deform_attn_fused": test_ms_deform_attn_fused.SHAPES,
-    "add_layer_norm": test_add_layer_norm.SHAPES,
-    "sigmoid_focal_loss": test_sigmoid_focal_loss.SHAPES,
-}
+TABLES = {op: import_module(f"test_{op}").SHAPES for op in OPS}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 each_short_dtype = pytest.mark.parametrize("dtype", HALVES_AND_F32.values(), ids=HALVES_AND_F32)
@@ -94,7 +65,9 @@ def sample(op, label, dtype, backend, device=None, **sizes):
 
 
 def detector_sized(op, dtype, backend, queries=300, **sizes):
-    return on_device(op, MAKE[op](dtype=dtype, queries=queries, **DETECTOR[op] | sizes), backend)
+    return on_device(
+        op, declaration(op).arguments(dtype=dtype, queries=queries, **declaration(op).DETECTOR | sizes), backend
+    )
 
 
 # ---- what only a GPU has -------------------------------------------------------------------------------------------
@@ -186,21 +159,11 @@ def test_images_beyond_32_bit_addresses(op, backend, most_of_the_gpu):
     gpu_checks.check_beyond_32_bits(op, gpu_checks.public(op), detector_sized(op, torch.bfloat16, backend, 70, batch=2))
 
 
-MANY = {  # more than 2^31 elements in the largest tensor, and more images than a grid has rows
-    "routed_attention": (dict(batch=131_200, queries=64, heads=8, channels=32, rank=4), 45),
-    "query_similarity": (dict(batch=131_200, queries=64, channels=256), 10),
-    "ms_deform_attn": (dict(levels=((16, 4),), batch=131_200, heads=8, channels=32, queries=2), 30),
-    "ms_deform_attn_fused": (dict(levels=((16, 4),), batch=131_200, heads=8, channels=32, queries=2), 30),
-    "add_layer_norm": (dict(batch=131_200, queries=64, channels=256), 30),
-    "sigmoid_focal_loss": (dict(batch=131_200, queries=64, classes=256), 20),
-}
-
-
 @each_op
 def test_more_than_2_31_elements(op, backend, most_of_the_gpu):
-    sizes, gigabytes = MANY[op]
-    need_free(gigabytes)
-    few = MAKE[op](dtype=torch.bfloat16, **sizes | dict(batch=1))
+    sizes = declaration(op).MANY
+    need_free(declaration(op).MANY_GIGABYTES)
+    few = declaration(op).arguments(dtype=torch.bfloat16, **sizes | dict(batch=1))
     whole = map_tensors(on_device(op, few, backend), lambda x: many_of(x, sizes["batch"]))
     assert max(tensor.numel() for _, tensor in named_tensors(whole)) > 2**31
     gpu_checks.check_many_images(op, gpu_checks.public(op), whole)
@@ -230,7 +193,7 @@ def test_samples(op, label, dtype, backend):
 @pytest.mark.parametrize("op, shape", [(op, shape) for op in OPS for shape in TABLES[op]])
 @each_dtype
 def test_shapes(op, shape, dtype, backend):
-    check_accuracy(op, on_device(op, MAKE[op](dtype=dtype, **TABLES[op][shape]), backend))
+    check_accuracy(op, on_device(op, declaration(op).arguments(dtype=dtype, **TABLES[op][shape]), backend))
 
 
 @pytest.mark.parametrize("shape", test_routed_attention.MASK_SHAPES, ids=str)

@@ -10,17 +10,9 @@ import torch
 
 import route_kernels as rk
 from route_kernels.backends import OPS
-from route_kernels.testing import EAGER, named_tensors, routed_attention_arguments
+from route_kernels.testing import EAGER, declaration, named_tensors, routed_attention_arguments
 
 CPU = torch.device("cpu")
-TINY = {
-    "routed_attention": dict(batch=2, heads=2, queries=5, channels=4, rank=2, gate_rank=1),
-    "query_similarity": dict(batch=2, queries=5, channels=3),
-    "ms_deform_attn": dict(batch=2, heads=1, queries=3, channels=4, points=1, levels=((2, 3), (1, 1))),
-    "ms_deform_attn_fused": dict(batch=2, heads=1, queries=3, channels=4, points=1, levels=((2, 3), (1, 1))),
-    "add_layer_norm": dict(batch=2, queries=5, channels=7, zeros=1),
-    "sigmoid_focal_loss": dict(batch=2, queries=5, classes=4),
-}
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -31,7 +23,7 @@ def backend(request):
 
 
 def tiny(op, backend, dtype=torch.float32, **sizes):
-    return test_gpu.on_device(op, test_gpu.MAKE[op](dtype=dtype, **TINY[op] | sizes), backend, CPU)
+    return test_gpu.on_device(op, declaration(op).arguments(dtype=dtype, **declaration(op).TINY | sizes), backend, CPU)
 
 
 # ---- the ops pass --------------------------------------------------------------------------------------------------
@@ -99,7 +91,7 @@ def test_tables(table, monkeypatch):
 
 
 def arguments():
-    return routed_attention_arguments(**TINY["routed_attention"])
+    return routed_attention_arguments(**declaration("routed_attention").TINY)
 
 
 def noisy(**given):
@@ -137,7 +129,7 @@ def test_compiling_anew_is_caught():
         return EAGER["routed_attention"](**given) * (2 if given["query"].shape[2] == 40 else 1)
 
     def of(queries):
-        return routed_attention_arguments(**{**TINY["routed_attention"], "queries": queries})
+        return routed_attention_arguments(**{**declaration("routed_attention").TINY, "queries": queries})
 
     with pytest.raises(AssertionError, match="compiled anew"):
         gpu_checks.check_compiled("routed_attention", by_number_of_queries, of, "eager")
@@ -149,14 +141,14 @@ def test_addresses_of_32_bits_are_caught():
         near = query.detach().as_strided(query.shape, strides) + (query - query.detach())
         return EAGER["routed_attention"](near, key, value, routing)
 
-    given = routed_attention_arguments(dtype=torch.bfloat16, **TINY["routed_attention"])
+    given = routed_attention_arguments(dtype=torch.bfloat16, **declaration("routed_attention").TINY)
     gpu_checks.check_beyond_32_bits("routed_attention", EAGER["routed_attention"], given)
     with pytest.raises(AssertionError, match="differs bitwise"):
         gpu_checks.check_beyond_32_bits("routed_attention", wrapped, given)
 
 
 def test_spread_arguments_hold_the_same_values():
-    given = routed_attention_arguments(dtype=torch.bfloat16, **TINY["routed_attention"])
+    given = routed_attention_arguments(dtype=torch.bfloat16, **declaration("routed_attention").TINY)
     for (name, tensor), (_, spread) in zip(
         named_tensors(given), named_tensors(gpu_checks.beyond_32_bits(given)), strict=True
     ):
@@ -172,7 +164,7 @@ def test_a_wrong_last_image_is_caught():
         gpu_checks.check_many_images(
             "routed_attention",
             last_image_forgotten,
-            routed_attention_arguments(**TINY["routed_attention"] | {"batch": 5}),
+            routed_attention_arguments(**declaration("routed_attention").TINY | {"batch": 5}),
         )
 
 
@@ -192,15 +184,15 @@ def test_copies_hold_the_same_values_in_other_places():
     for (_, tensor), (_, copy) in zip(named_tensors(given), named_tensors(gpu_checks.placed(given, CPU)), strict=True):
         assert torch.equal(tensor, copy) and copy.is_leaf and copy.requires_grad
         assert tensor.data_ptr() != copy.data_ptr()
-    others = gpu_checks.placed(routed_attention_arguments(seed=1, **TINY["routed_attention"]), CPU)
+    others = gpu_checks.placed(routed_attention_arguments(seed=1, **declaration("routed_attention").TINY), CPU)
     gpu_checks.overwrite(given, others)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(named_tensors(given), named_tensors(others), strict=True))
 
 
 @each_op
 def test_arguments_of_the_large_tests(op):
-    sizes, _ = test_gpu.MANY[op]
-    one = test_gpu.MAKE[op](dtype=torch.bfloat16, **sizes | {"batch": 1})
+    sizes = declaration(op).MANY
+    one = declaration(op).arguments(dtype=torch.bfloat16, **sizes | {"batch": 1})
     assert sizes["batch"] * max(tensor.numel() for _, tensor in named_tensors(one)) > 2**31
     many = gpu_checks.map_tensors(one, lambda tensor: test_gpu.many_of(tensor, 4))
     for (_, tensor), (_, image) in zip(named_tensors(many), named_tensors(one), strict=True):
@@ -209,8 +201,3 @@ def test_arguments_of_the_large_tests(op):
             continue
         assert tensor.shape == (4, *image.shape[1:]) and tensor.requires_grad == image.requires_grad
         assert all(torch.equal(tensor[index], image[0]) for index in range(3))
-
-
-def test_every_op_has_its_tables():
-    for table in (test_gpu.MAKE, test_gpu.DETECTOR, test_gpu.TABLES, test_gpu.MANY):
-        assert set(table) == set(OPS)

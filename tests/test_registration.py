@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from gpu_checks import FLOAT32_UNDER_AUTOCAST
+from gpu_checks import output_dtype_under_autocast
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -16,7 +16,7 @@ import route_kernels as rk
 from route_kernels import native, testing
 from route_kernels.backends import OPS, PRODUCTS
 from route_kernels.ops import registry
-from route_kernels.testing import call, converted, map_tensors, named_tensors, outcome, sample_arguments
+from route_kernels.testing import call, converted, declaration, map_tensors, named_tensors, outcome, sample_arguments
 
 PUBLIC = (*OPS, *PRODUCTS)
 PUBLIC_SAMPLES = [(op, label) for op in PUBLIC for label in sample_arguments(op)]
@@ -107,6 +107,16 @@ def test_every_registered_op_is_reached_by_samples():
 def test_every_public_op_is_registered():
     assert set(PUBLIC) <= set(registry.OPS)
     assert all(public_name(name) in PUBLIC for name in registry.OPS)
+
+
+def test_every_public_op_declares_what_tests_need():
+    assert set(testing.NAMES) == set(PUBLIC)
+    for op in PUBLIC:
+        declared = declaration(op)
+        assert declared.EMPTY and declared.BAD_INPUTS and {bad.op for bad in declared.BAD_INPUTS} == {op}
+        if op in OPS:
+            assert declared.TINY and declared.DETECTOR and declared.OF_WORKERS and declared.MANY_GIGABYTES
+            assert declared.MANY["batch"] > 2**16
 
 
 def public_name(name):
@@ -245,7 +255,7 @@ def test_autocast(op, label, backend):
         with torch.autocast("cpu", torch.bfloat16):
             results = public_outcome(op, arguments)
             doubled = call(op, double) if takes_double else None
-    assert results["output"].dtype == (torch.float32 if op in FLOAT32_UNDER_AUTOCAST else torch.bfloat16)
+    assert results["output"].dtype == output_dtype_under_autocast(op, torch.bfloat16)
     assert doubled is None or doubled.dtype == torch.float64
     for name, tensor in expected.items():
         assert name == "output" or results[name].dtype == torch.float32, name
@@ -282,34 +292,11 @@ def test_inference_mode_and_no_grad(op, label, backend):
         assert torch.equal(output, expected)
 
 
-EMPTY = {
-    "routed_attention": ("batch", "heads", "queries", "keys", "channels", "rank", "gate_rank"),
-    "query_similarity": ("batch", "queries", "channels"),
-    "ms_deform_attn": ("batch", "queries", "heads", "channels", "points"),
-    "ms_deform_attn_fused": ("batch", "queries", "heads", "channels", "points"),
-    "add_layer_norm": ("batch", "queries", "channels"),
-    "sigmoid_focal_loss": ("batch", "queries", "classes"),
-    "feed_forward": ("batch", "queries", "channels", "hidden", "outputs"),
-    "add_linear": ("batch", "queries", "channels", "outputs"),
-}
-
-
-def empty_arguments(op, dimension):
-    if (op, dimension) == ("feed_forward", "outputs"):
-        arguments = sample(op, "relu")
-        return arguments | {name: arguments[name].detach()[:0].requires_grad_() for name in ("w2", "b2")}
-    if dimension == "classes":
-        arguments = sample(op, "sum")
-        return arguments | {"logits": arguments["logits"].detach()[..., :0].requires_grad_()}
-    options = {"scale": 0.5} if (op, dimension) == ("routed_attention", "channels") else {}
-    return getattr(testing, f"{op}_arguments")(**{dimension: 0}) | options
-
-
 @each_backend
-@pytest.mark.parametrize("op, dimension", [(op, dimension) for op in EMPTY for dimension in EMPTY[op]])
+@pytest.mark.parametrize("op, dimension", [(op, dimension) for op in PUBLIC for dimension in declaration(op).EMPTY])
 def test_a_dimension_of_size_0(op, dimension, backend):
     skip_unless_it_runs(op, backend)
-    arguments = empty_arguments(op, dimension)
+    arguments = declaration(op).EMPTY[dimension]()
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             with rk.backend("reference"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ import route_kernels as rk
 from ..ops.routed_attention import RoutingFactors
 
 Arguments = dict[str, Any]
+LEVELS = ((5, 7), (3, 4), (1, 1))  # odd sizes and a level of one pixel
+
+
+def normals(seed: int, device: str) -> Callable[..., torch.Tensor]:
+    """normal(*shape, dtype=..., scale=1.0): one draw after the other, leaves that require a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+        drawn = scale * torch.randn(shape, dtype=torch.float64, generator=generator)
+        return drawn.to(device, dtype).requires_grad_()
+
+    return normal
+
+
+def empty(arguments: Callable[..., Arguments], *dimensions: str) -> dict[str, Callable[[], Arguments]]:
+    """By dimension, a call in which it has size 0."""
+    return {dimension: partial(arguments, **{dimension: 0}) for dimension in dimensions}
 
 
 def call(op: str, arguments: Arguments) -> torch.Tensor:

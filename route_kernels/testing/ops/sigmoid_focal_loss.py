@@ -1,0 +1,70 @@
+"""What tests and benchmarks give to `sigmoid_focal_loss`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..arguments import Arguments, empty, normals
+from ..bad_inputs import bad_inputs, constant, no_numbers, to
+
+
+def arguments(
+    *, batch: int = 2, queries: int = 9, classes: int = 7, alpha: float = 0.25, gamma: float = 2.0,
+    weighted: bool = False, reduction: str = "none", dtype: torch.dtype = torch.float32, device: str = "cpu",
+    seed: int = 0,
+) -> Arguments:  # fmt: skip
+    """Logits as of a detector in training, most of them of low probability; a third of the queries have a target."""
+    normal = normals(seed, device)
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, 3 * classes, (batch, queries), generator=generator).clamp(max=classes)
+    given: Arguments = {
+        "logits": (2 * normal(batch, queries, classes, dtype=torch.float64).detach() - 2).to(dtype).requires_grad_(),
+        "targets": targets.to(device),
+        "alpha": alpha,
+        "gamma": gamma,
+        "reduction": reduction,
+    }
+    if weighted:
+        given["weight"] = torch.rand(batch, 1, generator=generator).to(device)
+    return given
+
+
+def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
+    """By label, calls that together reach every argument."""
+    return {
+        "sum": arguments(dtype=dtype, reduction="sum", **sizes),
+        "weights of images": arguments(dtype=dtype, gamma=1.5, alpha=0.6, weighted=True, **sizes),
+    }
+
+
+EMPTY = empty(arguments, "batch", "queries")
+EMPTY["classes"] = lambda: {
+    name: argument.detach()[..., :0].requires_grad_() if name == "logits" else argument
+    for name, argument in arguments(reduction="sum").items()
+}
+NUMBERS = {"alpha": 0.75, "gamma": 3}
+TINY = dict(batch=2, queries=5, classes=4)
+DETECTOR = dict(batch=1, classes=91)
+OF_WORKERS = dict(queries=1000)
+MANY = dict(batch=131_200, queries=64, classes=256)
+MANY_GIGABYTES = 20
+FLOAT32_UNDER_AUTOCAST = True
+BAD_INPUTS = bad_inputs(
+    "sigmoid_focal_loss",
+    lambda: arguments(weighted=True),
+    *no_numbers("alpha"),
+    *no_numbers("gamma"),
+    ("none", "reduction", constant(None), ValueError, r"reduction: expected one of sum, none, got None"),
+    ("no tensor", "targets", constant([1]), TypeError, r"targets: expected a tensor, got list"),
+    ("1 dimension", "logits", lambda x: x[0, 0], ValueError, r"logits: expected shape \[..., N, K\], got \[7\]"),
+    ("one-hot", "targets", lambda t: t[..., None].expand(-1, -1, 7), ValueError, r"targets: expected shape \[2, 9\],"),
+    ("integers", "logits", to(torch.int64), TypeError, r"logits: expected dtype .*, got torch.int64"),
+    ("int32", "targets", to(torch.int32), TypeError, r"targets: expected dtype torch.int64, got torch.int32"),
+    ("above 1", "alpha", constant(1.5), ValueError, r"alpha: expected a number from 0 to 1, got 1.5"),
+    ("negative", "gamma", constant(-2.0), ValueError, r"gamma: expected a number >= 0, got -2.0"),
+    ("other B", "weight", lambda w: w.expand(2, 8), ValueError, r"weight: expected a shape broadcastable to \[2, 9\]"),
+    ("integers", "weight", to(torch.int64), TypeError, r"weight: expected dtype .*, got torch.int64"),
+    ("unknown", "reduction", constant("mean"), ValueError, r"reduction: expected one of sum, none, got 'mean'"),
+)
