@@ -25,6 +25,7 @@ __all__ = [
     "counted_calls",
     "declaration",
     "errors",
+    "grid_sampled",
     "map_tensors",
     "named_tensors",
     "outcome",
