@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -158,7 +158,7 @@ def available_backends(op: str, *inputs: object) -> dict[str, tuple[bool, str]]:
     Returns:
         `{"reference": (True, "plain PyTorch"), "cpu": (False, "<reason>"), ...}`
     """
-    tensors = tuple(_tensors_in(inputs))
+    tensors = _tensors_in(inputs)
     return {name: can_run(op, name, *tensors) for name in BACKENDS}
 
 
@@ -213,7 +213,7 @@ def resolve(op: str, requested: str | None, *tensors: torch.Tensor | None) -> st
     Raises:
         BackendUnavailableError: the requested backend cannot run this call; the message says why.
     """
-    present = tuple(_tensors_in(tensors))
+    present = _tensors_in(tensors)
     if requested is not None:
         runs, reason = can_run(op, requested, *present)
         if not runs:
@@ -225,9 +225,11 @@ def resolve(op: str, requested: str | None, *tensors: torch.Tensor | None) -> st
     raise AssertionError("the reference backend can always run")
 
 
-def _tensors_in(inputs: object) -> Iterator[torch.Tensor]:
-    if isinstance(inputs, torch.Tensor):
-        yield inputs
-    elif isinstance(inputs, tuple | list):
-        for item in inputs:
-            yield from _tensors_in(item)
+def _tensors_in(inputs: Sequence[object]) -> list[torch.Tensor]:
+    found = []
+    for given in inputs:
+        if isinstance(given, torch.Tensor):
+            found.append(given)
+        elif isinstance(given, tuple | list):
+            found += _tensors_in(given)
+    return found

@@ -29,14 +29,13 @@ def expect_tensors(op: str, **arguments: object) -> None:
 
 def expect_shape(op: str, argument: str, tensor: torch.Tensor, *dimensions: Dimension) -> None:
     """Raises ValueError unless `tensor` has these dimensions, e.g. `"M", ("D", 32)`."""
-    expect_tensors(op, **{argument: tensor})
-    matches = tensor.dim() == len(dimensions) and all(
-        isinstance(dimension, str) or size == dimension[1]
-        for size, dimension in zip(tensor.shape, dimensions, strict=True)
-    )
+    shape = tensor.shape
+    matches = len(shape) == len(dimensions)
+    for size, dimension in zip(shape, dimensions, strict=False):
+        matches = matches and (isinstance(dimension, str) or size == dimension[1])
     if not matches:
         expected = ", ".join(d if isinstance(d, str) else "=".join(filter(None, map(str, d))) for d in dimensions)
-        raise ValueError(f"{op}: {argument}: expected shape [{expected}], got {list(tensor.shape)}")
+        raise ValueError(f"{op}: {argument}: expected shape [{expected}], got {list(shape)}")
 
 
 def expect_floating(op: str, argument: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype] = FLOATING) -> None:

@@ -55,6 +55,9 @@ class RoutingFactors(NamedTuple):
     strength: float | torch.Tensor = 1.0
 
 
+_FACTORS = tuple(f"routing.{name}" for name in RoutingFactors._fields[:6])
+
+
 def routed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -188,26 +191,28 @@ def check(call: _Call) -> None:
         else:
             expect_shape(OP, "key_ranges", key_ranges, ("N", queries), ("", 2), ("", 2))
         expect_floating(OP, "key_ranges", key_ranges, (torch.int32,))
-    named = dict(zip(RoutingFactors._fields[:6], routing, strict=False))
-    expect_same_device(OP, ("query", query), key=key, value=value, **named, attn_mask=attn_mask, key_ranges=key_ranges)
+    factors = dict(zip(_FACTORS, routing, strict=False))
+    expect_same_device(
+        OP, ("query", query), key=key, value=value, **factors, attn_mask=attn_mask, key_ranges=key_ranges
+    )
 
 
 def _expect_factors(op: str, routing: RoutingFactors) -> RoutingFactors:
     """`routing`, if it is made of tensors and its strength and limit are numbers or tensors of one."""
-    named = dict(zip(RoutingFactors._fields[:6], routing[:6], strict=True))
-    expect_tensors(op, **{f"routing.{name}": factor for name, factor in named.items()})
-    limit = None if routing.limit is None else number_or_tensor(op, "routing.limit", routing.limit)
-    strength = number_or_tensor(op, "routing.strength", routing.strength, differentiable=True)
-    for name, x in (("limit", limit), ("strength", strength)):
+    expect_tensors(op, **dict(zip(_FACTORS, routing, strict=False)))
+    *factors, limit, strength = routing
+    limit = None if limit is None else number_or_tensor(op, "routing.limit", limit)
+    strength = number_or_tensor(op, "routing.strength", strength, differentiable=True)
+    for name, x in (("routing.limit", limit), ("routing.strength", strength)):
         if isinstance(x, torch.Tensor):
-            expect_same_device(op, ("routing.sup_q", routing.sup_q), **{f"routing.{name}": x})
-    return routing._replace(limit=limit, strength=strength)
+            expect_same_device(op, ("routing.sup_q", routing.sup_q), **{name: x})
+    return RoutingFactors(*factors, limit, strength)
 
 
 def _check_factors(op: str, b: int, n: int, m: int, factors: Sequence[torch.Tensor], limit: float | None) -> None:
     sup_q, sup_k, del_q, del_k, gate_q, gate_k = factors
-    for name, factor in zip(RoutingFactors._fields[:6], factors, strict=True):
-        expect_floating(op, f"routing.{name}", factor, (sup_q.dtype,))
+    for name, factor in zip(_FACTORS, factors, strict=True):
+        expect_floating(op, name, factor, (sup_q.dtype,))
     expect_shape(op, "routing.sup_q", sup_q, ("B", b), ("N", n), "R")
     expect_shape(op, "routing.sup_k", sup_k, ("B", b), ("M", m), ("R", sup_q.shape[2]))
     expect_shape(op, "routing.del_q", del_q, ("B", b), ("N", n), "R")
