@@ -71,7 +71,7 @@ class QueryRouter(nn.Module):
         confidence: torch.Tensor | None = None,
         geometry: torch.Tensor | None = None,
         *,
-        strength: float = 1.0,
+        strength: float | torch.Tensor = 1.0,
     ) -> RoutingFactors:
         """The factors of strength * clamp(p gamma_sup D_sup + (1 - p) gamma_del D_del, -limit, limit).
 
@@ -80,7 +80,8 @@ class QueryRouter(nn.Module):
             similarity: [B, N], mean similarity to the other queries; None computes `query_similarity(query)`.
             confidence: [B, N], highest class probability of the previous layer; None is 0.
             geometry: [B, N], log of the reference box's area; None is 0.
-            strength: lambda > 0; it scales the clamped bias, so it folds into the factors and the limit.
+            strength: lambda >= 0, which scales the clamped bias. A number is folded into the factors and the limit; a
+                tensor without dimensions is the strength of the result, and may have a gradient.
 
         Returns:
             RoutingFactors with sup_q, sup_k, del_q, del_k [B, N, rank] and gate_q, gate_k [B, N, 3].
@@ -88,7 +89,7 @@ class QueryRouter(nn.Module):
         Raises:
             ValueError: strength is negative, or an input has the wrong shape.
         """
-        if not strength >= 0:
+        if not isinstance(strength, torch.Tensor) and not strength >= 0:
             raise ValueError(f"QueryRouter: strength: expected a number >= 0, got {strength}")
         if query.dim() != 3:
             raise ValueError(f"QueryRouter: query: expected shape [B, N, C], got {list(query.shape)}")
@@ -119,7 +120,7 @@ def routing_factors(
     *,
     rank: int,
     limit: float | None,
-    strength: float,
+    strength: float | torch.Tensor,
     nonnegative: bool = False,
 ) -> RoutingFactors:
     """The factors of strength * clamp(p gamma_sup D_sup + (1 - p) gamma_del D_del, -limit, limit) of a router.
@@ -129,7 +130,7 @@ def routing_factors(
         query: [B, N, C], content and position already summed.
         features: [B, N, 3], the gate's input, without gradient.
         rank, limit, nonnegative: as `QueryRouter`.
-        strength: lambda; it scales what is clamped, so it folds into the factors and the limit.
+        strength: lambda; a number scales what is clamped and the limit, a tensor is handed on.
 
     Returns:
         RoutingFactors with sup_q, sup_k, del_q, del_k [B, N, rank] and gate_q, gate_k [B, N, 3].
@@ -140,10 +141,11 @@ def routing_factors(
         factors = [F.softplus(factor) for factor in factors]
     sup_q, sup_k, del_q, del_k = factors
     dtype = sup_q.dtype
-    scale = strength / math.sqrt(rank)
+    folded, strength = (1.0, strength) if isinstance(strength, torch.Tensor) else (strength, 1.0)
+    scale = folded / math.sqrt(rank)
     sup_q = sup_q * (-scale * F.softplus(router.router_gamma_sup)).to(dtype)
     del_q = del_q * (scale * F.softplus(router.router_gamma_del)).to(dtype)
     features = features.to(router.selector_a.weight.dtype)
     gate_q = features @ (router.selector_a.weight.mT @ router.selector_b.weight)  # the matrix is [3, 3]
-    limit = None if limit is None else limit * strength
-    return RoutingFactors(sup_q, sup_k, del_q, del_k, gate_q.to(dtype), features.to(dtype), limit)
+    limit = None if limit is None else limit * folded
+    return RoutingFactors(sup_q, sup_k, del_q, del_k, gate_q.to(dtype), features.to(dtype), limit, strength)
