@@ -8,7 +8,6 @@ report = apply(model)                       # then, this model's attention modul
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -56,7 +55,15 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
         ImportError: `models.bricks.ms_deform_attn` cannot be imported, or is another repository's.
         TypeError: `model` is no module.
     """
-    bindings = _bindings()
+    try:
+        bindings = import_module(MODULE)
+    except ImportError as error:
+        raise ImportError(
+            f"{CODEBASE}.apply: {MODULE} cannot be imported ({error}); call it where the repository of Relation-, "
+            "Salience- or Dual-R-DETR is on sys.path, after importing theirs"
+        ) from error
+    if not hasattr(bindings, FUNCTION):
+        raise ImportError(f"{CODEBASE}.apply: {MODULE} has no {FUNCTION}: {bindings} is of another repository")
     with applying(CODEBASE, verbose=verbose) as report:
         original = getattr(bindings, FUNCTION)
         replace_function(report, original, multi_scale_deformable_attn_pytorch)
@@ -70,19 +77,6 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
 def revert() -> None:
     """Put back everything that `apply` has replaced."""
     revert_all(CODEBASE)
-
-
-def _bindings() -> ModuleType:
-    try:
-        bindings = import_module(MODULE)
-    except ImportError as error:
-        raise ImportError(
-            f"{CODEBASE}.apply: {MODULE} cannot be imported ({error}); call it where the repository of Relation-, "
-            "Salience- or Dual-R-DETR is on sys.path, after importing theirs"
-        ) from error
-    if not hasattr(bindings, FUNCTION):
-        raise ImportError(f"{CODEBASE}.apply: {MODULE} has no {FUNCTION}: {bindings} is of another repository")
-    return bindings
 
 
 def multi_scale_deformable_attn_pytorch(
