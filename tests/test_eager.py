@@ -103,3 +103,17 @@ def test_modules_keep_what_pytorch_keeps(lever, plain, inputs):
             kept[name] = kept_bytes(lambda module=module: module(*inputs), but=list(module.parameters()))
         torch.testing.assert_close(lever(*inputs), plain(*inputs), rtol=0, atol=0)
     assert kept["lever"] == kept["plain"]
+
+
+def test_strength_and_limit_may_be_tensors():
+    arguments = doubles("routed_attention", "routed")
+    found = {}
+    for backend in ("eager", "reference"):
+        strength = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        routing = arguments["routing"]._replace(strength=strength, limit=torch.tensor(0.7, dtype=torch.float64))
+        with rk.backend(backend):
+            output = call("routed_attention", {**arguments, "routing": routing})
+        found[backend] = output, *torch.autograd.grad(output.square().sum(), [arguments["query"], strength])
+    for ours, expected in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    assert found["eager"][-1] != 0
