@@ -114,7 +114,7 @@ def _step_planned(request: Request, counter: FlopCounterMode | None = None) -> P
     if config.detector.route:
         detector.set_routing(STRENGTH, AUX_WEIGHT)
     ledger = Ledger(GPU_BACKEND)
-    backend = "reference" if config.detector.memory == "none" else GPU_BACKEND
+    backend = "eager" if config.detector.memory == "none" else GPU_BACKEND
     with FakeTensorMode(allow_non_fake_inputs=True), assumed(backend), mixed_precision(request.dtype) as autocast:
         _make_fake(detector)
         criterion = (PublicCriterion if request.public else Criterion)(config.train)

@@ -1,30 +1,32 @@
 """The public formulation of dual-branch training, on our detector's weights: what `memory --public` plans.
 
-The same losses and gradients to rounding (a test), other tensors kept for backward: attention as in `eager.py`, but
-sampled by an op that keeps value, locations and weights in float32, as the public CUDA op does; the decoder run twice;
-the feed-forward's ReLU in place, on a view; every class scored in the first stage; one-hot focal losses, one layer of
-one branch at a time.
+The same losses and gradients to rounding (a test), other tensors kept for backward: attention with every
+intermediate written out, sampled by an op that keeps value, locations and weights in float32, as the public CUDA op
+does; the decoder run twice; the feed-forward's ReLU in place, on a view; every class scored in the first stage; one-hot
+focal losses, one layer of one branch at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from route_detr.config import DetectorConfig
-from route_detr.eager import make_eager
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
 from route_detr.model.matcher import padded_targets
 from route_detr.model.structures import DetectorOutput, Predictions
 from route_kernels.backends import assumed
-from route_kernels.nn import FeedForward
+from route_kernels.nn import FeedForward, MSDeformAttn, RoutedSelfAttention
 from route_kernels.ops.ms_deform_attn import ms_deform_attn
+from route_kernels.ops.routed_attention import RoutingFactors
+from route_kernels.reference.routed_attention import routing_bias, visible_keys
 
 
 def public_config(config: DetectorConfig) -> DetectorConfig:
@@ -42,10 +44,64 @@ def make_public(detector: Detector, backend: str | None = None) -> None:
         with nullcontext() if backend is None else assumed(backend):
             return ms_deform_attn(*arguments)
 
-    make_eager(detector, sampled)
     for module in detector.modules():
-        if isinstance(module, FeedForward):
+        if isinstance(module, MSDeformAttn):
+            module.forward = partial(_deformable_attention, module, sampled)
+        elif isinstance(module, RoutedSelfAttention):
+            module.forward = partial(_self_attention, module)
+        elif isinstance(module, FeedForward):
             module.forward = partial(_feed_forward, module)
+
+
+def _deformable_attention(
+    self: MSDeformAttn,
+    sample: Callable[..., Tensor],
+    query: Tensor,  # [B, N, C]
+    reference_points: Tensor,  # [B, N, L or 1, 2 or 4]
+    memory: Tensor,  # [B, S, C]
+    spatial_shapes: Sequence[tuple[int, int]],
+    padding_mask: Tensor | None = None,  # [B, S]
+    query_pos: Tensor | None = None,  # [B or 1, N, C]
+) -> Tensor:
+    query = query if query_pos is None else query + query_pos
+    value, points = self.value_proj(memory), self.num_points
+    if padding_mask is not None:
+        value = value.masked_fill(padding_mask[..., None], 0.0)
+    offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1, points, 2))
+    weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+    reference = reference_points[:, :, None, :, None]  # [B, N, 1, L or 1, 1, 2 or 4]
+    if reference.shape[-1] == 2:
+        sizes = reference.new_tensor([(width, height) for height, width in spatial_shapes])
+        locations = reference + offsets / sizes[:, None]
+    else:
+        locations = reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+    precise = torch.promote_types(value.dtype, torch.float32)
+    heads = value.unflatten(-1, (self.num_heads, -1)).to(precise)
+    with torch.autocast(value.device.type, enabled=False):
+        weights = weights.to(precise).unflatten(-1, (-1, points))
+        sampled = sample(heads, spatial_shapes, None, locations.to(precise), weights)
+    return self.output_proj(sampled.to(value.dtype))
+
+
+def _self_attention(
+    self: RoutedSelfAttention,
+    query: Tensor,  # [B, N, C]
+    query_pos: Tensor | None = None,  # [B, N, C]
+    routing: RoutingFactors | None = None,
+    *,
+    key_ranges: Tensor | None = None,  # [B, N, 2, 2]
+) -> Tensor:
+    """`nn.MultiheadAttention` with the bias, and what a query may not see, as one additive mask [B H, N, N]."""
+    mask = None if routing is None else routing_bias(routing).repeat_interleave(self.num_heads, 0)
+    if key_ranges is not None:
+        hidden = ~visible_keys(key_ranges, query.shape[1]).repeat_interleave(self.num_heads, 0)
+        mask = (query.new_zeros(hidden.shape) if mask is None else mask).masked_fill(hidden, -torch.inf)
+    placed = (query if query_pos is None else query + query_pos).transpose(0, 1)
+    attended, _ = functional.multi_head_attention_forward(
+        placed, placed, query.transpose(0, 1), self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias,
+        None, None, False, 0.0, self.out_proj.weight, self.out_proj.bias, need_weights=False, attn_mask=mask,
+    )  # fmt: skip
+    return attended.transpose(0, 1)
 
 
 def _feed_forward(self: FeedForward, x: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+import route_kernels as rk
 from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn, RoutedSelfAttention
 from route_kernels.recompute import recomputed
 
@@ -82,6 +84,10 @@ class Blocks:
         """Whether the configured memory level is at least `level`."""
         levels = get_args(MemoryLevel)
         return levels.index(self.config.memory) >= levels.index(level)
+
+    def backend(self) -> AbstractContextManager[None]:
+        """At `none` the ops of a block run as PyTorch alone has them, every intermediate kept."""
+        return rk.backend("eager") if self.config.memory == "none" else nullcontext()
 
     def norm(self) -> nn.LayerNorm:
         """x, residual -> LayerNorm(residual + x); from `lean` on only its output is kept."""

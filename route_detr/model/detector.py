@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..eager import make_eager
 from .backbone import Backbone, FeatureLevels
+from .blocks import Blocks
 from .boxes import corners
 from .decoder import Decoder
 from .denoising import Denoising
@@ -86,8 +86,7 @@ class Detector(nn.Module):
         self.denoising = Denoising(config) if config.denoising_pairs else None
         self.pixel_embedding = PixelEmbedding(config, self.backbone.channels[0]) if config.masks else None
         self.routing = RoutingState(config.decoder_layers, config.routed_layer_indices)
-        if config.memory == "none":
-            make_eager(self)
+        self.blocks = Blocks(config)
 
     def set_routing(
         self, strength: float | Sequence[float], aux_weight: float, route_type: RouteType = "gated"
@@ -119,7 +118,8 @@ class Detector(nn.Module):
             if targets is None:
                 raise ValueError("targets: expected those of the images, to train with denoising queries, got none")
             padded = padded_targets(targets, like=images)
-        return self.transformer(features, padding_mask, padded)
+        with self.blocks.backend():
+            return self.transformer(features, padding_mask, padded)
 
     def transformer(
         self, features: list[Tensor], padding_mask: Tensor | None = None, targets: PaddedTargets | None = None
