@@ -18,8 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .device import ROOT
-from .machine_code import MachineCode, nvidia_machine_code
-from .static_report import Row, counts
+from .machine_code import MachineCode, Row, counts, nvidia_machine_code
 
 ARCHITECTURES = {"sm80": "80", "sm86": "86", "sm90": "90a", "sm100": "100a", "sm120": "120a"}
 """By the chips of the static report."""

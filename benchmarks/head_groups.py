@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from .machine_code import Row, row
 from .processors import PROCESSORS
-
-if TYPE_CHECKING:
-    from .static_report import Row
 
 KERNELS = ("forward", "backward_queries", "backward_keys")
 CHANNELS = (16, 32, 64, 128)
@@ -58,7 +55,6 @@ def groups(chips: Iterable[str], matching: str = "") -> Iterator[Group]:
 
 def _row(chip: str, kernel: str, channels: int) -> Row:
     from . import variants
-    from .static_report import row
 
     name = f"attention_{kernel} bfloat16 D={channels}"
     return row(next(variant for variant in variants.of_op("routed_attention", chip) if variant.name == name))

@@ -6,10 +6,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .processors import PROCESSORS, TENSOR_MEMORY_COLUMNS
+
+if TYPE_CHECKING:
+    from .variants import Variant
 
 TENSOR_CORE = re.compile(r"(U?[A-Z]*MMA\b)|v_mfma_|v_smfmac_|v_wmma_")
 SPECIAL_FUNCTION = re.compile(r"MUFU\b|v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
@@ -172,3 +177,97 @@ def _bytes_of(line: str) -> int:
 
 def _output_of(tool: str | Path, *options: str) -> str:
     return subprocess.run([str(tool), *options], capture_output=True, text=True, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel with the types and block sizes of one launch, compiled for one chip."""
+
+    op: str
+    direction: str
+    variant: str
+    chip: str
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+    registers: int  # of a lane
+    spilled_bytes: int  # of a lane
+    spill_instructions: int
+    shared_bytes: int  # of a program
+    tensor_memory_columns: int  # of a program, sm100 only
+    programs_at_once: int  # on a multiprocessor
+    occupancy: float  # theoretical
+    instructions: int
+    instructions_in_loops: int
+    tensor_core: int
+    tensor_core_in_loops: int
+    special_function: int
+    special_function_in_loops: int
+    loads: dict[str, int]  # by mnemonic: what reads device memory
+    stores: dict[str, int]
+    atomics: dict[str, int]
+    tile_bytes: dict[str, int]  # loaded and stored by a program, once and in each turn of its loops
+    entries: list[list[Any]]  # (kernel name, place) of the table's entries
+    narrow_strides: Sequence[str] = ()  # multiplied in 32 bits
+    known_spill: int = 0  # bytes of a lane that no block size was found to avoid: no fault
+
+    def faults(self) -> list[str]:
+        """Why it would be slow or could not be launched."""
+        processor, found = PROCESSORS[self.chip], []
+        if self.spilled_bytes > self.known_spill or (self.spill_instructions and not self.known_spill):
+            found.append(f"{self.spilled_bytes} bytes of registers spilled, {self.spill_instructions} instructions")
+        if self.shared_bytes > processor.shared_bytes_of_program:
+            found.append(f"{self.shared_bytes} bytes of shared memory, at most {processor.shared_bytes_of_program}")
+        if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+            found.append(f"{self.tensor_memory_columns} columns of tensor memory, at most {TENSOR_MEMORY_COLUMNS}")
+        if self.programs_at_once < 1:
+            found.append("no program fits on a multiprocessor")
+        if self.narrow_strides:
+            found.append(f"multiplied in 32 bits: {', '.join(self.narrow_strides)}")
+        return found
+
+
+def row(variant: Variant) -> Row:
+    """Compiles the variant, or takes it from Triton's cache, and reads what came of it."""
+    compiled = variant.compile()
+    code = machine_code(compiled)
+    parameters = [parameter.name for parameter in variant.kernel.params]
+    constants = {parameters[place[0]]: value for place, value in variant.constexprs.items() if len(place) == 1}
+    metadata = compiled.metadata
+    return Row(
+        op=variant.op,
+        direction=variant.direction,
+        variant=variant.name,
+        chip=variant.architecture,
+        blocks={name: value for name, value in constants.items() if name.startswith(("BLOCK_", "HEADS_PER"))},
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        shared_bytes=metadata.shared,
+        tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
+        tile_bytes=tile_bytes(compiled.asm["ttir"]),
+        entries=sorted(map(list, variant.entries)),
+        narrow_strides=narrow_strides(compiled.asm["ttir"]),
+        known_spill=variant.spilled_bytes,
+        **counts(code, variant.architecture, metadata.shared, metadata.num_warps),
+    )
+
+
+def counts(code: MachineCode, chip: str, shared: int, num_warps: int) -> dict[str, Any]:
+    """What a row has of its machine code, and how many such programs a multiprocessor holds."""
+    processor, occupied = PROCESSORS[chip], (code.registers, shared, num_warps)
+    return {
+        "registers": code.registers,
+        "spilled_bytes": code.spilled_bytes,
+        "spill_instructions": code.count(SPILL),
+        "programs_at_once": processor.programs_at_once(*occupied),
+        "occupancy": round(processor.occupancy(*occupied), 3),
+        "instructions": sum(code.instructions.values()),
+        "instructions_in_loops": sum(code.in_loops.values()),
+        "tensor_core": code.count(TENSOR_CORE),
+        "tensor_core_in_loops": code.count_in_loops(TENSOR_CORE),
+        "special_function": code.count(SPECIAL_FUNCTION),
+        "special_function_in_loops": code.count_in_loops(SPECIAL_FUNCTION),
+        "loads": code.those(LOAD),
+        "stores": code.those(STORE),
+        "atomics": code.those(ATOMIC),
+    }

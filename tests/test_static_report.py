@@ -130,7 +130,7 @@ def test_programs_at_once(chip, registers, shared, num_warps, expected):
     assert processor.occupancy(registers, shared, num_warps) == expected * num_warps / processor.warps
 
 
-ROW = static_report.Row(
+ROW = machine_code.Row(
     "op", "forward", "kernel bfloat16", "sm90", {"BLOCK_N": 64}, 4, 2, 100, 0, 0, 1024, 0, 4, 0.25, 900, 700, 8, 8, 9,
     4, {"LDG.E.128": 2}, {"STG.E": 1}, {},
     {"loaded_once": 1, "loaded_in_loops": 2, "stored_once": 3, "stored_in_loops": 4}, [],
