@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from route_kernels.ops.contract import last_dim_contiguous
-from route_kernels.ops.levels import flat_spatial_shapes, level_pairs, level_starts
+from route_kernels.ops.levels import flat_integers, level_pairs, level_starts
 from route_kernels.precision import accumulate_dtype
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ class Kernels:
         self, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *, points=None
     ) -> torch.Tensor:
         """With the signature, and autograd, of the public op."""
-        sizes = flat_spatial_shapes("ms_deform_attn", spatial_shapes)
+        sizes = flat_integers("ms_deform_attn", "spatial_shapes", spatial_shapes)
         levels, last = len(sizes) // 2, sampling_locations.shape[-2]
         starts = level_starts(sizes, level_start_index)
         counts = (last,) * levels if points is None else tuple(points)
@@ -102,7 +102,7 @@ class Kernels:
         value_mask=None,
     ) -> torch.Tensor:  # fmt: skip
         """With the signature, and autograd, of the public op."""
-        sizes = flat_spatial_shapes("ms_deform_attn_fused", spatial_shapes)
+        sizes = flat_integers("ms_deform_attn_fused", "spatial_shapes", spatial_shapes)
         count = len(sizes) // 2
         counts = (attention_logits.shape[3] // count,) * count if points is None else tuple(points)
         levels = _levels(sizes, level_starts(sizes, None), counts)

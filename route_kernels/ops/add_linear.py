@@ -18,13 +18,14 @@ from .products import (
     autocast_dtype,
     expect_dtypes,
     linear_into,
+    new_workspace,
+    parts_of,
     plain_form,
     rows_of,
     rows_of_chunk,
     sum_of_rows,
 )
 from .registry import Backward, register
-from .workspace import new_workspace, parts_of
 
 OP = "add_linear"
 CHUNKS = 8

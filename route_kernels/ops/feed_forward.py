@@ -23,13 +23,14 @@ from .products import (
     expect_dtypes,
     in_dtype,
     linear_into,
+    new_workspace,
+    parts_of,
     plain_form,
     rows_of,
     rows_of_chunk,
     sum_of_rows,
 )
 from .registry import Backward, register
-from .workspace import new_workspace, parts_of
 
 OP = "feed_forward"
 _aten = torch.ops.aten

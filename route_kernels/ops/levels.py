@@ -27,42 +27,8 @@ LevelStarts = torch.Tensor | Sequence[int] | None
 PointCounts = torch.Tensor | Sequence[int] | None
 
 
-def flat_spatial_shapes(op: str, spatial_shapes: SpatialShapes) -> list[int]:
-    """[L, 2] integers or a sequence of (h, w) pairs -> [h_1, w_1, ..., h_L, w_L]. A tensor is read, so it must be real.
-
-    Raises:
-        TypeError, ValueError: not integers, not pairs.
-    """
-    if isinstance(spatial_shapes, torch.Tensor):
-        return _expect_pairs(op, spatial_shapes).flatten().tolist()
-    if not isinstance(spatial_shapes, Sequence):
-        raise TypeError(
-            f"{op}: spatial_shapes: expected a tensor [L, 2] or a sequence of (h, w), "
-            f"got {type(spatial_shapes).__name__}"
-        )
-    flat = []
-    for pair in spatial_shapes:
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"{op}: spatial_shapes: expected (h, w) pairs, got {pair!r}")
-        flat += [integer(op, "spatial_shapes", size) for size in pair]
-    return flat
-
-
-def flat_integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] | None) -> list[int] | None:
-    """[L] integers or a sequence of ints -> a list; None stays None. A tensor is read, so it must be real.
-
-    Raises:
-        TypeError, ValueError: not integers, not one-dimensional.
-    """
-    if numbers is None:
-        return None
-    if isinstance(numbers, torch.Tensor):
-        return _expect_integers(op, argument, numbers).tolist()
-    if not isinstance(numbers, Sequence):
-        raise TypeError(
-            f"{op}: {argument}: expected a sequence of ints, a tensor [L] or None, got {type(numbers).__name__}"
-        )
-    return [integer(op, argument, number) for number in numbers]
+_SHAPES = {"spatial_shapes": "[L, 2]", "level_start_index": "[L]", "points": "[L]"}
+"""Of the arguments that are levels, as tensors."""
 
 
 def level_arguments(
@@ -73,28 +39,49 @@ def level_arguments(
     Raises:
         TypeError, ValueError: not integers, not of these shapes, or meta tensors beside a value that is none.
     """
-    if not value.is_meta:
-        _expect_numbers(op, spatial_shapes=spatial_shapes, level_start_index=level_start_index, points=points)
-    if not (_has_no_numbers(spatial_shapes) or _has_no_numbers(level_start_index) or _has_no_numbers(points)):
-        starts = flat_integers(op, "level_start_index", level_start_index)
-        return flat_spatial_shapes(op, spatial_shapes), starts, flat_integers(op, "points", points)
-    if isinstance(spatial_shapes, torch.Tensor):
-        sizes = _on_host(_expect_pairs(op, spatial_shapes))
-    else:
-        sizes = _tensor_of(flat_spatial_shapes(op, spatial_shapes)).view(-1, 2)
-    return sizes, _integers(op, "level_start_index", level_start_index), _integers(op, "points", points)
-
-
-def _integers(op: str, argument: str, numbers: torch.Tensor | Sequence[int] | None) -> torch.Tensor | None:
-    if isinstance(numbers, torch.Tensor):
-        return _on_host(_expect_integers(op, argument, numbers))
-    return None if numbers is None else _tensor_of(flat_integers(op, argument, numbers))
-
-
-def _expect_numbers(op: str, **arguments: object) -> None:
-    for name, argument in arguments.items():
-        if isinstance(argument, torch.Tensor) and argument.is_meta:
+    given = {"spatial_shapes": spatial_shapes, "level_start_index": level_start_index, "points": points}
+    for name, argument in given.items():
+        if isinstance(argument, torch.Tensor) and argument.is_meta and not value.is_meta:
             raise ValueError(f"{op}: {name}: expected numbers or a tensor that has some, got one on meta")
+    if any(_has_no_numbers(argument) for argument in given.values()):
+        return tuple(_as_tensor(op, name, argument) for name, argument in given.items())
+    return tuple(flat_integers(op, name, argument) for name, argument in given.items())
+
+
+def flat_integers(op: str, argument: str, numbers: SpatialShapes | LevelStarts | PointCounts) -> list[int] | None:
+    """Pairs (h, w) of `spatial_shapes` -> [h_1, w_1, ..., h_L, w_L], integers -> a list; None of others stays None.
+
+    A tensor is read, so it must be real.
+
+    Raises:
+        TypeError, ValueError: not integers, not of the argument's shape.
+    """
+    pairs = argument == "spatial_shapes"
+    if isinstance(numbers, torch.Tensor):
+        return _expect_integers(op, argument, numbers).flatten().tolist()
+    if numbers is None and not pairs:
+        return None
+    if not isinstance(numbers, Sequence):
+        expected = "a tensor [L, 2] or a sequence of (h, w)" if pairs else "a sequence of ints, a tensor [L] or None"
+        raise TypeError(f"{op}: {argument}: expected {expected}, got {type(numbers).__name__}")
+    flat = []
+    for pair in numbers if pairs else (numbers,):
+        if pairs and (not isinstance(pair, Sequence) or len(pair) != 2):
+            raise ValueError(f"{op}: {argument}: expected (h, w) pairs, got {pair!r}")
+        flat += [integer(op, argument, number) for number in pair]
+    return flat
+
+
+def _as_tensor(op: str, argument: str, numbers: SpatialShapes | LevelStarts | PointCounts) -> torch.Tensor | None:
+    """A tensor on the host: a GPU is read once for all calls of a graph, which has equal copies made once."""
+    if isinstance(numbers, torch.Tensor):
+        numbers = _expect_integers(op, argument, numbers)
+        return numbers.cpu() if numbers.is_cuda else numbers
+    flat = flat_integers(op, argument, numbers)
+    if flat is None:
+        return None
+    tensor = torch.tensor(flat, dtype=torch.int64, device="cpu")
+    return tensor.view(-1, 2) if argument == "spatial_shapes" else tensor
 
 
 def _has_no_numbers(argument: object) -> bool:
@@ -105,28 +92,12 @@ def _has_no_numbers(argument: object) -> bool:
     )
 
 
-def _on_host(numbers: torch.Tensor) -> torch.Tensor:
-    """Read from a GPU once for all calls of a graph, which has equal copies made once, and for their backward."""
-    return numbers.cpu() if numbers.is_cuda else numbers
-
-
-def _tensor_of(numbers: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _expect_pairs(op: str, spatial_shapes: torch.Tensor) -> torch.Tensor:
-    if spatial_shapes.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: spatial_shapes: expected integers, got dtype {spatial_shapes.dtype}")
-    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
-        raise ValueError(f"{op}: spatial_shapes: expected shape [L, 2], got {list(spatial_shapes.shape)}")
-    return spatial_shapes
-
-
 def _expect_integers(op: str, argument: str, numbers: torch.Tensor) -> torch.Tensor:
     if numbers.dtype not in _INTEGERS:
         raise TypeError(f"{op}: {argument}: expected integers, got dtype {numbers.dtype}")
-    if numbers.dim() != 1:
-        raise ValueError(f"{op}: {argument}: expected shape [L], got {list(numbers.shape)}")
+    pairs = argument == "spatial_shapes"
+    if numbers.dim() != 1 + pairs or (pairs and numbers.shape[1] != 2):
+        raise ValueError(f"{op}: {argument}: expected shape {_SHAPES[argument]}, got {list(numbers.shape)}")
     return numbers
 
 
@@ -248,12 +219,6 @@ def _plain_backward(function: Callable, grad_output: torch.Tensor, value: torch.
 
 # ---- registration: every op with levels has two overloads -----------------------------------------------------------
 
-_READERS = {
-    "spatial_shapes": flat_spatial_shapes,
-    "level_start_index": lambda op, numbers: flat_integers(op, "level_start_index", numbers),
-    "points": lambda op, numbers: flat_integers(op, "points", numbers),
-}
-
 
 def register_with_levels(op: str, schema: str, kernel: Callable, fake: Callable, backward: Backward) -> None:
     """`register`, for levels as numbers, and again as overload `tensor` for levels as tensors.
@@ -274,10 +239,10 @@ def _of_tensors(schema: str) -> str:
 
 def _reading(op: str, schema: str, kernel: Callable) -> Callable:
     arguments = schema[schema.index("(") + 1 : schema.index(")")].split(", ")
-    readers = [_READERS.get(argument.rpartition(" ")[2]) for argument in arguments]
+    names = [argument.rpartition(" ")[2] for argument in arguments]
 
     def run(*inputs):
-        return kernel(*(x if read is None else read(op, x) for read, x in zip(readers, inputs, strict=True)))
+        return kernel(*(flat_integers(op, n, x) if n in _SHAPES else x for n, x in zip(names, inputs, strict=True)))
 
     return run
 

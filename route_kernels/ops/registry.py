@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -155,17 +156,15 @@ def _differentiate(overload: torch._ops.OpOverload, formula: tuple[Callable, Cal
     """Gives the op its kernel for the key Autograd: `torch.library.register_autograd`, and torch.func's transforms."""
     setup, differentiate = formula
     arguments, returns_list = _Arguments(overload), _returns_list(overload)
-
-    def below(keyset, args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    below = torch._C._after_autograd_keyset
 
     class Formula(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, *flat):
             inputs = arguments.as_given(flat)
-            with _for_the_next_transform():
-                output = below(keyset, inputs)
+            transformed = torch._C._are_functorch_transforms_active()
+            with _for_the_next_transform() if transformed else _UNCHANGED, torch._C._AutoDispatchBelowAutograd():
+                output = overload.redispatch(keyset & below, *inputs)
             setup(ctx, inputs, output)
             return tuple(output) if returns_list else output
 
@@ -179,31 +178,32 @@ def _differentiate(overload: torch._ops.OpOverload, formula: tuple[Callable, Cal
         if forward_ad._current_level >= 0:
             _expect_no_tangents(overload, arguments.flat(args))
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return below(keyset, args)
-        output = _apply(Formula, keyset, *arguments.flat(args))
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & below, *args)
+        transformed = torch._C._are_functorch_transforms_active()
+        apply = partial(_apply_to_one_transform, Formula) if transformed else Formula.apply
+        output = apply(keyset, *arguments.flat(args))
         return list(output) if returns_list else output
 
     _library.impl(overload.name().partition("::")[2], kernel, "Autograd", with_keyset=True)
 
 
-def _apply(formula: type[torch.autograd.Function], *args: object) -> object:
-    """`formula.apply`, for the innermost of torch.func's transforms alone if there are any, as built-in ops do it."""
-    if not torch._C._are_functorch_transforms_active():
-        return formula.apply(*args)
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
-
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, formula).apply(*args)
+_UNCHANGED = nullcontext()
 
 
 @contextmanager
 def _for_the_next_transform() -> Iterator[None]:
     """Both modes of differentiation on, which the Function of the innermost transform has turned off."""
-    if not torch._C._are_functorch_transforms_active():
-        yield
-        return
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
+
+
+def _apply_to_one_transform(formula: type[torch.autograd.Function], *args: object) -> object:
+    """`formula.apply`, for the innermost of torch.func's transforms alone, as built-in ops do it."""
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, formula).apply(*args)
 
 
 def _expect_no_tangents(overload: torch._ops.OpOverload, args: tuple) -> None:

@@ -10,7 +10,7 @@ import torch
 import route_kernels as rk
 
 from .. import backends, eager
-from ..ops.levels import flat_integers, flat_spatial_shapes, level_pairs, level_starts
+from ..ops.levels import flat_integers, level_pairs, level_starts
 
 
 def under_eager(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -26,7 +26,7 @@ def under_eager(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 def grid_sampled(value, spatial_shapes, level_start_index, locations, weights) -> torch.Tensor:
     """Deformable attention as foreign code has it without a kernel, which calls no op of ours: [B, N, H * D]."""
-    sizes = flat_spatial_shapes("grid_sampled", spatial_shapes)
+    sizes = flat_integers("grid_sampled", "spatial_shapes", spatial_shapes)
     starts = level_starts(sizes, flat_integers("grid_sampled", "level_start_index", level_start_index))
     return eager.ms_deform_attn(value, level_pairs(sizes), starts, locations, weights)
 
