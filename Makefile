@@ -46,7 +46,7 @@ gpu-report:
 lint: $(SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # Everything installed, kernels built; done again when a version, the build or a kernel source changed.
 $(SET_UP): constraints.txt pyproject.toml setup.py $(KERNEL_SOURCES)

@@ -1,13 +1,8 @@
 // Every native kernel's schema on one screen: inputs, then outputs, which the callers in route_kernels/ops allocate, as
 // they check every shape and dtype; what backward writes is one list, `grads`. Triton's entry points take the same
-// arguments. The CPU's kernels are registered below, those of the CUDA library in registration_cuda.cpp.
+// arguments. Each op.cpp registers its kernels, registration_cuda.cpp those of the CUDA library.
 
-#include "add_layer_norm/op.h"
 #include "common/stable_tensor.h"
-#include "ms_deform_attn/op.h"
-#include "query_similarity/op.h"
-#include "routed_attention/op.h"
-#include "sigmoid_focal_loss/op.h"
 
 STABLE_TORCH_LIBRARY(route_kernels_native, m) {
   m.def("simd_level() -> str");
@@ -46,18 +41,4 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("simd_level", TORCH_BOX(&rk::simd_level_string));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
-  m.impl("routed_attention_forward", TORCH_BOX(&rk::routed_attention::forward));
-  m.impl("routed_attention_backward", TORCH_BOX(&rk::routed_attention::backward));
-  m.impl("query_similarity_forward", TORCH_BOX(&rk::query_similarity::forward));
-  m.impl("ms_deform_attn_forward", TORCH_BOX(&rk::ms_deform_attn::forward));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&rk::ms_deform_attn::backward));
-  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&rk::ms_deform_attn::fused_forward));
-  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&rk::ms_deform_attn::fused_backward));
-  m.impl("add_layer_norm_forward", TORCH_BOX(&rk::add_layer_norm::forward));
-  m.impl("add_layer_norm_backward", TORCH_BOX(&rk::add_layer_norm::backward));
-  m.impl("sigmoid_focal_loss_forward", TORCH_BOX(&rk::sigmoid_focal_loss::forward));
-  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&rk::sigmoid_focal_loss::backward));
 }

@@ -1,5 +1,4 @@
-#include "op.h"
-
+#include "../common/stable_tensor.h"
 #include "args.h"
 
 namespace rk::add_layer_norm {
@@ -36,6 +35,11 @@ void backward(
   a.parts = grads[1].size(0);
   a.parallel = torch_threads(a.parts);
   RK_RUN(backward, a);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
+  m.impl("add_layer_norm_forward", TORCH_BOX(&forward));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace rk::add_layer_norm

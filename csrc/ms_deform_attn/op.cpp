@@ -27,12 +27,12 @@ Args fused_arguments(
   return a;
 }
 
-void forward(Args& a, const Tensor& output) {
+void run_forward(Args& a, const Tensor& output) {
   a.output = view_of(output);
   RK_RUN(forward, a);
 }
 
-void backward(Args& a, const Tensor& grad_output, const Tensors& grads) {
+void run_backward(Args& a, const Tensor& grad_output, const Tensors& grads) {
   a.grad_output = view_of(grad_output);
   a.grad_value = view_of(grads[0]), a.grad_places = view_of(grads[1]), a.grad_weights = view_of(grads[2]);
   if (grads.size() > 3) a.grad_reference = view_of(grads[3]);
@@ -44,21 +44,21 @@ void backward(Args& a, const Tensor& grad_output, const Tensors& grads) {
 void forward(
     const Tensor& value, const Ints& levels, const Tensor& locations, const Tensor& weights, const Tensor& output) {
   Args a = arguments(value, levels, locations, weights);
-  forward(a, output);
+  run_forward(a, output);
 }
 
 void backward(
     const Tensor& grad_output, const Tensor& value, const Ints& levels, const Tensor& locations, const Tensor& weights,
     bool /* deterministic: it always is */, const Tensors& grads) {
   Args a = arguments(value, levels, locations, weights);
-  backward(a, grad_output, grads);
+  run_backward(a, grad_output, grads);
 }
 
 void fused_forward(
     const Tensor& value, const Ints& levels, const Tensor& reference_points, const Tensor& offsets,
     const Tensor& logits, const MaybeTensor& value_mask, const Tensor& output) {
   Args a = fused_arguments(value, levels, reference_points, offsets, logits, value_mask);
-  forward(a, output);
+  run_forward(a, output);
 }
 
 void fused_backward(
@@ -66,7 +66,14 @@ void fused_backward(
     const Tensor& offsets, const Tensor& logits, const MaybeTensor& value_mask, bool /* deterministic: it always is */,
     const Tensors& grads) {
   Args a = fused_arguments(value, levels, reference_points, offsets, logits, value_mask);
-  backward(a, grad_output, grads);
+  run_backward(a, grad_output, grads);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
+  m.impl("ms_deform_attn_forward", TORCH_BOX(&forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
+  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&fused_forward));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&fused_backward));
 }
 
 }  // namespace rk::ms_deform_attn

@@ -1,5 +1,4 @@
-#include "op.h"
-
+#include "../common/stable_tensor.h"
 #include "args.h"
 
 namespace rk::query_similarity {
@@ -11,5 +10,7 @@ void forward(const Tensor& x, const Tensor& output) {
   a.parallel = torch_threads(a.batch * a.queries * a.queries * a.channels / (1 << 17));
   RK_RUN(forward, a);
 }
+
+STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) { m.impl("query_similarity_forward", TORCH_BOX(&forward)); }
 
 }  // namespace rk::query_similarity

@@ -1,5 +1,4 @@
-#include "op.h"
-
+#include "../common/stable_tensor.h"
 #include "args.h"
 
 namespace rk::routed_attention {
@@ -61,6 +60,11 @@ void backward(
   }
   if (grads.size() > 9) grad.strength = view_of(grads[9]);
   RK_RUN(backward, a);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
+  m.impl("routed_attention_forward", TORCH_BOX(&forward));
+  m.impl("routed_attention_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace rk::routed_attention

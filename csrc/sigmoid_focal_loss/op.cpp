@@ -1,5 +1,4 @@
-#include "op.h"
-
+#include "../common/stable_tensor.h"
 #include "args.h"
 
 namespace rk::sigmoid_focal_loss {
@@ -28,6 +27,11 @@ void backward(const Tensor& grad_output, const Tensor& grad, double scale, const
   Args a = arguments(grad, scale);
   a.grad_loss = view_of(grad_output), a.grad = view_of(grad), a.grad_logits = view_of(grads[0]);
   RK_RUN(backward, a);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CPU, m) {
+  m.impl("sigmoid_focal_loss_forward", TORCH_BOX(&forward));
+  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace rk::sigmoid_focal_loss
