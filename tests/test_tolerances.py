@@ -25,9 +25,8 @@ def right(query, key, value, routing):
 
 
 def no_bias(query, key, value, routing):
-    return right(
-        query, key, value, routing._replace(**{k: 0 * x for k, x in routing._asdict().items() if k != "limit"})
-    )
+    factors = {name: 0 * x for name, x in routing._asdict().items() if isinstance(x, torch.Tensor)}
+    return right(query, key, value, routing._replace(**factors))
 
 
 def no_clamp(query, key, value, routing):
@@ -55,7 +54,7 @@ def scale_of_another_width(query, key, value, routing):
 
 
 def first_head_alone_moves_the_bias(query, key, value, routing):
-    frozen = routing._replace(**{k: x.detach() for k, x in routing._asdict().items() if k != "limit"})
+    frozen = routing._replace(**{k: x.detach() for k, x in routing._asdict().items() if isinstance(x, torch.Tensor)})
     heads = [right(q[:, None], k[:, None], v[:, None], f) for q, k, v, f in zip(
         query.unbind(1), key.unbind(1), value.unbind(1), (routing, *(frozen,) * (query.shape[1] - 1)), strict=True
     )]  # fmt: skip

@@ -32,7 +32,6 @@ from route_kernels.backends import assumed
 
 from .ledger import WORKSPACES, Ledger
 from .precision import mixed_precision
-from .products import PRODUCTS
 from .public_form import PublicCriterion, make_public, public_config
 
 LEVELS = get_args(MemoryLevel)
@@ -94,11 +93,11 @@ def plan(request: Request) -> Plan:
 
 
 def products(request: Request) -> int:
-    """FLOPs of the step's matrix products and convolutions, those in backward too; not of our attention ops.
+    """FLOPs of the step's matrix products and convolutions, those in backward and in our ops too (ops/flop.py).
 
     A run of its own: the counter's hooks keep tensors alive.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=PRODUCTS)
+    counter = FlopCounterMode(display=False)
     _step_planned(request, counter)
     return counter.get_total_flops()
 

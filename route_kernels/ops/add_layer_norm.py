@@ -13,6 +13,8 @@ altogether, |weight| <= u |bias|, gradients are NaN rather than wrong: such a la
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import backends
@@ -27,6 +29,7 @@ from .contract import (
     may_be_differentiated,
     number,
 )
+from .flop import count_flop
 from .registry import Backward, register
 
 OP = "add_layer_norm"
@@ -175,3 +178,16 @@ register(
         _gradients,
     ),
 )
+
+
+def _flop(x, *_, **__) -> int:
+    """Of an element: the sum t, its share of the mean, t - mean, its square added; x^ = that rstd; w x^ + b."""
+    return 8 * math.prod(x)
+
+
+def _backward_flop(grad_output, *_, **__) -> int:
+    """Of an element: x^ from y, dx^ = dy w; its shares of two means, dw and db; rstd (dx^ - mean - x^ mean)."""
+    return 13 * math.prod(grad_output)
+
+
+count_flop(OP, _flop, _backward_flop)

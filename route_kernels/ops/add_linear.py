@@ -9,10 +9,13 @@ one after the other.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..precision import accumulate_dtype
 from .contract import expect_same_device, expect_shape, expect_tensors
+from .flop import count_flop
 from .products import (
     add_product,
     autocast_dtype,
@@ -178,3 +181,14 @@ register(
         f"add_linear_backward(Tensor grad_output, {_INPUTS}) -> Tensor[]", _backward_kernel, _backward_fake, _gradients
     ),
 )
+
+
+def _flop(x, position, weight, *_, **__) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+def _backward_flop(grad_output, x, position, weight, *_, **__) -> int:
+    return 4 * math.prod(x[:-1]) * math.prod(weight)
+
+
+count_flop(OP, _flop, _backward_flop)

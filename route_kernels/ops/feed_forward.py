@@ -9,6 +9,7 @@ alone. The price is the first product once more: with O = C, a sixth of the bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from ..precision import accumulate_dtype
 from ..reference.feed_forward import ACTIVATIONS
 from .contract import expect_choice, expect_same_device, expect_shape, expect_tensors, integer
+from .flop import count_flop
 from .products import (
     add_product,
     autocast_dtype,
@@ -218,3 +220,15 @@ register(
         _gradients,
     ),
 )
+
+
+def _flop(x, w1, b1, w2, *_, **__) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(w1) + math.prod(w2))
+
+
+def _backward_flop(grad_output, x, w1, b1, w2, *_, **__) -> int:
+    """The hidden layer again, then a gradient each of what the two products multiply."""
+    return 2 * math.prod(x[:-1]) * (3 * math.prod(w1) + 2 * math.prod(w2))
+
+
+count_flop(OP, _flop, _backward_flop)

@@ -9,6 +9,9 @@ points over all levels.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from .. import backends
@@ -20,6 +23,7 @@ from .contract import (
     expect_tensors,
     last_dim_contiguous,
 )
+from .flop import count_flop
 from .levels import (
     LevelStarts,
     PointCounts,
@@ -184,3 +188,20 @@ register_with_levels(
         lambda grads, _: dict(zip(("value", "sampling_locations", "attention_weights"), grads, strict=True)),
     ),
 )
+
+
+def sampling_flop(samples: Sequence[int], channels: int) -> int:
+    """The products of four corners and all channels, for samples of any shape [B, N, H, ...]."""
+    return 8 * channels * math.prod(samples)
+
+
+def _flop(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *_, **__) -> int:
+    return sampling_flop(attention_weights, value[-1])
+
+
+def _backward_flop(grad_output, *inputs, **__) -> int:
+    """dO . v of every corner, for the weights, and dO times its weight, for the value."""
+    return 2 * _flop(*inputs)
+
+
+count_flop(OP, _flop, _backward_flop)

@@ -23,6 +23,7 @@ from .contract import (
     expect_tensors,
     last_dim_contiguous,
 )
+from .flop import count_flop
 from .levels import (
     PointCounts,
     SpatialShapes,
@@ -37,7 +38,7 @@ from .levels import (
     packed_levels,
     register_with_levels,
 )
-from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums
+from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums, sampling_flop
 from .registry import Backward
 
 OP = "ms_deform_attn_fused"
@@ -201,3 +202,14 @@ register_with_levels(
         lambda grads, _: dict(zip(_DIFFERENTIATED, grads, strict=False)),
     ),
 )
+
+
+def _flop(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, *_, **__) -> int:
+    return sampling_flop(attention_logits, value[-1])
+
+
+def _backward_flop(grad_output, *inputs, **__) -> int:
+    return 2 * _flop(*inputs)
+
+
+count_flop(OP, _flop, _backward_flop)

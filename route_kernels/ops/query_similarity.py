@@ -13,6 +13,7 @@ import torch
 
 from .. import backends, reference
 from .contract import expect_choice, expect_floating, expect_shape, expect_tensors, last_dim_contiguous
+from .flop import count_flop
 from .registry import register
 
 OP = "query_similarity"
@@ -65,3 +66,12 @@ def _new_output(x: torch.Tensor, mode: str, backend: str | None = None) -> torch
 
 
 register("query_similarity(Tensor x, str mode, str backend) -> Tensor", _kernel, _new_output)
+
+
+def _flop(x, *_, **__) -> int:
+    """The cosines of all pairs."""
+    batch, queries, channels = x
+    return 2 * batch * queries * queries * channels
+
+
+count_flop(OP, _flop)

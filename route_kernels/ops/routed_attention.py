@@ -28,6 +28,7 @@ from .contract import (
     number,
     number_or_tensor,
 )
+from .flop import count_flop
 from .registry import Backward, register
 
 OP = "routed_attention"
@@ -322,3 +323,20 @@ register(
         _gradients,
     ),
 )
+
+
+def _flop(query, key, value, routing, *_, **__) -> int:
+    """q k and P v of every head; the products of ranks and the gate once for all heads."""
+    batch, heads, queries, channels = query
+    ranks = sum(factor[-1] for factor in routing[:6:2])
+    return 2 * batch * queries * key[2] * (2 * heads * channels + ranks)
+
+
+def _backward_flop(grad_output, output, lse, query, key, value, routing, *_, **__) -> int:
+    """S again, dP, dV, dK and dQ of every head; each product of ranks again, and its two gradients."""
+    batch, heads, queries, channels = query
+    ranks = sum(factor[-1] for factor in routing[:6:2])
+    return 2 * batch * queries * key[2] * (5 * heads * channels + 3 * ranks)
+
+
+count_flop(OP, _flop, _backward_flop)
