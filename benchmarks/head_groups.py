@@ -34,7 +34,7 @@ class Group:
 
 def groups(chips: Iterable[str], matching: str = "") -> Iterator[Group]:
     """Of every kernel, in bfloat16 with R 16 and G 3, whose name has `matching` in it."""
-    from route_kernels.triton import launch
+    from .launches import forced
 
     for chip in chips:
         for channels in CHANNELS:
@@ -49,7 +49,7 @@ def groups(chips: Iterable[str], matching: str = "") -> Iterator[Group]:
                         **tile, "HEADS_PER_PROGRAM": heads, "num_warps": chosen.num_warps,
                         "num_stages": chosen.num_stages,
                     }  # fmt: skip
-                    with launch.forced(f"routed_attention_{kernel}", settings):
+                    with forced(f"routed_attention_{kernel}", settings):
                         yield _group(name, _row(chip, kernel, channels), chosen.blocks["HEADS_PER_PROGRAM"])
 
 

@@ -79,7 +79,7 @@ def stubbed() -> StubbedDriver:
     """
     import triton
 
-    from route_kernels.triton import availability, launch
+    from route_kernels.triton import availability, block_sizes
 
     from .variants import TARGETS
 
@@ -88,8 +88,8 @@ def stubbed() -> StubbedDriver:
     driver = StubbedDriver(TARGETS[ARCHITECTURE])
     triton.runtime.driver.set_active(driver)
     mock.patch.object(availability, "_known_obstacle", lambda device_type, index: "").start()
-    mock.patch.object(launch, "architecture", lambda device: ARCHITECTURE).start()
-    mock.patch.object(launch.block_sizes, "tuned_settings", lambda *lookup: None).start()
+    mock.patch.object(block_sizes, "architecture", lambda device: ARCHITECTURE).start()
+    mock.patch.object(block_sizes, "tuned_settings", lambda *lookup: None).start()
     return driver
 
 

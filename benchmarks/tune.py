@@ -7,10 +7,14 @@ the architecture, then with neighbours of the fastest; one kernel at a time, the
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +32,11 @@ from route_kernels.testing import (
     routed_attention_arguments,
     sigmoid_focal_loss_arguments,
 )
-from route_kernels.triton import block_sizes, launch
+from route_kernels.triton import block_sizes
 from route_kernels.triton.availability import DTYPES
-from route_kernels.triton.block_sizes import INTERPRETER, TABLE
+from route_kernels.triton.block_sizes import INTERPRETER, TABLE, Rows, Settings
+
+from .launches import Lookup, forced, lookups
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a call
@@ -102,7 +108,7 @@ class Choice:
     """What won for one kernel, and the milliseconds of the whole step with it and before."""
 
     key: str
-    settings: launch.Settings
+    settings: Settings
     milliseconds: float
     before: float
 
@@ -115,7 +121,7 @@ def cases(ops: Iterable[str], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:
                 yield from (Case(op, name, dtype, sizes) for name, sizes in SIZES[op].items())
 
 
-def entries(lookup: launch.Lookup) -> list[launch.Settings]:
+def entries(lookup: Lookup) -> list[Settings]:
     """The different settings that the kernel's table has for the dtype, on any architecture."""
     fitting = [
         entry.settings
@@ -125,7 +131,7 @@ def entries(lookup: launch.Lookup) -> list[launch.Settings]:
     return [settings for place, settings in enumerate(fitting) if settings not in fitting[:place]]
 
 
-def neighbours(settings: launch.Settings) -> list[launch.Settings]:
+def neighbours(settings: Settings) -> list[Settings]:
     """Half and twice the warps, one pipeline stage less and more."""
     warps, stages = settings["num_warps"], settings["num_stages"]
     return [
@@ -137,9 +143,9 @@ def neighbours(settings: launch.Settings) -> list[launch.Settings]:
 def tune(case: Case, device: torch.device, timer: Timer) -> list[Choice]:
     """The settings that are faster than those in use; a candidate that does not fit the GPU is passed over."""
     step = case.step(device)
-    with launch.lookups() as found:
+    with lookups() as found:
         step()
-    best: dict[str, launch.Settings] = {}
+    best: dict[str, Settings] = {}
     choices = []
     for lookup in sorted(found, key=repr):
         name = lookup.kernel_name
@@ -162,15 +168,15 @@ def _fastest(step, timer: Timer, best, name: str, candidates, settings, least: f
     return settings, least
 
 
-def _time(step: Callable[[], object], timer: Timer, settings_of: Mapping[str, launch.Settings]) -> float:
+def _time(step: Callable[[], object], timer: Timer, settings_of: Mapping[str, Settings]) -> float:
     """Of the step with these settings, by kernel name."""
     with ExitStack() as stack:
         for name, settings in settings_of.items():
-            stack.enter_context(launch.forced(name, settings))
+            stack.enter_context(forced(name, settings))
         return timer(step)
 
 
-def _time_or_none(step, timer: Timer, settings_of: Mapping[str, launch.Settings]) -> float | None:
+def _time_or_none(step, timer: Timer, settings_of: Mapping[str, Settings]) -> float | None:
     """None where the settings ask for more than the GPU has, or a kernel does not compile with them."""
     from triton import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
@@ -192,7 +198,20 @@ def keep(device: torch.device, choices: Iterable[Choice]) -> None:
     """Adds the choices to this GPU's cache file; what it had under the same keys is replaced."""
     file, circumstances = block_sizes.tuned_path(device), block_sizes.circumstances(device)
     rows = block_sizes.read_tuned(file, circumstances) if file.exists() else {}
-    block_sizes.write_tuned(file, circumstances, {**rows, **{choice.key: dict(choice.settings) for choice in choices}})
+    write(file, circumstances, {**rows, **{choice.key: dict(choice.settings) for choice in choices}})
+
+
+def write(file: Path, circumstances: Mapping[str, Any], rows: Rows) -> None:
+    """Writes the whole file or, interrupted, nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as stream:
+            json.dump({"circumstances": circumstances, "rows": rows}, stream, indent=1)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def report(case: Case, choices: Iterable[Choice]) -> Iterator[str]:

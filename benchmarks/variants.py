@@ -6,9 +6,11 @@ that come of it, as they would be specialized on that architecture, are the op's
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,17 +21,10 @@ from triton.runtime.jit import create_function_from_signature
 
 from route_kernels.ops.sigmoid_focal_loss import kept_scale
 from route_kernels.precision import accumulate_dtype
-from route_kernels.triton import (
-    add_layer_norm,
-    launch,
-    ms_deform_attn_fused,
-    query_similarity,
-    routed_attention,
-    sigmoid_focal_loss,
-)
-from route_kernels.triton.availability import DTYPES
+from route_kernels.triton.availability import DTYPES, FLOATING
 from route_kernels.triton.block_sizes import HALF
-from route_kernels.triton.ms_deform_attn.host import Points, _backward, sample
+
+from .launches import Launch, Recording, recording
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -42,6 +37,7 @@ TARGETS = {
 RANKS = ((16, 3), (32, 8), (64, 32))  # R and G of routed attention
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
 """The levels of a detector's image of 800 x 1333 pixels."""
+LEVELS_ARGUMENT = (*itertools.chain(*LEVELS), *(0,) * len(LEVELS), *(4,) * len(LEVELS))
 
 
 @dataclass(frozen=True)
@@ -67,11 +63,12 @@ class Variant:
         return compile_source(source, target=TARGETS[self.architecture], options=self.options)
 
 
-def recorded(op: str, direction: str, label: str, architecture: str, call: Callable[[], Any]) -> list[Variant]:
-    """The variants that `call`, on tensors of the meta device, would launch on this architecture."""
-    with launch.recording(architecture) as record:
-        call()
-    return [_variant(op, direction, label, architecture, item) for item in record.launches]
+def recorded(op: str, direction: str, label: str, architecture: str, *arguments: Any) -> list[Variant]:
+    """The variants that a kernel's entry point would launch on this architecture, of tensors of the meta device."""
+    entry_point = getattr(import_module(f"route_kernels.triton.{op}"), direction)
+    with recording(architecture) as record:
+        entry_point(*arguments)
+    return [_variant(op, direction, label, item, record) for item in record.launches]
 
 
 def of_op(op: str, architecture: str) -> Iterator[Variant]:
@@ -86,15 +83,16 @@ def of_op(op: str, architecture: str) -> Iterator[Variant]:
             yield variant
 
 
-def _variant(op: str, direction: str, label: str, architecture: str, item: launch.Launch) -> Variant:
-    kernel, backend = item.kernel, make_backend(TARGETS[architecture])
+def _variant(op: str, direction: str, label: str, item: Launch, record: Recording) -> Variant:
+    kernel, backend, name = item.function, make_backend(TARGETS[record.architecture]), item.function.fn.__name__
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    settings = {**item.settings, "debug": False}
+    settings = {**item.constants, "debug": False}
     bound, specialization, options = bind(*item.arguments, **settings)
     parsed, signature, constexprs, attributes = kernel._pack_args(backend, settings, bound, specialization, options)
+    entries = frozenset(entry for entry in record.entries.items() if entry[0].endswith(name))
     return Variant(
-        op, direction, f"{kernel.fn.__name__} {label}", architecture, kernel, item.grid, signature, constexprs,
-        attributes, dict(parsed.__dict__), item.entries,
+        op, direction, f"{name} {label}", record.architecture, kernel, item.grid, signature, constexprs, attributes,
+        dict(parsed.__dict__), entries,
     )  # fmt: skip
 
 
@@ -139,112 +137,90 @@ On gfx942 they are scalar registers, kept in lanes of vector registers: no instr
 
 def _routed_attention(architecture: str) -> Iterator[Variant]:
     """Forward and backward for every dtype, D, rank and mask: of a detector's shape, on tensors of the meta device."""
+    of = functools.partial(_of_attention, architecture)
     for dtype in DTYPES["routed_attention"]:
-        name = str(dtype).removeprefix("torch.")
         for channels in (16, 32, 64, 128):
-            yield from _of_attention(architecture, f"{name} D={channels}", dtype, channels)
-        yield from _of_attention(architecture, f"{name} D=48 R=64 G=32", dtype, 48, rank=64, gate_rank=32)
-        yield from _of_attention(architecture, f"{name} D=32 plain", dtype, 32, routed=False)
-        yield from _of_attention(architecture, f"{name} D=32 masked", dtype, 32, masked=True)
+            yield from of(f"D={channels}", dtype, channels)
+        yield from of("D=48 R=64 G=32", dtype, 48, ranks=(64, 32))
+        yield from of("D=32 plain", dtype, 32, ranks=None)
+        yield from of("D=32 masked", dtype, 32, masked=True)
         if dtype in HALF:
-            yield from _of_attention(architecture, f"{name} D=32 float32 factors", dtype, 32, torch.float32)
+            yield from of("D=32 float32 factors", dtype, 32, factor_dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):  # float16 is as bfloat16
-        name = str(dtype).removeprefix("torch.")
-        for channels, (rank, gate_rank), masked in itertools.product((16, 32, 64, 128), RANKS, (False, True)):
-            label = f"{name} D={channels} R={rank} G={gate_rank}{' masked' if masked else ''}"
-            yield from _of_attention(architecture, label, dtype, channels, None, rank, gate_rank, masked=masked)
+        for channels, ranks, masked in itertools.product((16, 32, 64, 128), RANKS, (False, True)):
+            label = f"D={channels} R={ranks[0]} G={ranks[1]}{' masked' if masked else ''}"
+            yield from of(label, dtype, channels, ranks=ranks, masked=masked)
+        for channels in (32, 64):
+            yield from of(f"D={channels} strength a tensor", dtype, channels, controlled=True)
 
 
-def _of_attention(architecture, label, dtype, channels, factor_dtype=None, rank=16, gate_rank=3, routed=True,
-              masked=False):  # fmt: skip
+def _of_attention(
+    architecture: str, label: str, dtype: torch.dtype, channels: int, *, ranks: tuple[int, int] | None = (16, 3),
+    factor_dtype: torch.dtype | None = None, masked: bool = False, controlled: bool = False,
+) -> Iterator[Variant]:  # fmt: skip
     batch, heads, queries = 2, 8, 1100
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     query, key, value = (empty(batch, queries, heads, channels).transpose(1, 2) for _ in range(3))
-    factors = (None,) * 6
-    if routed:
-        ranks = (rank, rank, rank, rank, gate_rank, gate_rank)
-        factors = tuple(empty(batch, queries, r, dtype=factor_dtype or dtype) for r in ranks)
+    rank, gate_rank = ranks or (0, 0)
+    widths = (rank, rank, rank, rank, gate_rank, gate_rank) if ranks else ()
+    routing = [empty(batch, queries, width, dtype=factor_dtype or dtype) for width in widths]
+    output, lse = empty(batch, heads, queries, channels), empty(batch, heads, queries, dtype=torch.float32)
+    grads = [output, output, output, *routing]
+    if controlled:
+        routing.append(empty(2, dtype=torch.float32))
+        grads.append(empty(batch, queries, dtype=torch.float32))
     mask = empty(queries, queries).expand(batch, heads, -1, -1) if masked else None
     ranges = empty(batch, queries, 2, 2, dtype=torch.int32) if masked else None
-    output, lse = empty(batch, heads, queries, channels), empty(batch, heads, queries, dtype=torch.float32)
-    call = (query, key, value, factors, 5.0, mask, ranges, 1.0)
-    launches = (
-        ("forward", lambda: routed_attention.forward(*call)),
-        ("backward", lambda: routed_attention.backward(output, output, lse, *call)),
-    )
-    for direction, launch_all in launches:
-        for variant in recorded("routed_attention", direction, label, architecture, launch_all):
-            key = (variant.kernel.fn.__name__, architecture, dtype, channels, rank, masked)
+    call = (query, key, value, routing, mask, ranges, (1.0, 1.0, 5.0))
+    launches = (("forward", *call, output, lse), ("backward", output, output, lse, *call, grads))
+    label = f"{_name(dtype)} {label}"
+    for direction, *arguments in launches:
+        for variant in recorded("routed_attention", direction, label, architecture, *arguments):
+            key = (variant.kernel.fn.__name__, architecture, dtype, channels, rank or 16, masked)
             yield replace(variant, spilled_bytes=SPILLED.get(key, 0))
 
 
 def _ms_deform_attn(architecture: str) -> Iterator[Variant]:
     """A detector's encoder for every dtype, with both ways to sum the gradient of value, and D of no power of two."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        yield from _ms_deform_attn_of(architecture, dtype, channels=32)
-    yield from _ms_deform_attn_of(architecture, torch.bfloat16, channels=24)
-
-
-def _ms_deform_attn_of(architecture: str, dtype: torch.dtype, channels: int) -> Iterator[Variant]:
-    heads, point_dtype = 8, torch.promote_types(dtype, torch.float32)
-    positions = sum(height * width for height, width in LEVELS)
-    counts = (4,) * len(LEVELS)
-
-    def empty(*shape: int, dtype: torch.dtype = point_dtype) -> torch.Tensor:
-        return torch.empty(1, positions, heads, *shape, dtype=dtype, device="meta")
-
-    value, locations, weights = empty(channels, dtype=dtype), empty(sum(counts), 2), empty(sum(counts))
-    sizes = [size for pair in LEVELS for size in pair]
-    points = Points(locations, weights, None, None, sizes, (0,) * len(LEVELS), counts)
-    label = f"{str(dtype).removeprefix('torch.')} D={channels}"
-    yield from recorded("ms_deform_attn", "forward", label, architecture, lambda: sample(value, points))
-    for way, deterministic in (("", False), (" deterministic", True)):
-        yield from recorded(
-            "ms_deform_attn", "backward", label + way, architecture,
-            lambda deterministic=deterministic: _backward(
-                value.flatten(2), value, points, value, locations, weights, deterministic=deterministic
-            ),
-        )  # fmt: skip
+    for dtype, channels in (*((dtype, 32) for dtype in FLOATING), (torch.bfloat16, 24)):
+        heads, points = 8, 4 * len(LEVELS)
+        positions = sum(height * width for height, width in LEVELS)
+        point_dtype = torch.promote_types(dtype, torch.float32)
+        value = torch.empty(1, positions, heads, channels, dtype=dtype, device="meta")
+        locations = torch.empty(1, positions, heads, points, 2, dtype=point_dtype, device="meta")
+        weights = locations[..., 0].contiguous()
+        output, label = value.flatten(2), f"{_name(dtype)} D={channels}"
+        inputs, grads = (value, LEVELS_ARGUMENT, locations, weights), [value, locations, weights]
+        yield from recorded("ms_deform_attn", "forward", label, architecture, *inputs, output)
+        for way, deterministic in (("", False), (" deterministic", True)):
+            yield from recorded(
+                "ms_deform_attn", "backward", label + way, architecture,
+                output, *inputs, deterministic, grads,
+            )  # fmt: skip
 
 
 def _ms_deform_attn_fused(architecture: str) -> Iterator[Variant]:
     """A detector's decoder for every dtype: boxes of each level, a mask, every gradient; with points, neither."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        yield from _ms_deform_attn_fused_of(architecture, dtype, coordinates=4, masked=True)
-    yield from _ms_deform_attn_fused_of(architecture, torch.bfloat16, coordinates=2, masked=False)
+    op, (batch, queries, heads, channels) = "ms_deform_attn_fused", (2, 900, 8, 32)
+    positions, points = sum(height * width for height, width in LEVELS), 4 * len(LEVELS)
+    for dtype, coordinates, masked in (*((dtype, 4, True) for dtype in FLOATING), (torch.bfloat16, 2, False)):
+        point_dtype = torch.promote_types(dtype, torch.float32)
 
+        def empty(*shape: int, dtype: torch.dtype = point_dtype) -> torch.Tensor:
+            return torch.empty(batch, *shape, dtype=dtype, device="meta")
 
-def _ms_deform_attn_fused_of(
-    architecture: str, dtype: torch.dtype, coordinates: int, masked: bool
-) -> Iterator[Variant]:
-    batch, queries, heads, channels, counts = 2, 900, 8, 32, (4, 4, 4, 4)
-    sizes = (100, 167, 50, 84, 25, 42, 13, 21)
-    positions = sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
-    point_dtype = torch.promote_types(dtype, torch.float32)
-
-    def empty(*shape: int, dtype: torch.dtype = point_dtype) -> torch.Tensor:
-        return torch.empty(batch, *shape, dtype=dtype, device="meta")
-
-    value, mask = empty(positions, heads, channels, dtype=dtype), empty(positions, dtype=torch.bool)
-    inputs = (
-        value, sizes, (0,) * len(counts), empty(queries, len(counts), coordinates),
-        empty(queries, heads, sum(counts), 2), empty(queries, heads, sum(counts)), counts, mask if masked else None,
-    )  # fmt: skip
-    grad_output = empty(queries, heads * channels, dtype=dtype)
-    label = f"{str(dtype).removeprefix('torch.')} D={channels} coordinates={coordinates}"
-    yield from recorded(
-        "ms_deform_attn_fused", "forward", label, architecture, lambda: ms_deform_attn_fused.forward(*inputs)
-    )
-    yield from recorded(
-        "ms_deform_attn_fused",
-        "backward",
-        label,
-        architecture,
-        lambda: ms_deform_attn_fused.backward(grad_output, *inputs, masked),
-    )
+        value, mask = empty(positions, heads, channels, dtype=dtype), empty(positions, dtype=torch.bool)
+        offsets, logits = empty(queries, heads, points, 2), empty(queries, heads, points)
+        references = empty(queries, len(LEVELS), coordinates)
+        output = empty(queries, heads * channels, dtype=dtype)
+        inputs = (value, LEVELS_ARGUMENT, references, offsets, logits, mask if masked else None)
+        grads = [value, offsets, logits, *([references] if masked else [])]
+        label = f"{_name(dtype)} D={channels} coordinates={coordinates}"
+        yield from recorded(op, "forward", label, architecture, *inputs, output)
+        yield from recorded(op, "backward", label, architecture, output, *inputs, False, grads)
 
 
 def _query_similarity(architecture: str) -> Iterator[Variant]:
@@ -252,64 +228,49 @@ def _query_similarity(architecture: str) -> Iterator[Variant]:
     for dtype in DTYPES["query_similarity"]:
         for channels in (32, 250, 256, 1024):
             x = torch.empty(2, 1100, channels, dtype=dtype, device="meta")
-            label = f"{str(dtype).removeprefix('torch.')} C={channels}"
-            yield from recorded(
-                "query_similarity", "forward", label, architecture, lambda x=x: query_similarity.forward(x)
-            )
+            label, output = f"{_name(dtype)} C={channels}", x.new_empty(2, 1100)
+            yield from recorded("query_similarity", "forward", label, architecture, x, output)
 
 
 def _sigmoid_focal_loss(architecture: str) -> Iterator[Variant]:
     """Every dtype; one class, those of COCO and of LVIS; another gamma; without a gradient."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for classes in (1, 80, 91, 1203):
-            yield from _sigmoid_focal_loss_of(architecture, dtype, classes)
-    yield from _sigmoid_focal_loss_of(architecture, torch.bfloat16, 91, gamma=1.5, differentiated=False)
-
-
-def _sigmoid_focal_loss_of(
-    architecture, dtype, classes: int, gamma: float = 2.0, differentiated: bool = True
-) -> Iterator[Variant]:
-    logits = torch.empty(44446, classes, dtype=dtype, device="meta")
-    targets = torch.empty(44446, dtype=torch.int64, device="meta")
-    loss, grad = targets.to(accumulate_dtype(dtype)), logits if differentiated else None
-    label = f"{str(dtype).removeprefix('torch.')} K={classes} gamma={gamma}"
-    yield from recorded(
-        "sigmoid_focal_loss", "forward", label, architecture,
-        lambda: sigmoid_focal_loss.forward(logits, targets, 0.25, gamma, kept_scale(dtype), loss, grad),
-    )  # fmt: skip
-    if differentiated:
+    op, kinds = "sigmoid_focal_loss", itertools.product(FLOATING, (1, 80, 91, 1203), (2.0,), (True,))
+    for dtype, classes, gamma, differentiated in (*kinds, (torch.bfloat16, 91, 1.5, False)):
+        logits = torch.empty(44446, classes, dtype=dtype, device="meta")
+        targets = torch.empty(44446, dtype=torch.int64, device="meta")
+        loss, grad = targets.to(accumulate_dtype(dtype)), logits if differentiated else None
+        label, scale = f"{_name(dtype)} K={classes} gamma={gamma}", kept_scale(dtype)
         yield from recorded(
-            "sigmoid_focal_loss", "backward", label, architecture,
-            lambda: sigmoid_focal_loss.backward(loss, logits, 1 / kept_scale(dtype), logits),
+            op, "forward", label, architecture,
+            logits, targets, 0.25, gamma, scale, loss, grad,
         )  # fmt: skip
+        if differentiated:
+            yield from recorded(
+                op, "backward", label, architecture,
+                loss, logits, 1 / scale, [logits],
+            )  # fmt: skip
 
 
 def _add_layer_norm(architecture: str) -> Iterator[Variant]:
     """Every dtype with the channels of detectors; x^ of four channels kept, and all of it."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for width in (256, 384, 1024):
-            yield from _add_layer_norm_of(architecture, dtype, width, kept=4)
-    yield from _add_layer_norm_of(architecture, torch.bfloat16, 256, kept=256)
+    for dtype, width, kept in (*itertools.product(FLOATING, (256, 384, 1024), (4,)), (torch.bfloat16, 256, 256)):
+        tokens, accumulate = 44446, accumulate_dtype(dtype)
+        x = torch.empty(tokens, width, dtype=dtype, device="meta")
+        weight, rstd, normalized = x[0], x.new_empty(tokens, dtype=accumulate), x.new_empty(tokens, kept)
+        channels, sums = x.new_empty(kept, dtype=torch.int32), x.new_empty(512, 2, width, dtype=accumulate)
+        label = f"{_name(dtype)} C={width} kept={kept}"
+        yield from recorded(
+            "add_layer_norm", "forward", label, architecture,
+            x, x, weight, weight, channels, 1e-5, x, rstd, normalized,
+        )  # fmt: skip
+        yield from recorded(
+            "add_layer_norm", "backward", label, architecture,
+            x, x, rstd, normalized, channels, weight, weight, [x, sums],
+        )  # fmt: skip
 
 
-def _add_layer_norm_of(architecture: str, dtype: torch.dtype, width: int, kept: int) -> Iterator[Variant]:
-    tokens, sums = 44446, accumulate_dtype(dtype)
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    x, weight, rstd, normalized = empty(tokens, width), empty(width), empty(tokens, of=sums), empty(tokens, kept)
-    channels = empty(kept, of=torch.int32)
-    label = f"{str(dtype).removeprefix('torch.')} C={width} kept={kept}"
-    yield from recorded(
-        "add_layer_norm", "forward", label, architecture,
-        lambda: add_layer_norm.forward(x, x, weight, weight, 1e-5, channels, x, rstd, normalized),
-    )  # fmt: skip
-    sums = empty(512, 2, width, of=sums)
-    yield from recorded(
-        "add_layer_norm", "backward", label, architecture,
-        lambda: add_layer_norm.backward(x, x, rstd, normalized, channels, weight, weight, x, sums),
-    )  # fmt: skip
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 VARIANTS: dict[str, Callable[[str], Iterator[Variant]]] = {

@@ -9,6 +9,7 @@ runs or raises: it never falls back.
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -196,9 +197,7 @@ def kernel(op: str, direction: str, backend: str) -> Callable:
     if not runs:
         raise BackendUnavailableError(f"{op}: backend {backend!r} was requested but cannot run: {reason}")
     if backend == "triton":
-        from .triton import old_convention
-
-        return old_convention.kernel(op, direction)
+        return getattr(importlib.import_module(f".triton.{op}", __package__), direction)
     return getattr(torch.ops.route_kernels_native, f"{op}_{direction}").default
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils import _pytree as pytree
 
 import route_kernels as rk
 from route_detr import cli
@@ -113,16 +115,16 @@ def test_float32_operators_of_cuda_are_so_in_the_plan_and_nowhere_else():
         assert nn.functional.layer_norm(x, (4,)).dtype == torch.bfloat16
 
 
-def recorded_bytes(call, inputs):
-    """The most that Triton's host code of `call` has allocated at once beside what it returns."""
+def recorded_bytes(entry_point, *arguments):
+    """The most that a Triton kernel's host code has allocated at once beside its arguments."""
     pytest.importorskip("triton")
-    from route_kernels.triton import launch
+    from benchmarks.launches import recording
 
     ledger = Ledger("triton")
-    ledger.count("inputs", *inputs)
-    with launch.recording("sm90"), ledger:
-        results = call()
-    return ledger.peak - ledger.live["inputs"] - sum(x.nbytes for x in results)
+    ledger.count("inputs", *(x for x in pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)))
+    with recording("sm90"), ledger:
+        entry_point(*arguments)
+    return ledger.peak - ledger.live["inputs"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -133,18 +135,16 @@ def test_workspaces_are_what_the_launches_allocate(dtype):
     value, grad = (torch.empty(batch, n, heads, channels, dtype=dtype, device="meta") for n in (36, queries))
     offsets, logits = (torch.empty(batch, queries, heads, 8, *x, dtype=dtype, device="meta") for x in ((2,), ()))
     references = torch.empty(batch, queries, 2, 4, device="meta")
-    native = (value, sizes, (0, 30), references, offsets, logits, (4, 4), None)
-    found = recorded_bytes(
-        lambda: ms_deform_attn_fused.backward(grad.flatten(2), *native, False),
-        (value, grad, offsets, logits, references),
-    )
+    native = (value, (*sizes, 0, 30, 4, 4), references, offsets, logits, None)
+    grads = [torch.empty_like(x) for x in (value, offsets, logits)]
+    found = recorded_bytes(ms_deform_attn_fused.backward, grad.flatten(2), *native, False, grads)
     op = torch.ops.route_kernels.ms_deform_attn_fused_backward
     for overload, levels in ((op.default, sizes), (op.tensor, torch.tensor(sizes).view(2, 2))):
         arguments = (grad.flatten(2), value, levels, references, offsets, logits, None, None, False, "triton")
         assert found == workspace_bytes(overload, arguments, "triton")
 
     x = torch.empty(batch, queries, 32, dtype=dtype, device="meta")
-    found = recorded_bytes(lambda: [query_similarity.forward(x)], [x])
+    found = recorded_bytes(query_similarity.forward, x, x.new_empty(batch, queries))
     assert found == workspace_bytes(torch.ops.route_kernels.query_similarity.default, (x, "relu", None), "triton")
 
 
@@ -155,10 +155,9 @@ def test_the_parts_of_groups_of_heads_are_counted():
     query, grad = (torch.empty(batch, heads, queries, 32, dtype=torch.bfloat16, device="meta") for _ in range(2))
     factors = tuple(torch.empty(batch, queries, r, dtype=torch.bfloat16, device="meta") for r in (16, 16, 16, 16, 3, 3))
     lse = torch.empty(batch, heads, queries, device="meta")
-    found = recorded_bytes(
-        lambda: routed_attention.backward(grad, grad, lse, query, query, query, factors, None, None, None, 1.0),
-        (query, grad, lse, *factors),
-    )
+    grads = [torch.empty_like(x) for x in (query, query, query, *factors)]
+    inputs = (query, query, query, factors, None, None, (1.0, 1.0, math.inf))
+    found = recorded_bytes(routed_attention.backward, grad, grad, lse, *inputs, grads)
     op = torch.ops.route_kernels.routed_attention_backward.default
     at_most = workspace_bytes(op, (grad, grad, lse, query, query, query, factors, 1.0, None, None, None, 1.0), "triton")
     assert lse.nbytes < found <= at_most < 2 * heads * found

@@ -14,6 +14,7 @@ from route_kernels.triton import availability
 
 pytest.importorskip("triton")
 
+from benchmarks import tune
 from route_kernels.triton import block_sizes, launch
 from route_kernels.triton.block_sizes import INTERPRETER, TABLE, Entry
 
@@ -24,11 +25,11 @@ needs_interpreter = pytest.mark.skipif(not availability.interpreted(), reason="t
 def compiled(monkeypatch):
     """As if triton had been imported without TRITON_INTERPRET."""
     monkeypatch.setattr(availability, "interpreted", lambda: False)
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
-    for cached in (availability._known_obstacle, launch.architecture, launch._settings, block_sizes._rows_of):
+    monkeypatch.setattr(block_sizes, "interpreted", lambda: False)
+    for cached in (availability._known_obstacle, block_sizes.architecture, block_sizes.settings, block_sizes._rows_of):
         cached.cache_clear()
     yield
-    for cached in (availability._known_obstacle, launch.architecture, launch._settings, block_sizes._rows_of):
+    for cached in (availability._known_obstacle, block_sizes.architecture, block_sizes.settings, block_sizes._rows_of):
         cached.cache_clear()
 
 
@@ -108,7 +109,7 @@ def test_info_explains_every_op():
      ((10, 0), None, "sm100"), ((10, 3), None, "sm100"), ((12, 1), None, "sm120"), ((9, 4), "6.4", "gfx942")],
 )  # fmt: skip
 def test_architectures(monkeypatch, compiled, capability, hip, expected):
-    assert launch.architecture(gpu(monkeypatch, capability, hip=hip)) == expected
+    assert block_sizes.architecture(gpu(monkeypatch, capability, hip=hip)) == expected
 
 
 def test_the_first_entry_that_fits_is_taken(monkeypatch):
@@ -122,14 +123,14 @@ def test_the_first_entry_that_fits_is_taken(monkeypatch):
         (INTERPRETER, torch.float32, 7, interpreted), ("sm90", torch.float32, 100, small),
         ("sm90", torch.float32, 101, large), ("sm90", torch.float16, 7, large),
     ]:  # fmt: skip
-        assert launch._entry("kernel", where, dtype, {"N": n})[1].settings is expected
+        assert block_sizes.entry("kernel", where, dtype, {"N": n})[1].settings is expected
     with pytest.raises(LookupError, match=r"kernel: no entry of the table fits sm80, torch.float16, {'N': 7}"):
-        launch._entry("kernel", "sm80", torch.float16, {"N": 7})
+        block_sizes.entry("kernel", "sm80", torch.float16, {"N": 7})
 
 
 @needs_interpreter
 def test_a_kernel_that_is_launched_on_nothing_is_not_launched():
-    launch.Prepared(None, (0, 3))((torch.empty(0),))
+    launch.Kernel(None)[launch.Grid((0, 3))](torch.empty(0))
 
 
 def test_products_of_float32_round_to_tf32_only_where_pytorch_s_do():
@@ -171,9 +172,9 @@ ROWS = {
 
 def test_tuned_settings_go_before_the_table(tuned_file):
     device, file = tuned_file
-    block_sizes.write_tuned(file, block_sizes.circumstances(device), ROWS)
+    tune.write(file, block_sizes.circumstances(device), ROWS)
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
-    config = launch.config
+    config = block_sizes.config
     assert config("query_similarity_relu", device, torch.bfloat16, N=900, C=256, ODD=0) == next(iter(ROWS.values()))
     other = config("query_similarity_relu", device, torch.bfloat16, N=1025, C=256, ODD=0)
     assert other in [entry.settings for entry in TABLE["query_similarity_relu"]]
@@ -184,9 +185,9 @@ def test_tuned_settings_go_before_the_table(tuned_file):
 )
 def test_a_file_of_other_circumstances_is_ignored_with_a_warning(tuned_file, name, value):
     device, file = tuned_file
-    block_sizes.write_tuned(file, {**block_sizes.circumstances(device), name: value}, ROWS)
+    tune.write(file, {**block_sizes.circumstances(device), name: value}, ROWS)
     with pytest.warns(UserWarning, match=rf"{name} {value}, now .* run `route-kernels tune` again or delete it"):
-        found = launch.config("query_similarity_relu", device, torch.bfloat16, N=900, C=256, ODD=0)
+        found = block_sizes.config("query_similarity_relu", device, torch.bfloat16, N=900, C=256, ODD=0)
     assert found in [entry.settings for entry in TABLE["query_similarity_relu"]]
 
 
@@ -204,7 +205,7 @@ def test_a_broken_file_is_ignored_with_a_warning(tuned_file, content):
 
 def test_settings_that_are_no_integers_are_ignored_with_a_warning(tuned_file):
     device, file = tuned_file
-    block_sizes.write_tuned(file, block_sizes.circumstances(device), {next(iter(ROWS)): {"BLOCK_N": "64"}})
+    tune.write(file, block_sizes.circumstances(device), {next(iter(ROWS)): {"BLOCK_N": "64"}})
     with pytest.warns(UserWarning, match="settings that are no integers"):
         assert (
             block_sizes.tuned_settings("query_similarity_relu", device, torch.bfloat16, {"N": 900, "C": 256, "ODD": 0})
@@ -214,9 +215,9 @@ def test_settings_that_are_no_integers_are_ignored_with_a_warning(tuned_file):
 
 def test_a_write_that_fails_leaves_the_old_file(tuned_file):
     device, file = tuned_file
-    block_sizes.write_tuned(file, block_sizes.circumstances(device), ROWS)
+    tune.write(file, block_sizes.circumstances(device), ROWS)
     with pytest.raises(TypeError):
-        block_sizes.write_tuned(file, block_sizes.circumstances(device), {"key": object()})
+        tune.write(file, block_sizes.circumstances(device), {"key": object()})
     assert json.loads(file.read_text())["rows"] == ROWS
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 

@@ -66,7 +66,7 @@ SPECIALIZED = """
 buffer = torch.randn(4 * 70 * 32 + 8)
 def hashes(x):
     launched.clear()
-    query_similarity.forward(x)
+    query_similarity.forward(x, x.new_empty(x.shape[:2]))
     return [kind for _, kind, _, _ in launched]
 
 aligned = buffer[: 3 * 70 * 32].view(3, 70, 32)

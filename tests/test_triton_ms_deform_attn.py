@@ -108,12 +108,12 @@ def test_softmax_of_more_points_than_are_unrolled(monkeypatch):
 
 
 def test_softmax_adjoint_of_more_points_than_a_tile_holds():
-    from route_kernels.triton.ms_deform_attn_fused import _softmax_backward
+    from route_kernels.triton.ms_deform_attn_fused import softmax_adjoint, softmax_grid
 
     logits = torch.randn(1, 3, 2, 131, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(1, 3, 2, 131, dtype=torch.float64)
     (expected,) = torch.autograd.grad(logits.softmax(-1), logits, grad)
-    _softmax_backward(logits, grad.dtype)((grad, grad, logits.detach()))
+    softmax_adjoint[softmax_grid(logits, grad.dtype)](grad, grad, logits.detach())
     torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -282,7 +282,8 @@ def test_every_element_of_poisoned_outputs_is_written(deterministic):
     value, locations, weights = (tensor.detach() for _, tensor in named_tensors(arguments))
     locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
     grads = [torch.full_like(tensor, math.nan) for tensor in (value, locations, weights)]
-    backward(torch.randn(1, 5, 16), value, [3, 4, 1, 2], (0, 12), locations, weights, (2, 2), *grads)
+    levels, in_order = [3, 4, 1, 2, 0, 12, 2, 2], torch.are_deterministic_algorithms_enabled()
+    backward(torch.randn(1, 5, 16), value, levels, locations, weights, in_order, grads)
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -327,9 +328,9 @@ def test_compiled_for_any_size(op):
 def test_no_size_of_a_level_makes_triton_compile_anew(sizes):
     from route_kernels.triton.ms_deform_attn.host import Points
 
-    points = Points(torch.empty(0), torch.empty(0), None, None, sizes, (0, 2**33), (4, 0))
-    assert all(number % 16 and number != 1 for number in points.levels())
-    assert [(number >> 1) - 1 for number in points.levels()] == [*sizes[:2], 0, 4, *sizes[2:], 2**33, 0]
+    points = Points(torch.empty(0), torch.empty(0), None, None, (*sizes, 0, 2**33, 4, 0))
+    assert all(number % 16 and number != 1 for number in points.packed_levels())
+    assert [(number >> 1) - 1 for number in points.packed_levels()] == [*sizes[:2], 0, 4, *sizes[2:], 2**33, 0]
 
 
 @each_op

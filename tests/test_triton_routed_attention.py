@@ -102,11 +102,11 @@ def test_scale(scale):
 @contextmanager
 def every_launch(**settings):
     """The three kernels with these settings, whatever the table says."""
-    from route_kernels.triton import launch
+    from benchmarks.launches import forced
 
     with ExitStack() as stack:
         for name in ("forward", "backward_queries", "backward_keys"):
-            stack.enter_context(launch.forced(f"routed_attention_{name}", {**settings, "num_warps": 4}))
+            stack.enter_context(forced(f"routed_attention_{name}", {**settings, "num_warps": 4}))
         yield
 
 
@@ -185,7 +185,7 @@ GUARD = 64  # elements before and after a buffer
 @contextmanager
 def guarded_allocations(monkeypatch):
     """Every new tensor is the middle of a NaN-filled buffer; yields the buffers, whose ends must stay NaN."""
-    from route_kernels.triton import launch
+    from route_kernels.triton.routed_attention import host
 
     buffers = []
 
@@ -198,7 +198,7 @@ def guarded_allocations(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", new_empty)
-        patch.setattr(launch, "contiguous_like", lambda x: new_empty(x, x.shape))
+        patch.setattr(host, "contiguous_like", lambda x: new_empty(x, x.shape))
         yield buffers
 
 
@@ -214,10 +214,12 @@ def test_every_element_of_poisoned_outputs_is_written_and_nothing_beside(rows, r
     grad_output = torch.randn(arguments["query"].shape).to(dtype)
     expected = outcome(on_triton, arguments, grad_output)
     query, key, value, *factors = (tensor.detach() for _, tensor in named_tensors(arguments))
-    settings = (query, key, value, tuple(factors) or (None,) * 6, 5.0, None, None, 7**-0.5)
+    settings = (query, key, value, factors, None, None, (7**-0.5, 1.0, 5.0))
     with guarded_allocations(monkeypatch) as buffers:
-        output, lse = kernels.forward(*settings)
-        grads = kernels.backward(grad_output, output, lse, *settings)
+        output, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+        kernels.forward(*settings, output, lse)
+        grads = [x.new_empty(x.shape) for x in (query, key, value, *factors)]
+        kernels.backward(grad_output, output, lse, *settings, grads)
     assert len(buffers) >= 2 + len(grads) and not lse.isnan().any()
     for (name, wanted), written in zip(expected.items(), (output, *grads), strict=True):
         assert torch.equal(written, wanted), name  # NaN equals nothing
@@ -231,10 +233,11 @@ def test_nothing_of_queries_times_keys_is_allocated(monkeypatch):
     queries = 128
     arguments = routed_attention_arguments(batch=1, heads=3, queries=queries, channels=2, rank=2, gate_rank=1)
     query, key, value, *factors = (tensor.detach() for _, tensor in named_tensors(arguments))
-    settings = (query, key, value, tuple(factors), 5.0, None, None, 0.5)
+    settings = (query, key, value, factors, None, None, (0.5, 1.0, 5.0))
     with every_launch(BLOCK_N=64, BLOCK_M=64, HEADS_PER_PROGRAM=2), guarded_allocations(monkeypatch) as buffers:
-        output, lse = kernels.forward(*settings)
-        kernels.backward(query, output, lse, *settings)
+        output, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+        kernels.forward(*settings, output, lse)
+        kernels.backward(query, output, lse, *settings, [x.new_empty(x.shape) for x in (query, key, value, *factors)])
     assert len(buffers) >= 2 + 9 + 1
     assert sum(buffer.numel() - 2 * GUARD for buffer in buffers) < queries * queries / 2
 

@@ -10,8 +10,8 @@ from route_kernels import cli
 
 pytest.importorskip("triton")
 
-from benchmarks import tune
-from route_kernels.triton import block_sizes, launch
+from benchmarks import launches, tune
+from route_kernels.triton import block_sizes
 from route_kernels.triton.block_sizes import INTERPRETER, TABLE, Entry
 
 KERNEL = "query_similarity_relu"
@@ -42,7 +42,7 @@ def fake_timer(cost, seen):
 
     def timer(step):
         step()
-        found = launch.config(KERNEL, CPU, torch.float32, N=5, C=4, ODD=1)
+        found = block_sizes.config(KERNEL, CPU, torch.float32, N=5, C=4, ODD=1)
         seen.append(found)
         return cost(found)
 
@@ -50,7 +50,7 @@ def fake_timer(cost, seen):
 
 
 def test_entries_of_other_dtypes_and_the_interpreter_are_no_candidates(table):
-    lookup = launch.Lookup(KERNEL, torch.float32, (("N", 5),))
+    lookup = launches.Lookup(KERNEL, torch.float32, (("N", 5),))
     assert tune.entries(lookup) == [settings(4, 2), settings(4, 3, 32)]
 
 
@@ -71,7 +71,7 @@ def test_the_fastest_is_chosen_and_its_neighbours_are_tried(table):
     (choice,) = tune.tune(CASE, CPU, fake_timer(cost, seen))
     assert choice == tune.Choice("query_similarity_relu float32 C=4 N=8 ODD=1", settings(2, 3, 32), 1.0, 3.0)
     assert settings(4, 2) in seen and settings(8, 2) not in seen
-    assert launch._forced == {}
+    assert launches._forced == {}
 
 
 @needs_interpreter
@@ -104,7 +104,7 @@ def test_other_errors_are_not(table):
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tune.tune(CASE, CPU, fake_timer(cost, []))
-    assert launch._forced == {}
+    assert launches._forced == {}
 
 
 def test_choices_are_added_to_the_file(monkeypatch, tmp_path):

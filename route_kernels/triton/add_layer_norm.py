@@ -1,4 +1,4 @@
-"""LayerNorm of a residual sum by Triton, with the signatures of the native kernels' calls in its file of `ops/`.
+"""LayerNorm of a residual sum in Triton.
 
 Forward: a program owns BLOCK_T tokens. Backward: a program owns one part of the tokens, BLOCK_T at a time, and with it
 one row of the sums over tokens: no atomics. Both read and write each tensor once, so memory is their floor.
@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .block_sizes import config
 from .language import rounded
-from .launch import Prepared, blocks, config, kept
+from .launch import Grid, Kernel, blocks, kept, power_of_two
 
 
+@Kernel
 @triton.jit
 def add_layer_norm_forward(
     x_ptr, residual_ptr,  # [T, C]
@@ -59,6 +61,7 @@ def add_layer_norm_forward(
         tl.store(normalized_ptr + t[:, None] * KEPT + k[None, :], rounded(x_hat, OUTPUT), inside)
 
 
+@Kernel
 @triton.jit
 def add_layer_norm_backward(
     grad_output_ptr,  # [T, C]
@@ -114,40 +117,40 @@ def add_layer_norm_backward(
     tl.store(sums_ptr + C + c, tl.sum(bias_sum, 0), c < C)
 
 
-def forward(x, residual, weight, bias, eps, channels, output, rstd, normalized) -> None:
-    """Writes output [T, C], rstd [T] and normalized [T, kept] of x and residual [T, C]."""
+def forward(x, residual, weight, bias, channels, eps, output, rstd, normalized) -> None:
+    """Fills output [T, C], rstd [T] and normalized [T, kept] of x and residual [T, C]."""
     tensors = (x, residual, weight, bias, channels, output, rstd, normalized)
-    kept(_forward, tensors, eps)(tensors)
+    add_layer_norm_forward[kept(_forward, tensors, eps)](*tensors)
 
 
-def _forward(tensors: Sequence[torch.Tensor], eps: float) -> Prepared:
+def _forward(tensors: Sequence[torch.Tensor], eps: float) -> Grid:
     x, residual, _, _, channels, output, _, _ = tensors
     tokens, width = output.shape
     settings = _settings("add_layer_norm_forward", output)
-    return Prepared(
-        add_layer_norm_forward, (blocks(tokens, settings["BLOCK_T"]),), x.stride(0), residual.stride(0), tokens,
+    return Grid(
+        (blocks(tokens, settings["BLOCK_T"]),), x.stride(0), residual.stride(0), tokens,
         C=width, EPS=eps, KEPT=channels.shape[0], **settings,
     )  # fmt: skip
 
 
-def backward(grad_output, output, rstd, normalized, channels, weight, bias, grad_sum, sums) -> None:
-    """Writes grad_sum [T, C] and sums [parts, 2, C] of weight and bias."""
-    tensors = (grad_output, output, rstd, normalized, channels, weight, bias, grad_sum, sums)
-    kept(_backward, tensors)(tensors)
+def backward(grad_output, output, rstd, normalized, channels, weight, bias, grads) -> None:
+    """Fills the gradient of the sum [T, C] and the sums [parts, 2, C] of weight's and bias's."""
+    tensors = (grad_output, output, rstd, normalized, channels, weight, bias, *grads)
+    add_layer_norm_backward[kept(_backward, tensors)](*tensors)
 
 
-def _backward(tensors: Sequence[torch.Tensor]) -> Prepared:
+def _backward(tensors: Sequence[torch.Tensor]) -> Grid:
     grad_output, output, _, _, channels, *_, sums = tensors
     tokens, width = output.shape
     settings = _settings("add_layer_norm_backward", output)
-    return Prepared(
-        add_layer_norm_backward, (sums.shape[0],), grad_output.stride(0), tokens, sums.shape[0],
+    return Grid(
+        (sums.shape[0],), grad_output.stride(0), tokens, sums.shape[0],
         C=width, KEPT=channels.shape[0], ROUNDOFF=torch.finfo(output.dtype).eps / 2, **settings,
     )  # fmt: skip
 
 
 def _settings(kernel_name: str, output: torch.Tensor) -> dict[str, int]:
     """A tile of about BLOCK_TC elements, each row whole."""
-    width = 1 << (output.shape[1] - 1).bit_length()
+    width = power_of_two(output.shape[1])
     settings = dict(config(kernel_name, output.device, output.dtype, C=output.shape[1]))
     return {"BLOCK_T": max(settings.pop("BLOCK_TC") // width, 1), "BLOCK_C": width, **settings}

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,10 +20,18 @@ from typing import Any
 
 import torch
 
+from .availability import interpreted
+
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942")
 """sm86 is every Ampere and Ada with 100 KiB of shared memory (8.6, 8.9), gfx942 every AMD GPU."""
 
 INTERPRETER = "interpreter"
+
+Settings = Mapping[str, int]  # BLOCK_..., num_warps, num_stages
+
+FORMAT = 1  # of the file of tuned settings
+VARIABLE = "ROUTE_KERNELS_TUNED"
+Rows = dict[str, dict[str, int]]  # {key: settings}
 
 FULL = (torch.float32,)
 HALF = (torch.float16, torch.bfloat16)
@@ -53,31 +60,31 @@ class Entry:
         )
 
 
-def _settings(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
+def _tile(num_warps: int, num_stages: int, **blocks: int) -> dict[str, int]:
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
 def _attention(block_n: int, block_m: int, heads: int, num_warps: int = 4, num_stages: int = 2) -> dict[str, int]:
-    return _settings(num_warps, num_stages, BLOCK_N=block_n, BLOCK_M=block_m, HEADS_PER_PROGRAM=heads)
+    return _tile(num_warps, num_stages, BLOCK_N=block_n, BLOCK_M=block_m, HEADS_PER_PROGRAM=heads)
 
 
 TABLE: dict[str, tuple[Entry, ...]] = {
     "query_inverse_norms": (
-        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=256)),
+        Entry(_tile(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_N=16, BLOCK_C=256)),
     ),
     # ODD is 1 where rows are not 16 elements apart: they are read element by element.
     "query_similarity_relu": (
-        Entry(_settings(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=32), architectures=("gfx942",), dtypes=FULL),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=16), architectures=("sm100",), dtypes=FULL, at_most={"ODD": 0}),
-        Entry(_settings(8, 2, BLOCK_N=64, BLOCK_C=16), architectures=NVIDIA, dtypes=FULL, at_most={"ODD": 0}),
-        Entry(_settings(8, 2, BLOCK_N=32, BLOCK_C=16), dtypes=FULL),
-        Entry(_settings(4, 1, BLOCK_N=64, BLOCK_C=256), ("gfx942",), at_most={"ODD": 0, "C": 256}),
-        Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), ("sm86", "sm120"), at_most={"ODD": 0}),
-        Entry(_settings(4, 2, BLOCK_N=64, BLOCK_C=256), at_most={"ODD": 0, "C": 256}),
-        Entry(_settings(4, 3, BLOCK_N=64, BLOCK_C=64), at_most={"ODD": 0}),
-        Entry(_settings(8, 2, BLOCK_N=64, BLOCK_C=32)),
+        Entry(_tile(4, 1, BLOCK_N=16, BLOCK_C=16), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 2, BLOCK_N=64, BLOCK_C=32), architectures=("gfx942",), dtypes=FULL),
+        Entry(_tile(4, 2, BLOCK_N=64, BLOCK_C=16), architectures=("sm100",), dtypes=FULL, at_most={"ODD": 0}),
+        Entry(_tile(8, 2, BLOCK_N=64, BLOCK_C=16), architectures=NVIDIA, dtypes=FULL, at_most={"ODD": 0}),
+        Entry(_tile(8, 2, BLOCK_N=32, BLOCK_C=16), dtypes=FULL),
+        Entry(_tile(4, 1, BLOCK_N=64, BLOCK_C=256), ("gfx942",), at_most={"ODD": 0, "C": 256}),
+        Entry(_tile(4, 3, BLOCK_N=64, BLOCK_C=64), ("sm86", "sm120"), at_most={"ODD": 0}),
+        Entry(_tile(4, 2, BLOCK_N=64, BLOCK_C=256), at_most={"ODD": 0, "C": 256}),
+        Entry(_tile(4, 3, BLOCK_N=64, BLOCK_C=64), at_most={"ODD": 0}),
+        Entry(_tile(8, 2, BLOCK_N=64, BLOCK_C=32)),
     ),
     # R is the widest rank (0: plain), MASKED 2 with a mask and 1 without, F the bytes of a factor's element. As many
     # heads a program as spill no register: on sm90, D 32, forward takes 15 instructions a pair and head with 4, 27 with
@@ -168,53 +175,88 @@ TABLE: dict[str, tuple[Entry, ...]] = {
     ),
     # a row of value is read 16 bytes a thread, by the threads of one warp: nothing to exchange, no barrier
     "ms_deform_attn_forward": (
-        Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=1), dtypes=DOUBLE),
-        Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=2), architectures=("gfx942",)),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=4), at_most={"rows": 65536}),  # too few warps to hide latency
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=2)),
+        Entry(_tile(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
+        Entry(_tile(1, 1, BLOCK_BYTES=512, UNROLL=1), dtypes=DOUBLE),
+        Entry(_tile(1, 1, BLOCK_BYTES=1024, UNROLL=2), architectures=("gfx942",)),
+        Entry(_tile(1, 1, BLOCK_BYTES=512, UNROLL=4), at_most={"rows": 65536}),  # too few warps to hide latency
+        Entry(_tile(1, 1, BLOCK_BYTES=512, UNROLL=2)),
     ),
     "ms_deform_attn_backward": (
-        Entry(_settings(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
-        Entry(_settings(1, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=("gfx942",), dtypes=(*FULL, *DOUBLE)),
-        Entry(_settings(1, 1, BLOCK_BYTES=256, UNROLL=1), architectures=("sm86",), dtypes=HALF),
-        Entry(_settings(1, 1, BLOCK_BYTES=512, UNROLL=1)),
+        Entry(_tile(4, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=(INTERPRETER,)),
+        Entry(_tile(1, 1, BLOCK_BYTES=1024, UNROLL=1), architectures=("gfx942",), dtypes=(*FULL, *DOUBLE)),
+        Entry(_tile(1, 1, BLOCK_BYTES=256, UNROLL=1), architectures=("sm86",), dtypes=HALF),
+        Entry(_tile(1, 1, BLOCK_BYTES=512, UNROLL=1)),
     ),
     "ms_deform_attn_gather": (
-        Entry(_settings(1, 1, BLOCK_T=4), architectures=(INTERPRETER,)),
-        Entry(_settings(1, 1, BLOCK_T=16)),
+        Entry(_tile(1, 1, BLOCK_T=4), architectures=(INTERPRETER,)),
+        Entry(_tile(1, 1, BLOCK_T=16)),
     ),
     # BLOCK_TC: tokens times channels of a tile
     "add_layer_norm_forward": (
-        Entry(_settings(4, 1, BLOCK_TC=256), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_TC=2048)),
+        Entry(_tile(4, 1, BLOCK_TC=256), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_TC=2048)),
     ),
     "add_layer_norm_backward": (
-        Entry(_settings(4, 1, BLOCK_TC=256), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_TC=1024), dtypes=DOUBLE),
-        Entry(_settings(4, 1, BLOCK_TC=2048)),
+        Entry(_tile(4, 1, BLOCK_TC=256), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_TC=1024), dtypes=DOUBLE),
+        Entry(_tile(4, 1, BLOCK_TC=2048)),
     ),
     # BLOCK_TK: queries times classes of a tile
     "sigmoid_focal_loss_forward": (
-        Entry(_settings(4, 1, BLOCK_TK=128), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_TK=256), dtypes=DOUBLE),
-        Entry(_settings(4, 1, BLOCK_TK=1024)),
+        Entry(_tile(4, 1, BLOCK_TK=128), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_TK=256), dtypes=DOUBLE),
+        Entry(_tile(4, 1, BLOCK_TK=1024)),
     ),
     "sigmoid_focal_loss_backward": (
-        Entry(_settings(4, 1, BLOCK_TK=128), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_TK=1024)),
+        Entry(_tile(4, 1, BLOCK_TK=128), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_TK=1024)),
     ),
     "softmax_adjoint": (
-        Entry(_settings(4, 1, BLOCK_NK=128), architectures=(INTERPRETER,)),
-        Entry(_settings(4, 1, BLOCK_NK=256), dtypes=DOUBLE),
-        Entry(_settings(4, 1, BLOCK_NK=1024)),
+        Entry(_tile(4, 1, BLOCK_NK=128), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_NK=256), dtypes=DOUBLE),
+        Entry(_tile(4, 1, BLOCK_NK=1024)),
     ),
 }
 
-FORMAT = 1
-VARIABLE = "ROUTE_KERNELS_TUNED"
 
-Rows = dict[str, dict[str, int]]  # {key: settings}
+def config(kernel_name: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> Settings:
+    """The settings of a launch, by dtype and sizes: tuned ones for this GPU come before those of the table.
+
+    Do not change the mapping that comes back: it is kept.
+
+    Raises:
+        LookupError: the table has no entry that fits.
+    """
+    return settings(kernel_name, device, dtype, tuple(sizes.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def settings(kernel_name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]):
+    """`config`, kept."""
+    where = architecture(device)
+    found = None if where == INTERPRETER else tuned_settings(kernel_name, device, dtype, dict(sizes))
+    return entry(kernel_name, where, dtype, dict(sizes))[1].settings if found is None else found
+
+
+def entry(kernel_name: str, where: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> tuple[int, Entry]:
+    """The first entry of the table that fits, and its place."""
+    for place, found in enumerate(TABLE[kernel_name]):
+        if found.fits(where, dtype, sizes):
+            return place, found
+    raise LookupError(f"{kernel_name}: no entry of the table fits {where}, {dtype}, {dict(sizes)}")
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The table's name for what runs kernels on tensors of `device`: "sm90", "gfx942", "interpreter", ..."""
+    if interpreted():
+        return INTERPRETER
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm80" if minor == 0 else "sm86"
+    return {9: "sm90", 10: "sm100", 12: "sm120"}.get(major, "sm100" if major > 9 else "sm80")
 
 
 def bucket(size: int) -> int:
@@ -282,16 +324,3 @@ def read_tuned(file: Path, expected: Mapping[str, Any]) -> Rows:
         warnings.warn(f"{file}: ignored: {reason}; {again}", stacklevel=2)
         return {}
     return rows
-
-
-def write_tuned(file: Path, circumstances: Mapping[str, Any], rows: Rows) -> None:
-    """Writes the whole file or, interrupted, nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump({"circumstances": circumstances, "rows": rows}, stream, indent=1)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,4 +1,4 @@
-"""Fused deformable attention by Triton, with the signatures of the native kernels' calls in its file of `ops/`.
+"""Fused deformable attention in Triton: the launches of `ms_deform_attn` with points of the form offset and logit.
 
 The softmax and the locations are in registers; what backward needs of them is computed again.
 """
@@ -10,50 +10,51 @@ from collections.abc import Sequence
 import torch
 
 from ..precision import accumulate_dtype
-from .launch import Prepared, config, contiguous_like, kept
+from .block_sizes import config
+from .launch import Grid, blocks, kept, power_of_two
 from .ms_deform_attn.backward import softmax_adjoint
-from .ms_deform_attn.host import Points, power_of_two, prepared_backward, sample, sample_backward
+from .ms_deform_attn.host import Points, backward_grid, sample, sample_backward
 
 
-def forward(value, spatial_shapes, starts, reference_points, offsets, logits, counts, value_mask):
-    """[B, N, H * D] of value [B, S, H, D], offsets [B, N, H, K, 2] and logits [B, N, H, K]."""
-    return sample(value, Points(offsets, logits, reference_points, value_mask, spatial_shapes, starts, counts))
+def forward(value, levels, reference_points, offsets, logits, value_mask, output) -> None:
+    """Fills output [B, N, H * D] of value [B, S, H, D], offsets [B, N, H, K, 2] and logits [B, N, H, K]."""
+    sample(value, Points(offsets, logits, reference_points, value_mask, tuple(levels)), output)
 
 
 def backward(
-    grad_output, value, spatial_shapes, starts, reference_points, offsets, logits, counts, value_mask, reference_grad
-) -> list[torch.Tensor]:
-    """The gradients of value, offsets, logits and, with `reference_grad`, reference points."""
-    points = Points(offsets, logits, reference_points, value_mask, spatial_shapes, starts, counts)
-    grad_value, grad_offsets, grad_logits = map(contiguous_like, (value, offsets, logits))
+    grad_output, value, levels, reference_points, offsets, logits, value_mask, deterministic, grads
+) -> None:  # fmt: skip
+    """Fills the gradients of value, offsets, logits and, where there is a fourth, reference points."""
+    points = Points(offsets, logits, reference_points, value_mask, tuple(levels))
+    grad_value, grad_offsets, grad_logits, *grad_reference = grads
     accumulate = accumulate_dtype(value.dtype)
     grad_weights = grad_logits if logits.dtype == accumulate else torch.empty_like(grad_logits, dtype=accumulate)
     of_heads = None
-    if reference_grad:
+    if grad_reference:
         batch, queries, heads, _ = logits.shape
-        summed, levels = (heads * len(counts), 1) if reference_points.shape[2] == 1 else (heads, len(counts))
-        shape = (batch, queries, summed, levels, reference_points.shape[3])
+        count, of_levels, coordinates = len(points.counts), reference_points.shape[2], reference_points.shape[3]
+        summed = (heads * count, 1) if of_levels == 1 else (heads, count)
+        shape = (batch, queries, *summed, coordinates)
         of_heads = torch.empty(shape, dtype=accumulate, device=value.device)
-    samples, softmax = kept(_backward, (grad_output, value, *points.tensors()), *points.shape())
-    sample_backward(samples, grad_output, value, points, grad_value, grad_offsets, grad_weights, of_heads)
-    softmax((grad_logits, grad_weights, logits))
-    grads = [grad_value, grad_offsets, grad_logits]
+    samples, softmax = kept(_grids, (grad_output, value, *points.tensors()), points.levels)
+    parts = (grad_value, grad_offsets, grad_weights, of_heads)
+    sample_backward(samples, grad_output, value, points, parts, deterministic)
+    softmax_adjoint[softmax](grad_logits, grad_weights, logits)
     if of_heads is not None:
-        grads.append(of_heads.sum(dim=2).to(reference_points.dtype))
-    return grads
+        grad_reference[0].copy_(of_heads.sum(dim=2))
 
 
-def _backward(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> tuple[Prepared, Prepared]:
-    return prepared_backward(tensors, *shape), _softmax_backward(tensors[3], accumulate_dtype(tensors[1].dtype))
+def _grids(tensors: Sequence[torch.Tensor | None], levels: tuple[int, ...]) -> tuple[Grid, Grid]:
+    return backward_grid(tensors, levels), softmax_grid(tensors[3], accumulate_dtype(tensors[1].dtype))
 
 
-def _softmax_backward(logits: torch.Tensor, accumulate: torch.dtype) -> Prepared:
-    """From the gradient of the softmax of logits [B, N, H, K] to theirs, which may be the same tensor."""
+def softmax_grid(logits: torch.Tensor, accumulate: torch.dtype) -> Grid:
+    """Of `softmax_adjoint`, for logits [B, N, H, K]."""
     batch, queries, heads, samples = logits.shape
     rows, block_k = batch * queries * heads, min(power_of_two(samples), 128)
     settings = dict(config("softmax_adjoint", logits.device, accumulate))
     block_n = max(settings.pop("BLOCK_NK") // block_k, 1)
-    return Prepared(
-        softmax_adjoint, (-(-rows // block_n),), rows, queries, heads, samples, *logits.stride()[:3],
+    return Grid(
+        (blocks(rows, block_n),), rows, queries, heads, samples, *logits.stride()[:3],
         BLOCK_N=block_n, BLOCK_K=block_k, **settings,
     )  # fmt: skip

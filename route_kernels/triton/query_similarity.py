@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .block_sizes import config
 from .language import dot, rounded
-from .launch import Prepared, blocks, config, input_precision, kept, padded
+from .launch import Grid, Kernel, blocks, input_precision, kept, padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,7 @@ def _image_and_block(N, BLOCK_N: tl.constexpr):
     return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
 
 
+@Kernel
 @triton.jit
 def query_inverse_norms(
     x_ptr,  # [B, N, C]
@@ -83,6 +85,7 @@ def _cosine_sums(
     return tl.sum(positive, 1)
 
 
+@Kernel
 @triton.jit
 def query_similarity_relu(
     x_ptr,  # [B, N, C]
@@ -122,27 +125,24 @@ def query_similarity_relu(
     tl.store(output_ptr + b * N + offs_n, rounded(total * inverse_norm / N, output_ptr.dtype.element_ty), offs_n < N)
 
 
-def forward(x: torch.Tensor) -> torch.Tensor:
-    """x [B, N, C], rows contiguous -> [B, N] in the dtype of x."""
-    batch, queries, _ = x.shape
-    output = torch.empty((batch, queries), dtype=x.dtype, device=x.device)
-    inverse_norms = torch.empty((batch, queries), dtype=torch.float32, device=x.device)
-    norms, similarity = kept(_launches, (x,), input_precision())
-    norms((x, inverse_norms))
-    similarity((x, inverse_norms, output))
-    return output
+def forward(x: torch.Tensor, output: torch.Tensor) -> None:
+    """Fills output [B, N] of x [B, N, C], rows contiguous."""
+    inverse_norms = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    norms, similarity = kept(_grids, (x,), input_precision())
+    query_inverse_norms[norms](x, inverse_norms)
+    query_similarity_relu[similarity](x, inverse_norms, output)
 
 
-def _launches(tensors: Sequence[torch.Tensor], precision: str) -> tuple[Prepared, Prepared]:
+def _grids(tensors: Sequence[torch.Tensor], precision: str) -> tuple[Grid, Grid]:
     (x,) = tensors
     batch, queries, channels = x.shape
     sizes = (*x.stride()[:2], queries, channels)
     settings = _settings("query_inverse_norms", x)
-    norms = Prepared(query_inverse_norms, (batch * blocks(queries, settings["BLOCK_N"]),), *sizes, **settings)
+    norms = Grid((batch * blocks(queries, settings["BLOCK_N"]),), *sizes, **settings)
     settings = _settings("query_similarity_relu", x)
     chunk = settings["BLOCK_C"]
-    similarity = Prepared(
-        query_similarity_relu, (batch * blocks(queries, settings["BLOCK_N"]),), *sizes, PRECISION=precision,
+    similarity = Grid(
+        (batch * blocks(queries, settings["BLOCK_N"]),), *sizes, PRECISION=precision,
         ONE_CHUNK=channels <= chunk, EVEN_C=channels > 0 and channels % chunk == 0, **settings,
     )  # fmt: skip
     return norms, similarity

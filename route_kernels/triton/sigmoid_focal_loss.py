@@ -1,4 +1,4 @@
-"""Sigmoid focal loss by Triton, with the signatures of the native kernels' calls in its file of `ops/`.
+"""Sigmoid focal loss in Triton.
 
 A program owns BLOCK_T queries and walks over their classes. Both passes read and write each logit once: memory is the
 floor of backward, three special functions a logit that of forward.
@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .block_sizes import config
 from .language import rounded
-from .launch import Prepared, blocks, config, kept
+from .launch import Grid, Kernel, blocks, kept, power_of_two
 
 
 @triton.jit
@@ -27,6 +28,7 @@ def _log_one_plus(e, TERMS: tl.constexpr):
     return 2.0 * s * total
 
 
+@Kernel
 @triton.jit
 def sigmoid_focal_loss_forward(
     logits_ptr,  # [T, K]
@@ -65,6 +67,7 @@ def sigmoid_focal_loss_forward(
     tl.store(loss_ptr + t, loss, t < T)
 
 
+@Kernel
 @triton.jit
 def sigmoid_focal_loss_backward(
     grad_loss_ptr,  # [T]
@@ -86,38 +89,37 @@ def sigmoid_focal_loss_backward(
 
 
 def forward(logits, targets, alpha, gamma, scale, loss, grad) -> None:
-    """Writes loss [T] and, where it is given, grad [T, K] of logits [T, K] and targets [T]."""
+    """Fills loss [T] and, where it is given, grad [T, K] of logits [T, K] and targets [T]."""
     tensors = (logits, targets, loss, grad)
-    kept(_forward, tensors, alpha, gamma, scale)(tensors)
+    sigmoid_focal_loss_forward[kept(_forward, tensors, alpha, gamma, scale)](*tensors)
 
 
-def _forward(tensors: Sequence[torch.Tensor | None], alpha: float, gamma: float, scale: float) -> Prepared:
+def _forward(tensors: Sequence[torch.Tensor | None], alpha: float, gamma: float, scale: float) -> Grid:
     logits, _, _, grad = tensors
     queries, classes = logits.shape
     settings = _settings("sigmoid_focal_loss_forward", logits)
-    return Prepared(
-        sigmoid_focal_loss_forward, (blocks(queries, settings["BLOCK_T"]),), logits.stride(0), queries, classes,
+    return Grid(
+        (blocks(queries, settings["BLOCK_T"]),), logits.stride(0), queries, classes,
         ALPHA=alpha, REST=1 - alpha, GAMMA=gamma, SCALE=scale, TERMS=17 if logits.dtype == torch.float64 else 7,
         DIFFERENTIATED=grad is not None, **settings,
     )  # fmt: skip
 
 
-def backward(grad_loss, grad, scale, grad_logits) -> None:
-    """Writes grad_logits [T, K] = scale grad_loss [T] grad [T, K]."""
-    tensors = (grad_loss, grad, grad_logits)
-    kept(_backward, tensors, scale)(tensors)
+def backward(grad_loss, grad, scale, grads) -> None:
+    """Fills the gradient of logits [T, K], scale grad_loss [T] grad [T, K]."""
+    tensors = (grad_loss, grad, *grads)
+    sigmoid_focal_loss_backward[kept(_backward, tensors, scale)](*tensors)
 
 
-def _backward(tensors: Sequence[torch.Tensor], scale: float) -> Prepared:
+def _backward(tensors: Sequence[torch.Tensor], scale: float) -> Grid:
     queries, classes = tensors[1].shape
     settings = _settings("sigmoid_focal_loss_backward", tensors[1])
-    grid = (blocks(queries, settings["BLOCK_T"]),)
-    return Prepared(sigmoid_focal_loss_backward, grid, queries, classes, SCALE=scale, **settings)
+    return Grid((blocks(queries, settings["BLOCK_T"]),), queries, classes, SCALE=scale, **settings)
 
 
 def _settings(kernel_name: str, logits: torch.Tensor) -> dict[str, int]:
     """A tile of BLOCK_TK elements, with no more classes than there are."""
     settings = dict(config(kernel_name, logits.device, logits.dtype, K=logits.shape[1]))
     elements = settings.pop("BLOCK_TK")
-    width = min(1 << (logits.shape[1] - 1).bit_length(), elements)
+    width = min(power_of_two(logits.shape[1]), elements)
     return {"BLOCK_T": elements // width, "BLOCK_K": width, **settings}

@@ -8,6 +8,7 @@ such. They are apart so that the reads of UNROLL points are in flight, none behi
 import triton
 import triton.language as tl
 
+from ..launch import Kernel
 from .tile import (
     corner_weights,
     corners_of,
@@ -45,6 +46,7 @@ def scatter_corner(grad_value, offset, exists, weight, grad, CHANNELS: tl.conste
     tl.atomic_add(addresses, weight[:, None] * grad, mask, sem="relaxed", scope="gpu")
 
 
+@Kernel
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def ms_deform_attn_backward(
     grad_output,  # [B, N, H, D]; ALIGN divides its strides and those of value, which are given as multiples of it
@@ -171,6 +173,7 @@ def ms_deform_attn_backward(
             first_cell += (height + 1).to(tl.int64) * (width + 1)
 
 
+@Kernel
 @triton.jit(do_not_specialize=("positions", "queries", "heads", "points", "cells", "stride_gb", "stride_gn"))
 def ms_deform_attn_gather(
     grad_value,  # [B, S, H, D]
@@ -241,6 +244,7 @@ def softmax_statistics(logits, in_block, points, ACCUMULATE: tl.constexpr, BLOCK
     return tl.where(largest == float("-inf"), 0.0, largest), 1.0 / tl.where(total < 1.0, 1.0, total)
 
 
+@Kernel
 @triton.jit(do_not_specialize=("rows", "queries", "heads", "points", "stride_wb", "stride_wn", "stride_wh"))
 def softmax_adjoint(
     grad_logit,  # [B, N, H, K]

@@ -7,6 +7,7 @@ reads 16 bytes of a row, and the points of a level are unrolled, so that the row
 import triton
 import triton.language as tl
 
+from ..launch import Kernel
 from .tile import (
     corner_weights,
     corners_of,
@@ -34,6 +35,7 @@ def add_corner(sampled, value, offset, exists, weight, CHANNELS: tl.constexpr, B
     return sampled + tl.where(exists, weight, 0.0)[:, None] * corner
 
 
+@Kernel
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def ms_deform_attn_forward(
     output,  # [B, N, H, D]

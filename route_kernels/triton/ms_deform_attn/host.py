@@ -1,6 +1,6 @@
 """Deformable attention in Triton: its launches, which the plain and the fused op share.
 
-Tensors are as the ops hand them to native kernels.
+Tensors are as the ops hand them to native kernels; `levels` is (h_1, w_1, ..., h_L, w_L, starts, points of each level).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from ...precision import accumulate_dtype
-from ..launch import Prepared, config, kept
+from ..block_sizes import config
+from ..launch import Grid, blocks, kept, power_of_two
 from .backward import ms_deform_attn_backward, ms_deform_attn_gather
 from .forward import ms_deform_attn_forward
 
@@ -21,20 +22,16 @@ LARGEST_INT32 = 2**31 - 1
 Strides = tuple[int, ...]
 
 
-def forward(value, spatial_shapes, starts, locations, weights, counts):
-    """[B, N, H * D] of value [B, S, H, D], locations [B, N, H, K, 2] and weights [B, N, H, K]."""
-    return sample(value, Points(locations, weights, None, None, spatial_shapes, starts, counts))
+def forward(value, levels, locations, weights, output) -> None:
+    """Fills output [B, N, H * D] of value [B, S, H, D], locations [B, N, H, K, 2] and weights [B, N, H, K]."""
+    sample(value, Points(locations, weights, None, None, tuple(levels)), output)
 
 
-def backward(grad_output, value, spatial_shapes, starts, locations, weights, counts, *grads) -> None:
-    """Writes the gradients of value, locations and weights."""
-    points = Points(locations, weights, None, None, spatial_shapes, starts, counts)
-    _backward(grad_output, value, points, *grads)
-
-
-def _backward(grad_output, value, points: Points, *grads: torch.Tensor, deterministic: bool | None = None) -> None:
-    prepared = kept(prepared_backward, (grad_output, value, *points.tensors()), *points.shape())
-    sample_backward(prepared, grad_output, value, points, *grads, deterministic=deterministic)
+def backward(grad_output, value, levels, locations, weights, deterministic, grads) -> None:
+    """Fills the gradients of value, locations and weights."""
+    points = Points(locations, weights, None, None, tuple(levels))
+    grid = kept(backward_grid, (grad_output, value, *points.tensors()), points.levels)
+    sample_backward(grid, grad_output, value, points, (*grads, None), deterministic)
 
 
 class Points(NamedTuple):
@@ -44,9 +41,17 @@ class Points(NamedTuple):
     weight: torch.Tensor  # [B, N, H, K]: weights or logits
     reference: torch.Tensor | None  # [B, N, L or 1, 2 or 4]
     value_mask: torch.Tensor | None  # [B, S]
-    sizes: Sequence[int]  # (h_1, w_1, ..., h_L, w_L)
-    starts: Sequence[int]  # of the levels within S
-    counts: Sequence[int]  # points of each level
+    levels: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """h_1, w_1, ..., h_L, w_L."""
+        return self.levels[: len(self.levels) // 2]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The points of each level."""
+        return self.levels[len(self.levels) // 4 * 3 :]
 
     @property
     def coordinates(self) -> int:
@@ -55,14 +60,11 @@ class Points(NamedTuple):
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.point, self.weight, self.reference, self.value_mask
 
-    def shape(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes, starts and counts, hashable."""
-        return tuple(self.sizes), tuple(self.starts), tuple(self.counts)
-
-    def levels(self) -> tuple[int, ...]:
+    def packed_levels(self) -> tuple[int, ...]:
         """(height, width, start, points) of each level, x as 2 x + 3."""
         # 2 x + 3 is odd and above 1: Triton compiles a kernel anew for integers that are 1 or multiples of 16.
-        rows = zip(self.sizes[::2], self.sizes[1::2], self.starts, self.counts, strict=True)
+        starts = self.levels[len(self.levels) // 2 :]
+        rows = zip(self.sizes[::2], self.sizes[1::2], starts, self.counts, strict=False)
         return tuple(2 * number + 3 for row in rows for number in row)
 
     def cells(self) -> int:
@@ -93,11 +95,6 @@ def _strides_of_reference(reference: torch.Tensor) -> Strides:
     return batch, query, 0 if reference.shape[2] == 1 else level
 
 
-def power_of_two(number: int) -> int:
-    """The least power of two that is no less."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
 def aligned(strides: Strides) -> tuple[int, Strides]:
     """The largest power of two, up to 16, that divides all strides, and the strides as multiples of it.
 
@@ -119,101 +116,95 @@ def tile(kernel_name: str, value: torch.Tensor, queries: int) -> dict[str, int]:
     return {**settings, "BLOCK_D": block_d, "BLOCK_N": max(block_bytes // (block_d * value.dtype.itemsize), 1)}
 
 
-def sample(value: torch.Tensor, points: Points) -> torch.Tensor:
-    """The weighted sum over all points, [B, N, H * D]; value [B, S, H, D], channels contiguous."""
-    batch, _, heads, channels = value.shape
-    output = value.new_empty(batch, points.weight.shape[1], heads * channels)
+def sample(value: torch.Tensor, points: Points, output: torch.Tensor) -> None:
+    """Fills output [B, N, H * D], the weighted sum over all points; value [B, S, H, D], channels contiguous."""
     if output.numel() == 0:
-        return output
+        return
     tensors = (value, *points.tensors())
-    kept(_sample, tensors, *points.shape())((output, *tensors))
-    return output
+    grid = kept(_forward_grid, tensors, points.levels)
+    ms_deform_attn_forward[grid](output, *tensors)
 
 
-def _sample(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
-    value, points = tensors[0], Points(*tensors[1:], *shape)
+def _forward_grid(tensors: Sequence[torch.Tensor | None], levels: tuple[int, ...]) -> Grid:
+    value, points = tensors[0], Points(*tensors[1:], levels)
     batch, _, heads, channels = value.shape
     queries, samples = points.weight.shape[1], points.weight.shape[3]
     settings = tile("ms_deform_attn_forward", value, queries)
     align, strides = aligned(value.stride()[:3])
-    return Prepared(
-        ms_deform_attn_forward, _grid(batch, heads, queries, settings["BLOCK_N"]),
-        points.levels(), queries, heads, samples, *strides, *points.strides(),
+    return Grid(
+        (batch * heads * blocks(queries, settings["BLOCK_N"]),),
+        points.packed_levels(), queries, heads, samples, *strides, *points.strides(),
         **points.constants(channels), ALIGN=align, **settings,
     )  # fmt: skip
 
 
 def sample_backward(
-    prepared: Prepared,  # by `prepared_backward`
+    grid: Grid,  # by `backward_grid`
     grad_output: torch.Tensor,  # [B, N, H * D]
     value: torch.Tensor,  # [B, S, H, D]
     points: Points,
-    grad_value: torch.Tensor,  # like value, contiguous
-    grad_point: torch.Tensor,  # [B, N, H, K, 2]
-    grad_weight: torch.Tensor,  # [B, N, H, K], of the weights after a softmax
-    grad_reference: torch.Tensor | None = None,  # elements of [B, N, H, L, 2 or 4]
-    deterministic: bool | None = None,
+    grads: Sequence[torch.Tensor | None],
+    deterministic: bool,
 ) -> None:
-    """Writes every gradient; that of value by atomics, or with `deterministic` (None asks PyTorch) in a fixed order."""
+    """Fills every gradient; that of value by atomics, or with `deterministic` in a fixed order.
+
+    grads: of value, like value, contiguous; of point [B, N, H, K, 2]; of weight [B, N, H, K] after a softmax; and,
+    or None, of reference, elements of [B, N, H, L, 2 or 4].
+    """
     batch, positions, heads, _ = value.shape
+    grad_value, *of_points = grads
     if grad_output.numel() == 0 or points.weight.shape[3] == 0 or positions == 0:
-        for grad in (grad_value, grad_point, grad_weight, *(() if grad_reference is None else (grad_reference,))):
-            grad.zero_()
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
         return
     sums = cell = corner_weight = None
     accumulate = accumulate_dtype(value.dtype)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic:
         few = batch * heads * points.cells() <= LARGEST_INT32
         cell = value.new_empty(points.weight.shape, dtype=torch.int32 if few else torch.int64)
         corner_weight = value.new_empty(*points.weight.shape, 4, dtype=accumulate)
     else:
         sums = grad_value.zero_() if value.dtype == accumulate else torch.zeros_like(grad_value, dtype=accumulate)
-    grads = (sums, cell, corner_weight, grad_point, grad_weight, grad_reference)
-    prepared((grad_output, *grads, value, *points.tensors()))
+    ms_deform_attn_backward[grid](grad_output, sums, cell, corner_weight, *of_points, value, *points.tensors())
     if deterministic:
         _gather(grad_value, grad_output, points, cell, corner_weight)
     elif sums is not grad_value:
         grad_value.copy_(sums)
 
 
-def prepared_backward(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
-    """For `kept`: of grad_output, value and the tensors of points of this shape."""
-    grad_output, value, points = tensors[0], tensors[1], Points(*tensors[2:6], *shape)
+def backward_grid(tensors: Sequence[torch.Tensor | None], levels: tuple[int, ...]) -> Grid:
+    """For `kept`: of grad_output, value and the tensors of points of these levels."""
+    grad_output, value, points = tensors[0], tensors[1], Points(*tensors[2:6], levels)
     batch, positions, heads, channels = value.shape
     queries, samples = points.weight.shape[1], points.weight.shape[3]
     settings = tile("ms_deform_attn_backward", value, queries)
     align, strides = aligned((*grad_output.stride()[:2], *value.stride()[:3]))
-    return Prepared(
-        ms_deform_attn_backward, _grid(batch, heads, queries, settings["BLOCK_N"]),
-        points.levels(), queries, positions, heads, samples, points.cells(), *strides, *points.strides(),
+    return Grid(
+        (batch * heads * blocks(queries, settings["BLOCK_N"]),),
+        points.packed_levels(), queries, positions, heads, samples, points.cells(), *strides, *points.strides(),
         **points.constants(channels), ALIGN=align, **settings,
     )  # fmt: skip
 
 
-def _gather(grad_value, grad_output, points, cell, corner_weight) -> None:
+def _gather(grad_value, grad_output, points: Points, cell, corner_weight) -> None:
     """The gradient of value, each element summed by one program over points in the order of their cells."""
     batch, _, heads, _ = grad_value.shape
     cell, order = torch.sort(cell.flatten(), stable=True)
     all_cells = torch.arange(batch * heads * points.cells() + 1, dtype=cell.dtype, device=cell.device)
     bounds = torch.searchsorted(cell, all_cells)
-    gather = kept(_prepared_gather, (grad_value, grad_output, *points.tensors()), *points.shape())
-    gather((grad_value, grad_output, order, bounds, corner_weight))
+    grid = kept(_gather_grid, (grad_value, grad_output, *points.tensors()), points.levels)
+    ms_deform_attn_gather[grid](grad_value, grad_output, order, bounds, corner_weight)
 
 
-def _prepared_gather(tensors: Sequence[torch.Tensor | None], *shape: tuple[int, ...]) -> Prepared:
-    grad_value, grad_output, points = tensors[0], tensors[1], Points(*tensors[2:], *shape)
+def _gather_grid(tensors: Sequence[torch.Tensor | None], levels: tuple[int, ...]) -> Grid:
+    grad_value, grad_output, points = tensors[0], tensors[1], Points(*tensors[2:], levels)
     batch, positions, heads, channels = grad_value.shape
     queries, samples = points.weight.shape[1], points.weight.shape[3]
     align, grad_strides = aligned(grad_output.stride()[:2])
-    return Prepared(
-        ms_deform_attn_gather, (batch * positions * heads,),
-        points.levels(), positions, queries, heads, samples, points.cells(), *grad_strides,
+    return Grid(
+        (batch * positions * heads,),
+        points.packed_levels(), positions, queries, heads, samples, points.cells(), *grad_strides,
         CHANNELS=channels, LEVELS=len(points.counts), ALIGN=align,
         BLOCK_D=power_of_two(channels), **config("ms_deform_attn_gather", grad_value.device, grad_value.dtype),
     )  # fmt: skip
-
-
-def _grid(batch: int, heads: int, queries: int, block: int) -> tuple[int]:
-    return (batch * heads * -(-queries // block),)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..language import dot, rounded
+from ..launch import Kernel
 from .forward import tiles_seen
 from .tile import (
     add_factor_gradients,
@@ -37,21 +38,25 @@ from .tile import (
     routing_bias,
     store_gate,
     store_rows,
+    strength_and_limit,
 )
 
 
+@Kernel
 @triton.jit(do_not_specialize=("heads", "queries", "keys"))
 def attention_backward_queries(
     grad_output, output,  # [B, H, N, D]; output is contiguous
     lse,  # [B, H, N] float32, contiguous; with a float mask [B, H, N, 2]: max, times UNITS, and 1 / sum
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
+    controls,  # [2] float32: strength, limit; or None
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
     key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     grad_query,  # [B, H, N, D], contiguous
     grad_sup, grad_del, grad_gate,  # [groups, B, N, R], [groups, B, N, R], [groups, B, N, G], contiguous
     output_dot,  # [B, H, N] float32: T, for the other pass
-    scale, limit,
+    grad_strength,  # [groups, B, N] float32, contiguous, or None: rows of sum_j sum_h dS_hij clamp(r_ij)
+    scale, strength, limit,  # a strength of None is 1
     batch, heads, queries, keys,
     stride_ob, stride_oh, stride_on,  # of grad_output
     stride_qb, stride_qh, stride_qn,
@@ -78,6 +83,7 @@ def attention_backward_queries(
     b = (tl.program_id(0) // blocks // groups).to(tl.int64)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     scale_of_logits = scale * UNITS
+    strength, limit = strength_and_limit(controls, strength, limit)
 
     row_factors, factor_gradients = (), ()
     if ROUTED:
@@ -91,6 +97,8 @@ def attention_backward_queries(
             tl.zeros([BLOCK_N, BLOCK_DEL], tl.float32),
             gate_zeros(BLOCK_N, BLOCK_GATE, GATE_COLUMNS),
         )
+        if grad_strength is not None:
+            strength_rows = tl.zeros([BLOCK_N], tl.float32)
     query_rows, incoming_rows, lse_rows, inverse_sum_rows, dots, gradients = (), (), (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
         # A head beyond the last repeats it with lse = +inf, so that its P and dS are 0.
@@ -137,8 +145,8 @@ def attention_backward_queries(
                     gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
                 ),
             )
-            bias, open_p, difference = routing_bias(
-                row_factors, column_factors, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
+            bias, open_p, difference, clamped = routing_bias(
+                row_factors, column_factors, strength, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         visible = (columns < keys)[None, :]
         if RANGES:
@@ -174,8 +182,10 @@ def attention_backward_queries(
             # [BLOCK_N, BLOCK_D]
             added = added + (dot(rounded(grad_logits, key_rows.dtype), key_rows, gradients[i], PRECISION),)
         gradients = added
+        if grad_strength is not None:
+            strength_rows += tl.sum(grad_bias * clamped, axis=1)
         if ROUTED:
-            to_factors = route_adjoint(grad_bias, open_p, difference)
+            to_factors = route_adjoint(grad_bias, strength, open_p, difference)
             factor_gradients = add_factor_gradients(
                 factor_gradients, to_factors, column_factors, GATE_COLUMNS, FACTOR_PRECISION
             )
@@ -189,6 +199,8 @@ def attention_backward_queries(
         first_row = (group.to(tl.int64) * batch + b) * queries
         store_rows(grad_sup + first_row * SUP_RANK, SUP_RANK, rows, queries, factor_gradients[0], SUP_RANK, BLOCK_SUP)
         store_rows(grad_del + first_row * DEL_RANK, DEL_RANK, rows, queries, factor_gradients[1], DEL_RANK, BLOCK_DEL)
+        if grad_strength is not None:
+            tl.store(grad_strength + first_row + rows, strength_rows, mask=rows < queries)
         store_gate(
             grad_gate + first_row * GATE_RANK, rows, queries, factor_gradients[2], GATE_RANK, BLOCK_GATE, GATE_COLUMNS
         )
@@ -209,17 +221,19 @@ def queries_seeing(key_ranges, first_key, end_key, queries, BLOCK: tl.constexpr)
     return first, last
 
 
+@Kernel
 @triton.jit(do_not_specialize=("heads", "queries", "keys"))
 def attention_backward_keys(
     grad_output, output_dot,  # [B, H, N, D]; [B, H, N] float32: T
     lse,  # [B, H, N] float32, contiguous; with a float mask [B, H, N, 2]: max, times UNITS, and 1 / sum
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
+    controls,  # [2] float32: strength, limit; or None
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
     key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     grad_key, grad_value,  # [B, H, M, D], contiguous
     grad_sup, grad_del, grad_gate,  # [groups, B, M, R], [groups, B, M, R], [groups, B, M, G], contiguous
-    scale, limit,
+    scale, strength, limit,  # a strength of None is 1
     batch, heads, queries, keys,
     stride_ob, stride_oh, stride_on,  # of grad_output
     stride_qb, stride_qh, stride_qn,
@@ -246,6 +260,7 @@ def attention_backward_keys(
     b = (tl.program_id(0) // blocks // groups).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     scale_of_logits = scale * UNITS
+    strength, limit = strength_and_limit(controls, strength, limit)
 
     row_factors, factor_gradients = (), ()
     if ROUTED:
@@ -286,8 +301,8 @@ def attention_backward_keys(
                     gate_q + b * stride_gate_qb, stride_gate_qn, columns, queries, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
                 ),
             )
-            bias, open_p, difference = routing_bias(
-                row_factors, column_factors, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
+            bias, open_p, difference, _ = routing_bias(
+                row_factors, column_factors, strength, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         if RANGES:
             start0, end0, start1, end1 = load_ranges(ranges_of_image, columns, queries)
@@ -342,7 +357,7 @@ def attention_backward_keys(
             )
         key_gradients, value_gradients = added_to_key, added_to_value
         if ROUTED:
-            to_factors = route_adjoint(grad_bias, open_p, difference)
+            to_factors = route_adjoint(grad_bias, strength, open_p, difference)
             factor_gradients = add_factor_gradients(
                 factor_gradients, to_factors, column_factors, GATE_COLUMNS, FACTOR_PRECISION
             )
@@ -374,6 +389,7 @@ def _sum_group(parts, total, groups, size, BLOCK: tl.constexpr):
     tl.store(total + elements, rounded(added, total.dtype.element_ty), mask=elements < size)
 
 
+@Kernel
 @triton.jit(do_not_specialize=("groups", "sup_size", "del_size", "gate_size"))
 def sum_groups(
     sup_parts, del_parts, gate_parts,  # [groups, size] float32

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..language import dot, rounded
+from ..launch import Kernel
 from .tile import (
     FAR_BELOW,
     add_mask,
@@ -27,6 +28,7 @@ from .tile import (
     products,
     routing_bias,
     store_rows,
+    strength_and_limit,
 )
 
 
@@ -47,16 +49,18 @@ def tiles_seen(start0, end0, start1, end1, keys, BLOCK_M: tl.constexpr):
     return first, count, second, count + tl.maximum(tl.cdiv(high_last, BLOCK_M) - second, 0)
 
 
+@Kernel
 @triton.jit(do_not_specialize=("heads", "queries", "keys"))
 def attention_forward(
     query, key, value,  # [B, H, N, D], [B, H, M, D], [B, H, M, D]
     sup_q, sup_k, del_q, del_k, gate_q, gate_k,  # [B, N, R], [B, M, R], ..., [B, M, G]
+    controls,  # [2] float32: strength, limit; or None
     attn_mask,  # [B, H, N, M] by strides: uint8 (0 hides) or floating (added)
     key_ranges,  # [B, N, 2, 2] int32, contiguous but for B
     output,  # [B, H, N, D], contiguous
     lse,  # [B, H, N] float32, contiguous
     statistics,  # [B, H, N, 2] float32, contiguous: max, times UNITS, and 1 / sum; with STATISTICS, instead of both
-    scale, limit,
+    scale, strength, limit,  # a strength of None is 1
     heads, queries, keys,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_km,
@@ -83,6 +87,7 @@ def attention_forward(
     b = (tl.program_id(0) // blocks // groups).to(tl.int64)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     scale_of_logits = scale * UNITS
+    strength, limit = strength_and_limit(controls, strength, limit)
 
     row_factors = ()
     if ROUTED:
@@ -129,8 +134,8 @@ def attention_forward(
                     gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
                 ),
             )
-            bias, _, _ = routing_bias(
-                row_factors, column_factors, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
+            bias, _, _, _ = routing_bias(
+                row_factors, column_factors, strength, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
             )
         visible = (columns < keys)[None, :]
         if RANGES:

@@ -5,77 +5,102 @@ Called by `route_kernels.ops.routed_attention` with masks as views of [B, H, N, 
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from .. import launch
+from .. import block_sizes
 from ..block_sizes import AMD, HALF
+from ..launch import Grid, blocks, contiguous_like, input_precision, kept, padded
 from .backward import attention_backward_keys, attention_backward_queries, sum_groups
 from .forward import attention_forward
 from .tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 SUM_BLOCK = 1024
 MOST_GATE_COLUMNS = 4  # of a gate in multiply-adds
-STRIDES = (3, 3, 3, *(2,) * 6, 4, 1)  # of query, key, value, factors, mask and ranges that are no constants
+STRIDES = (3, 3, 3, *(2,) * 6, 0, 4, 1)  # of query, key, value, factors, controls, mask and ranges: no constants
+
+Inputs = Sequence[torch.Tensor | None]  # query, key, value, six factors, controls, mask, ranges
 
 
-def forward(query, key, value, factors, limit, attn_mask, key_ranges, scale):
-    """O [B, H, N, D] and lse [B, H, N] float32, +inf where a query attends nothing."""
-    output = launch.contiguous_like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    if query.shape[1] == 0:
-        return output, lse
-    inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
-    launched = launch.kept(_forward, inputs, launch.input_precision(), False)
-    launched((*inputs, output, lse, None), scale, _bound(limit))
-    return output, lse
+def forward(query, key, value, routing, attn_mask, key_ranges, scalars, output, lse) -> None:
+    """Fills output [B, H, N, D] and lse [B, H, N] float32, a natural logarithm, +inf where a query attends nothing.
 
-
-def backward(grad_output, output, lse, query, key, value, factors, limit, attn_mask, key_ranges, scale):
-    """Gradients of query, key, value and, where there are factors, of the six: the same bits every time.
-
-    The pass over queries comes first: it writes T = dO . O, which the pass over keys reads.
+    routing: nothing, six factors, or these and [2] = (strength, limit); scalars: scale, strength, limit.
     """
-    grads = [launch.contiguous_like(x) for x in (query, key, value, *factors) if x is not None]
+    if query.shape[1] == 0:
+        return
+    inputs = _inputs(query, key, value, routing, attn_mask, key_ranges)
+    grid = kept(_forward, inputs, input_precision(), False)
+    attention_forward[grid](*inputs, output, lse, None, *_floats(scalars))
+
+
+def backward(
+    grad_output, output, lse, query, key, value, routing, attn_mask, key_ranges, scalars, grads
+) -> None:  # fmt: skip
+    """Fills the gradients of query, key, value, of six factors where there are some, and the rows [B, N] of strength's.
+
+    The same bits every time. The pass over queries comes first: it writes T = dO . O, which the pass over keys reads.
+    """
     if 0 in query.shape[:2]:  # no head: no program writes the factors' gradients
-        return [grad.zero_() for grad in grads]
-    output_dot = launch.contiguous_like(lse)
-    output, lse, floats = output.contiguous(), lse.contiguous(), (scale, _bound(limit))
-    inputs = (query, key, value, *factors, _bytes(attn_mask), key_ranges)
-    of_queries, of_keys = launch.kept(_backward, (grad_output, *inputs), launch.input_precision())
+        for grad in grads:
+            grad.zero_()
+        return
+    inputs, floats = _inputs(query, key, value, routing, attn_mask, key_ranges), _floats(scalars)
+    grad_query, grad_key, grad_value, *of_factors = grads
+    of_factors, of_strength = of_factors[:6], of_factors[6] if len(of_factors) > 6 else None
+    output_dot = contiguous_like(lse)
+    output, lse = output.contiguous(), lse.contiguous()
+    of_queries, of_keys = kept(_backward, (grad_output, *inputs), input_precision())
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         statistics = lse.new_empty((*lse.shape, 2))
-        launch.kept(_forward, inputs, launch.input_precision(), True)((*inputs, None, lse, statistics), *floats)
+        attention_forward[kept(_forward, inputs, input_precision(), True)](*inputs, None, lse, statistics, *floats)
         lse = statistics
 
-    parts = of_queries.parts(grads[3::2])
-    of_queries.launch((grad_output, output, lse, *inputs, grads[0], *parts, output_dot), *floats)
-    of_queries.sum(parts, grads[3::2])
-    del parts  # before there are others
-    parts = of_keys.parts(grads[4::2])
-    of_keys.launch((grad_output, output_dot, lse, *inputs, grads[1], grads[2], *parts), *floats)
-    of_keys.sum(parts, grads[4::2])
-    return grads
+    parts = of_queries.parts(of_factors[::2])
+    rows = of_strength
+    if rows is not None and of_queries.groups > 1:
+        rows = rows.new_empty((of_queries.groups, *rows.shape))
+    attention_backward_queries[of_queries.grid](
+        grad_output, output, lse, *inputs, grad_query, *parts, output_dot, rows, *floats
+    )
+    of_queries.sum(parts, of_factors[::2])
+    if rows is not of_strength:
+        torch.sum(rows, 0, out=of_strength)
+    del parts, rows  # before there are others
+    parts = of_keys.parts(of_factors[1::2])
+    attention_backward_keys[of_keys.grid](
+        grad_output, output_dot, lse, *inputs, grad_key, grad_value, *parts, *floats
+    )  # fmt: skip
+    of_keys.sum(parts, of_factors[1::2])
 
 
-def _forward(inputs, precision: str, statistics: bool) -> launch.Prepared:
+def _inputs(query, key, value, routing, attn_mask, key_ranges) -> Inputs:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask.view(torch.uint8)
+    return query, key, value, *routing, *(None,) * (7 - len(routing)), attn_mask, key_ranges
+
+
+def _floats(scalars: Sequence[float]) -> tuple[float, float | None, float]:
+    """Scale, strength, limit; None is a strength of 1, for which a kernel multiplies nothing."""
+    scale, strength, limit = scalars
+    return scale, None if strength == 1.0 else strength, limit
+
+
+def _forward(inputs: Inputs, precision: str, statistics: bool) -> Grid:
     query, key = inputs[:2]
-    settings = _settings("routed_attention_forward", inputs, precision)
-    grid, sizes = _grid(query, query.shape[2], settings, "BLOCK_N"), (query.shape[1], query.shape[2], key.shape[2])
-    return launch.Prepared(attention_forward, grid, *sizes, *_strides(inputs), STATISTICS=statistics, **settings)
+    constants = _constants("routed_attention_forward", inputs, precision)
+    programs, sizes = _programs(query, query.shape[2], constants, "BLOCK_N"), (*query.shape[1:3], key.shape[2])
+    return Grid(programs, *sizes, *_strides(inputs), STATISTICS=statistics, **constants)
 
 
 class _Pass(NamedTuple):
     """Of backward: over queries, or over keys."""
 
-    launch: launch.Prepared
+    grid: Grid
     groups: int  # of heads: each writes its part of the three factors' gradients
-    total: launch.Prepared | None  # adds the parts; None where there is one, or no factor
+    total: Grid | None  # of `sum_groups`, which adds the parts; None where there is one, or no factor
 
     def parts(self, grads: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
         """Where the three gradients are written: in place, or [groups, ...] for `sum` to add."""
@@ -85,95 +110,69 @@ class _Pass(NamedTuple):
 
     def sum(self, parts: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor]) -> None:
         if self.total is not None:
-            self.total((*parts, *grads))
+            sum_groups[self.total](*parts, *grads)
 
 
-def _backward(inputs, precision: str) -> tuple[_Pass, _Pass]:
+def _backward(inputs: Inputs, precision: str) -> tuple[_Pass, _Pass]:
     grad_output, query, key = inputs[:3]
-    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    integers = (*sizes, *grad_output.stride()[:3], *_strides(inputs[1:]))
+    integers = (*query.shape[:3], key.shape[2], *grad_output.stride()[:3], *_strides(inputs[1:]))
 
-    def over(kernel, kernel_name: str, rows: int, block: str, factors) -> _Pass:
-        settings = _settings(kernel_name, inputs[1:], precision)
-        of_rows = launch.Prepared(kernel, _grid(query, rows, settings, block), *integers, **settings)
-        groups = launch.blocks(query.shape[1], settings["HEADS_PER_PROGRAM"])
+    def over(kernel_name: str, rows: int, block: str, factors: Sequence[torch.Tensor | None]) -> _Pass:
+        constants = _constants(kernel_name, inputs[1:], precision)
+        grid = Grid(_programs(query, rows, constants, block), *integers, **constants)
+        groups = blocks(query.shape[1], constants["HEADS_PER_PROGRAM"])
         if groups == 1 or factors[0] is None:
-            return _Pass(of_rows, groups, None)
+            return _Pass(grid, groups, None)
         elements = [factor.numel() for factor in factors]
-        grid = (launch.blocks(max(elements), SUM_BLOCK), 3)
-        return _Pass(
-            of_rows, groups, launch.Prepared(sum_groups, grid, groups, *elements, BLOCK=SUM_BLOCK, num_warps=4)
-        )
+        programs = (blocks(max(elements), SUM_BLOCK), 3)
+        return _Pass(grid, groups, Grid(programs, groups, *elements, BLOCK=SUM_BLOCK, num_warps=4))
 
     return (
-        over(
-            attention_backward_queries, "routed_attention_backward_queries", query.shape[2], "BLOCK_N", inputs[4:10:2]
-        ),
-        over(attention_backward_keys, "routed_attention_backward_keys", key.shape[2], "BLOCK_M", inputs[5:10:2]),
+        over("routed_attention_backward_queries", query.shape[2], "BLOCK_N", inputs[4:10:2]),
+        over("routed_attention_backward_keys", key.shape[2], "BLOCK_M", inputs[5:10:2]),
     )
 
 
-def _bytes(attn_mask: torch.Tensor | None) -> torch.Tensor | None:
-    return attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+def _programs(query: torch.Tensor, rows: int, constants: dict[str, Any], block: str) -> tuple[int]:
+    """Blocks of rows, groups of heads, images; neighbours share an image's keys."""
+    groups = blocks(query.shape[1], constants["HEADS_PER_PROGRAM"])
+    return (blocks(rows, constants[block]) * groups * query.shape[0],)
 
 
-def _grid(query, rows: int, settings, block: str) -> tuple[int]:
-    """Programs: blocks of rows, groups of heads, images; neighbours share an image's keys."""
-    groups = launch.blocks(query.shape[1], settings["HEADS_PER_PROGRAM"])
-    return (launch.blocks(rows, settings[block]) * groups * query.shape[0],)
-
-
-def _strides(inputs) -> list[int]:
+def _strides(inputs: Inputs) -> list[int]:
     strides: list[int] = []
     for tensor, count in zip(inputs, STRIDES, strict=True):
         strides += (0,) * count if tensor is None else tensor.stride()[:count]
     return strides
 
 
-def _settings(kernel_name: str, inputs, precision: str) -> dict[str, Any]:
-    """The table's, with the heads spread evenly over the programs: 5 heads in groups of at most 4 are 3 and 2; and what
-    the kernel is compiled for."""
-    query, key, _, *factors, attn_mask, key_ranges = inputs
+def _constants(kernel_name: str, inputs: Inputs, precision: str) -> dict[str, Any]:
+    """What a kernel is compiled for, and its settings of the table, with the heads spread evenly over the programs:
+    5 heads in groups of at most 4 are 3 and 2."""
+    query, key, _, *factors, _, attn_mask, key_ranges = inputs
     _, heads, queries, channels = query.shape
-    routed, masked = factors[0] is not None, attn_mask is not None or key_ranges is not None
-    settings = launch.config(
+    routed, factor_dtype = factors[0] is not None, query.dtype if factors[0] is None else factors[0].dtype
+    sup_rank, del_rank, gate_rank = (factor.shape[-1] if routed else 0 for factor in factors[::2])
+    settings = block_sizes.config(
         kernel_name, query.device, query.dtype, H=heads, N=queries, M=key.shape[2], D=channels,
-        R=max(factor.shape[-1] for factor in factors) if routed else 0, MASKED=2 if masked else 1,
-        F=factors[0].element_size() if routed else query.element_size(),
+        R=max(sup_rank, del_rank, gate_rank), MASKED=1 if attn_mask is None and key_ranges is None else 2,
+        F=factor_dtype.itemsize,
     )  # fmt: skip
-    groups = launch.blocks(heads, settings["HEADS_PER_PROGRAM"])
     mask_kind = NO_MASK
     if attn_mask is not None:
         mask_kind = BOOL_MASK if attn_mask.dtype == torch.uint8 else FLOAT_MASK
-    constants = _constants(
-        query.dtype, channels, tuple(factor.shape[-1] for factor in factors[::2]) if routed else None,
-        factors[0].dtype if routed else query.dtype, mask_kind,
-        attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, key_ranges is not None,
-        precision, launch.target(query.device),
-    )  # fmt: skip
-    return {**constants, **settings, "HEADS_PER_PROGRAM": launch.blocks(heads, groups)}
-
-
-def _constants(
-    dtype: torch.dtype, channels: int, ranks: tuple[int, ...] | None, factor_dtype: torch.dtype, mask_kind: int,
-    mask_of_head: bool, ranges: bool, precision: str, target: str,
-) -> dict[str, object]:  # fmt: skip
-    """What the kernels are compiled for."""
-    sup_rank, del_rank, gate_rank = ranks or (0, 0, 0)
+    target = block_sizes.architecture(query.device)
     # TF32 factors beside a short query are more exact than the logits they add to.
-    factor_precision = "tf32" if dtype != factor_dtype else precision
+    factor_precision = "tf32" if query.dtype != factor_dtype else precision
     multiplied = factor_dtype == torch.float32 and factor_precision == "ieee" and target not in AMD
     return dict(
-        ROUTED=ranks is not None, MASK=mask_kind, MASK_OF_HEAD=mask_of_head, RANGES=ranges,
+        ROUTED=routed, MASK=mask_kind,
+        MASK_OF_HEAD=attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, RANGES=key_ranges is not None,
         D=channels, SUP_RANK=sup_rank, DEL_RANK=del_rank, GATE_RANK=gate_rank,
-        BLOCK_D=launch.padded(channels), BLOCK_SUP=launch.padded(sup_rank), BLOCK_DEL=launch.padded(del_rank),
-        BLOCK_GATE=launch.padded(gate_rank),
+        BLOCK_D=padded(channels), BLOCK_SUP=padded(sup_rank), BLOCK_DEL=padded(del_rank), BLOCK_GATE=padded(gate_rank),
         # Where `dot` has no tensor cores it would multiply the 16 columns that it pads to: see docs/triton.md.
         GATE_COLUMNS=gate_rank if multiplied and gate_rank <= MOST_GATE_COLUMNS else 0,
         PRECISION=precision, FACTOR_PRECISION=factor_precision,
-        FAST_SIGMOID=dtype in HALF and target.startswith("sm"), UNITS=LOG2_E if dtype in HALF else 1.0,
+        FAST_SIGMOID=query.dtype in HALF and target.startswith("sm"), UNITS=LOG2_E if query.dtype in HALF else 1.0,
+        **{**settings, "HEADS_PER_PROGRAM": blocks(heads, blocks(heads, settings["HEADS_PER_PROGRAM"]))},
     )  # fmt: skip
-
-
-def _bound(limit: float | None) -> float:
-    return math.inf if limit is None else limit

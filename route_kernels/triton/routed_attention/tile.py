@@ -1,6 +1,6 @@
 """One tile of pairs (i, j) of routed attention: what is added to its logits, and the adjoint of that.
 
-    p = sigmoid(gate_q . gate_k)      r = p (sup_q . sup_k) + (1 - p)(del_q . del_k)      b = clamp(r, -limit, limit)
+    p = sigmoid(gate_q . gate_k)   r = p (sup_q . sup_k) + (1 - p)(del_q . del_k)   b = strength clamp(r, -limit, limit)
 
 Logits are kept times UNITS: log2(e) for short dtypes, so that exp is one exp2 instruction, and 1 for float32, where the
 rounding of that product would show. A tile has queries for rows and keys for columns, or the other way round: the
@@ -102,11 +102,19 @@ def store_gate(pointer, rows, count, gate, RANK: tl.constexpr, BLOCK_RANK: tl.co
 
 
 @triton.jit
+def strength_and_limit(controls, strength, limit):
+    """controls: pointer to both where they are a tensor, else None; a strength of None is 1."""
+    if controls is not None:
+        strength, limit = tl.load(controls), tl.load(controls + 1)
+    return strength, limit
+
+
+@triton.jit
 def routing_bias(
-    row_factors, column_factors, limit,
+    row_factors, column_factors, strength, limit,
     GATE_COLUMNS: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """UNITS b of a tile; for backward also p (-1 where the clamp bites) and sup - del. Factors are (sup, del, gate)."""
+    """UNITS b of a tile; for backward p (-1 where the clamp bites), sup - del, clamp(r). Factors: (sup, del, gate)."""
     # [ROWS, COLUMNS]
     if GATE_COLUMNS == 0:
         gate = products(row_factors[2], column_factors[2], PRECISION)
@@ -119,16 +127,21 @@ def routing_bias(
     delegator = products(row_factors[1], column_factors[1], PRECISION)
     route = p * suppressor + (delegator - p * delegator)
     # A NaN stays one.
-    bias = tl.clamp(route, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    clamped = tl.clamp(route, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    bias = clamped
+    if strength is not None:
+        bias = clamped * strength
     open_p = tl.where(tl.abs(route) <= limit, p, -1.0)
-    return bias * UNITS, open_p, suppressor - delegator
+    return bias * UNITS, open_p, suppressor - delegator, clamped
 
 
 @triton.jit
-def route_adjoint(grad_bias, open_p, difference):
-    """dsup = dr p,  ddel = dr (1 - p),  dgate = dr p (1 - p)(sup - del),  dr = 0 where the clamp bites."""
+def route_adjoint(grad_bias, strength, open_p, difference):
+    """dsup = dr p,  ddel = dr (1 - p),  dgate = dr p (1 - p)(sup - del),  dr = strength db, 0 where the clamp bites."""
     # [ROWS, COLUMNS]
     grad_route = tl.where(open_p >= 0.0, grad_bias, 0.0)
+    if strength is not None:
+        grad_route *= strength
     to_suppressor = grad_route * open_p
     to_delegator = grad_route - to_suppressor
     return to_suppressor, to_delegator, to_delegator * open_p * difference
