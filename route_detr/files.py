@@ -11,11 +11,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
 from route_detr.errors import UsageError, WriteError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r".+\.(\d+)-[0-9a-f]{8}\.tmp")
@@ -97,6 +100,12 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             os.fsync(folder)  # the rename itself reaches the disk
         finally:
             os.close(folder)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """A figure of matplotlib as a PNG that says who wrote it."""
+    metadata = {"Software": SOFTWARE}
+    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=130, metadata=metadata))
 
 
 @contextmanager

@@ -40,7 +40,6 @@ EXCEPTIONS = {  # (importer, imported), packages or modules: left over, to shrin
     ("route_detr.commands", "route_detr.cli"): "until each command stands beside its parser",
     ("route_detr.commands", "route_detr.tools"): "until each command stands beside its parser",
     ("route_detr.train", "route_detr.tools"): "curves",
-    ("route_detr.memory.plot", "route_detr.tools"): "one way to save a figure",
 }
 
 

@@ -18,11 +18,9 @@ import route_kernels as rk
 from route_detr import cli
 from route_detr.config import preset
 from route_detr.memory import command, planner, plot
-from route_detr.memory.cards import CARDS, card
-from route_detr.memory.ledger import Ledger
+from route_detr.memory.ledger import Ledger, workspace_bytes
 from route_detr.memory.planner import LEVELS, PARTS, Request, largest_batch, plan
 from route_detr.memory.precision import mixed_precision
-from route_detr.memory.workspaces import workspace_bytes
 from route_kernels import backends
 from route_kernels.cli import main as route_kernels_main
 
@@ -87,7 +85,7 @@ def test_the_ledger_counts_what_the_tracker_of_pytorch_counts():
             with counter:
                 block(x).backward()
 
-    ledger, tracker = Ledger("triton"), MemTracker()
+    ledger, tracker = Ledger(), MemTracker()
     step(ledger)
     step(tracker)
     assert ledger.peak == tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
@@ -95,7 +93,7 @@ def test_the_ledger_counts_what_the_tracker_of_pytorch_counts():
 
 
 def test_freed_storages_leave_the_ledger():
-    ledger = Ledger("triton")
+    ledger = Ledger()
     with FakeTensorMode(), ledger:
         with ledger.labelled("kept"):
             kept = torch.empty(10)
@@ -120,7 +118,7 @@ def recorded_bytes(entry_point, *arguments):
     pytest.importorskip("triton")
     from benchmarks.launches import recording
 
-    ledger = Ledger("triton")
+    ledger = Ledger()
     ledger.count("inputs", *(x for x in pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)))
     with recording("sm90"), ledger:
         entry_point(*arguments)
@@ -141,11 +139,11 @@ def test_workspaces_are_what_the_launches_allocate(dtype):
     op = torch.ops.route_kernels.ms_deform_attn_fused_backward
     for overload, levels in ((op.default, sizes), (op.tensor, torch.tensor(sizes).view(2, 2))):
         arguments = (grad.flatten(2), value, levels, references, offsets, logits, None, None, False, "triton")
-        assert found == workspace_bytes(overload, arguments, "triton")
+        assert found == workspace_bytes(overload, arguments)
 
     x = torch.empty(batch, queries, 32, dtype=dtype, device="meta")
     found = recorded_bytes(query_similarity.forward, x, x.new_empty(batch, queries))
-    assert found == workspace_bytes(torch.ops.route_kernels.query_similarity.default, (x, "relu", None), "triton")
+    assert found == workspace_bytes(torch.ops.route_kernels.query_similarity.default, (x, "relu", None))
 
 
 def test_the_parts_of_groups_of_heads_are_counted():
@@ -159,7 +157,7 @@ def test_the_parts_of_groups_of_heads_are_counted():
     inputs = (query, query, query, factors, None, None, (1.0, 1.0, math.inf))
     found = recorded_bytes(routed_attention.backward, grad, grad, lse, *inputs, grads)
     op = torch.ops.route_kernels.routed_attention_backward.default
-    at_most = workspace_bytes(op, (grad, grad, lse, query, query, query, factors, 1.0, None, None, None, 1.0), "triton")
+    at_most = workspace_bytes(op, (grad, grad, lse, query, query, query, factors, 1.0, None, None, None, 1.0))
     assert lse.nbytes < found <= at_most < 2 * heads * found
 
 
@@ -183,9 +181,13 @@ def test_an_assumed_backend_is_asked_of_nobody():
 
 
 def test_cards_leave_room():
-    assert all(0 < each.usable < each.total for each in CARDS.values())
-    with pytest.raises(ValueError, match="h100-80g"):
-        card("h1000")
+    assert all(0 < command.usable(card) < size * command.MIB for card, size in command.CARDS.items())
+
+
+def test_an_unknown_card_is_answered_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["memory", "--fit", "h1000"])
+    assert "h100-80g" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("fixed, each", [(10, 3), (0, 7), (95, 1), (101, 5)])

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .cards import CARDS, Card, card
 
 if TYPE_CHECKING:
     from .planner import Plan, Request
 
 MIB, GIB = 2**20, 2**30
+CARDS = {  # the total memory that `nvidia-smi` shows, in MiB
+    **{"t4-16g": 15360, "v100-16g": 16384, "l4-24g": 23034, "a10-24g": 23028, "rtx3090-24g": 24576},
+    **{"rtx4090-24g": 24564, "rtx5090-32g": 32607, "v100-32g": 32768, "a100-40g": 40960, "l40s-48g": 46068},
+    **{"a6000-48g": 49140, "a100-80g": 81920, "h100-80g": 81559, "h200-141g": 143771, "b200-180g": 183359},
+}
+CONTEXT = 1024 * MIB
+"""Of CUDA's context, loaded kernels and cuBLAS's workspaces: an allowance, not a measurement."""
+FRAGMENTATION = 0.05
+"""Share of the rest that PyTorch's caching allocator may hold without using it: an allowance likewise."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 AGREEMENT = 0.05  # of a measured peak with the planned one
 DESCRIPTION = (
@@ -58,6 +64,19 @@ def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentPa
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH as two numbers."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 800x1333, got {text!r}")
+    return int(height), int(width)
+
+
+def usable(card: str) -> int:
+    """Bytes of a card for the tensors of a step: its total less `CONTEXT`, less the share `FRAGMENTATION` of that."""
+    return int((CARDS[card] * MIB - CONTEXT) * (1 - FRAGMENTATION))
+
+
 def plan_memory(options: argparse.Namespace) -> int:
     """Exit code: 0; 1 for a measured peak more than 5 % off the planned one."""
     from tqdm import tqdm
@@ -68,10 +87,9 @@ def plan_memory(options: argparse.Namespace) -> int:
 
     if options.plot:
         check_replaceable("picture", options.plot)
-    request = _request(options, planner)
-    requests = _rows(options, request, planner.LEVELS)
+    request = _request(options)
+    requests = _rows(options, request)
     progress = tqdm(desc="steps planned", unit="step", leave=False, disable=None)
-
     planned: dict[str, Plan] = {}
 
     def plan(row: Request) -> Plan:
@@ -83,25 +101,26 @@ def plan_memory(options: argparse.Namespace) -> int:
 
     rows = {name: plan(row) for name, row in requests.items()}
     result: dict[str, Any] = {
-        "request": _described(request),
-        "rows": {n: dataclasses.asdict(p) for n, p in rows.items()},
+        "request": {**vars(request), "config": request.config.to_dict(), "dtype": request.dtype_name},
+        "rows": {name: dataclasses.asdict(row) for name, row in rows.items()},
     }
+    del result["request"]["public"]
     lines = [_title(request), "", *table(rows)]
     if options.products:
         result["products"] = {name: planner.products(row) for name, row in requests.items()}
         lines += ["", *(f"{n}: {flops / 1e12:.2f} TFLOP of products" for n, flops in result["products"].items())]
     if options.fit:
-        fitting = card(options.fit)
+        limit = usable(options.fit)
         batches = {
-            name: planner.largest_batch(row, fitting.usable, lambda each: plan(each).peak)
-            for name, row in requests.items()
+            name: planner.largest_batch(row, limit, lambda each: plan(each).peak) for name, row in requests.items()
         }
-        result["fit"] = {"card": fitting.name, "usable": fitting.usable, "largest_batch": batches}
-        lines += ["", *_fit_lines(fitting, batches)]
+        result["fit"] = {"card": options.fit, "usable": limit, "largest_batch": batches}
+        total = _gib(CARDS[options.fit] * MIB)
+        lines += ["", f"{options.fit}: {total}, of which a step may plan with {_gib(limit)}"]
+        lines += [f"{name}: largest batch {batch}" for name, batch in batches.items()]
     agrees = True
     if options.measure:
-        measured = {name: planner.measured_peak(row) for name, row in requests.items()}
-        result["measured"] = measured
+        result["measured"] = measured = {name: planner.measured_peak(row) for name, row in requests.items()}
         agrees = all(abs(size / rows[name].peak - 1) <= AGREEMENT for name, size in measured.items())
         lines += ["", *(f"{n}: measured {_gib(m)}, planned {_gib(rows[n].peak)}" for n, m in measured.items())]
     if options.plot:
@@ -110,6 +129,42 @@ def plan_memory(options: argparse.Namespace) -> int:
     progress.close()
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
     return 0 if agrees else 1
+
+
+def _request(options: argparse.Namespace) -> Request:
+    import torch
+    import yaml
+
+    from route_detr.config import preset
+
+    from .planner import Request
+
+    changes = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in options.overrides)}
+    if options.memory not in (None, "all"):
+        changes["detector.memory"] = options.memory
+    config, dtype = preset(options.preset).updated(changes), getattr(torch, DTYPES[options.dtype])
+    return Request(config, options.batch, options.image, dtype, options.scope, options.public)
+
+
+def _rows(options: argparse.Namespace, request: Request) -> dict[str, Request]:
+    """The steps to plan, by the names of their rows."""
+    from .planner import LEVELS
+
+    every = options.plot and not options.memory and not options.public  # a picture compares
+    wanted = options.public or (every and not request.config.detector.masks)
+    public = {"public": dataclasses.replace(request, public=True)} if wanted else {}
+    ours = dataclasses.replace(request, public=False)
+    if every or options.memory == "all":
+        return public | {level: ours.at(level) for level in LEVELS}
+    return public or {request.config.detector.memory: ours}
+
+
+def _title(request: Request) -> str:
+    detector = request.config.detector
+    queries = f"{detector.num_queries} queries"
+    if detector.denoising_pairs:
+        queries += f" + {detector.denoising_pairs} denoising pairs"
+    return f"planned peak of a training {request}, {queries}"
 
 
 def table(rows: dict[str, Plan]) -> list[str]:
@@ -123,64 +178,6 @@ def table(rows: dict[str, Plan]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in [head, *cells]
     ]
-
-
-def image_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, as 800x1333, got {text!r}")
-    return int(height), int(width)
-
-
-def _request(options: argparse.Namespace, planner: Any) -> Request:
-    import torch
-    import yaml
-
-    from route_detr.config import preset
-
-    changes = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in options.overrides)}
-    config = preset(options.preset).updated(changes)
-    if options.memory not in (None, "all"):
-        config = config.updated({"detector.memory": options.memory})
-    return planner.Request(
-        config, options.batch, options.image, getattr(torch, DTYPES[options.dtype]), options.scope, options.public
-    )
-
-
-def _rows(options: argparse.Namespace, request: Request, levels: Sequence[str]) -> dict[str, Request]:
-    every = options.plot and not options.memory and not options.public  # a picture compares
-    wanted = options.public or (every and not request.config.detector.masks)
-    public = {"public": dataclasses.replace(request, public=True)} if wanted else {}
-    ours = dataclasses.replace(request, public=False)
-    if every or options.memory == "all":
-        return public | {level: ours.at(level) for level in levels}
-    return public or {request.config.detector.memory: ours}
-
-
-def _described(request: Request) -> dict[str, Any]:
-    return {
-        "config": request.config.to_dict(),
-        "batch": request.batch,
-        "image": request.image,
-        "dtype": str(request.dtype).removeprefix("torch."),
-        "scope": request.scope,
-        "boxes": request.boxes,
-    }
-
-
-def _title(request: Request) -> str:
-    height, width = request.image
-    dtype = str(request.dtype).removeprefix("torch.")
-    detector = request.config.detector
-    queries = f"{detector.num_queries} queries"
-    if detector.denoising_pairs:
-        queries += f" + {detector.denoising_pairs} denoising pairs"
-    return f"planned peak of a training {request.scope}: batch {request.batch}, {height} x {width}, {dtype}, {queries}"
-
-
-def _fit_lines(fitting: Card, batches: dict[str, int]) -> list[str]:
-    usable = f"{fitting.name}: {_gib(fitting.total)}, of which a step may plan with {_gib(fitting.usable)}"
-    return [usable, *(f"{name}: largest batch {batch}" for name, batch in batches.items())]
 
 
 def _gib(size: int) -> str:

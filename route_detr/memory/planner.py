@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from route_detr.config import Config, DetectorConfig, MemoryLevel
+import route_kernels as rk
+from route_detr.config import Config, MemoryLevel
 from route_detr.data import Target
 from route_detr.errors import RunFailed
 from route_detr.model.blocks import PredictionHead
@@ -74,6 +75,14 @@ class Request:
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype}")
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        height, width = self.image
+        return f"{self.scope}: batch {self.batch}, {height} x {width}, {self.dtype_name}"
+
     def at(self, level: str) -> Request:
         """The same step at another memory level."""
         return dataclasses.replace(self, config=self.config.updated({"detector.memory": level}))
@@ -103,26 +112,33 @@ def products(request: Request) -> int:
 
 
 def _step_planned(request: Request, counter: FlopCounterMode | None = None) -> Plan:
-    config = request.config
-    if request.public:
-        config = dataclasses.replace(config, detector=public_config(config.detector))
-    with torch.device("meta"):
-        detector = Detector(_without_weights(config.detector)).train()
-    if request.public:
-        make_public(detector, GPU_BACKEND)
-    if config.detector.route:
-        detector.set_routing(STRENGTH, AUX_WEIGHT)
-    ledger = Ledger(GPU_BACKEND)
-    backend = "eager" if config.detector.memory == "none" else GPU_BACKEND
-    with FakeTensorMode(allow_non_fake_inputs=True), assumed(backend), mixed_precision(request.dtype) as autocast:
-        _make_fake(detector)
-        criterion = (PublicCriterion if request.public else Criterion)(config.train)
-        criterion.matcher = _UnsolvedMatcher(config.train)
+    ledger = Ledger()
+    detector, criterion = _built(request, "meta", GPU_BACKEND)
+    kernels = rk.backend("reference") if detector.config.memory == "none" else assumed(GPU_BACKEND)
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels, mixed_precision(request.dtype) as autocast:
+        detector.to_empty(device="cpu")  # fake tensors of the same strides in place of those on the meta device
+        criterion.matcher = _UnsolvedMatcher(request.config.train)
         shares = _label(detector, ledger)
         step = _Step(request, detector, criterion, ledger)
         with _without_garbage_collection(), nullcontext() if counter is None else counter:
             step.run(autocast)
     return _plan(ledger, shares)
+
+
+def _built(request: Request, device: str, backend: str | None = None) -> tuple[Detector, Criterion]:
+    """The detector on `device`, without its backbone's weights, past its warm-up, and its criterion.
+
+    backend: assumed of the public form's sampling.
+    """
+    config = public_config(request.config.detector) if request.public else request.config.detector
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
+    with torch.device(device):
+        detector = Detector(config).train()
+    if request.public:
+        make_public(detector, backend)
+    if config.route:
+        detector.set_routing(STRENGTH, AUX_WEIGHT)
+    return detector, (PublicCriterion if request.public else Criterion)(request.config.train)
 
 
 @contextmanager
@@ -183,11 +199,6 @@ class _Step:
                     self.optimizer.step()
 
 
-def _without_weights(config: DetectorConfig) -> DetectorConfig:
-    """No download: a plan needs no values."""
-    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
-
-
 class _Given(nn.Module):
     """What has run already."""
 
@@ -203,13 +214,7 @@ class _UnsolvedMatcher(Matcher):
     """Costs as in `Matcher`, then matches without values: as many as there are boxes."""
 
     @torch.no_grad()
-    def __call__(
-        self,
-        sets: Sequence[Predictions],
-        targets: PaddedTargets,
-        names: Sequence[Sequence[str]],
-        pixels: Tensor | None = None,
-    ) -> list[Matches]:
+    def __call__(self, sets: Sequence[Predictions], targets: PaddedTargets, names, pixels=None) -> list[Matches]:
         costs = [self.cost(predictions, targets, pixels) for predictions in sets]
         torch.cat([cost.flatten() for cost in costs])
         counts = [min(sets[0].logits.shape[2], count) for count in targets.counts]
@@ -242,21 +247,6 @@ def _adamw_with_state(detector: Detector) -> torch.optim.AdamW:
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
     return optimizer
-
-
-def _make_fake(module: nn.Module) -> None:
-    """Fake CPU tensors, of the same strides, in place of a module's tensors on the meta device."""
-    made: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            empty = torch.empty_like(tensor, device="cpu")
-            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-        return made[id(tensor)]
-
-    for each in module.modules():
-        for tensors in (each._parameters, each._buffers):
-            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def _label(detector: Detector, ledger: Ledger) -> dict[str, tuple[str, ...]]:
@@ -318,23 +308,16 @@ def measured_peak(request: Request) -> int:
         raise RunFailed("measuring needs a GPU: none was found")
     if request.scope != "step":
         raise RunFailed(f"scope: only a whole step can be measured, got {request.scope!r}")
-    config, device = request.config, torch.device("cuda")
-    if request.public:
-        config = dataclasses.replace(config, detector=public_config(config.detector))
-    detector = Detector(_without_weights(config.detector)).to(device).train()
-    if request.public:
-        make_public(detector)
-    if config.detector.route:
-        detector.set_routing(STRENGTH, AUX_WEIGHT)
-    criterion = (PublicCriterion if request.public else Criterion)(config.train)
+    device, (detector, criterion) = torch.device("cuda"), _built(request, "cpu")
+    detector.to(device)
     optimizer = torch.optim.AdamW([parameter for parameter in detector.parameters() if parameter.requires_grad])
     images = torch.randn(request.batch, 3, *request.image, device=device)
     padding_mask = torch.zeros(request.batch, *request.image, dtype=torch.bool, device=device)
     sides = torch.rand(request.batch, request.boxes, 2) * 0.3 + 0.05
     boxes = torch.cat([sides / 2 + torch.rand_like(sides) * (1 - sides), sides], -1).to(device)
-    labels = torch.randint(config.detector.num_classes, (request.batch, request.boxes)).to(device)
+    labels = torch.randint(detector.config.num_classes, (request.batch, request.boxes)).to(device)
     masks = [None] * request.batch
-    if config.detector.masks:
+    if detector.config.masks:
         masks = torch.rand(request.batch, request.boxes, *request.image, device=device) < 0.5
     targets = [
         Target(0, *each, request.image, request.image, mask) for *each, mask in zip(boxes, labels, masks, strict=True)
@@ -348,7 +331,7 @@ def measured_peak(request: Request) -> int:
             loss = criterion(output, targets)["loss"]
         del output
         loss.backward()
-        nn.utils.clip_grad_norm_(detector.parameters(), config.train.clip_norm)
+        nn.utils.clip_grad_norm_(detector.parameters(), request.config.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         del loss

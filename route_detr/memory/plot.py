@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from route_detr.tools.plots import save_figure
+from route_detr.files import save_figure
 
 from .planner import PARTS, Plan, Request
 
@@ -36,9 +36,7 @@ def draw(requests: Mapping[str, Request], path: str | Path, plan: Callable[[Requ
         axes.set_ylim(0)
         _style(axes, f"over {name}", name)
     sizes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    height, width = request.image
-    dtype = str(request.dtype).removeprefix("torch.")
-    figure.suptitle(f"Planned peak of a training {request.scope}, batch {request.batch}, {height} x {width}, {dtype}")
+    figure.suptitle(f"Planned peak of a training {request}")
     save_figure(figure, path)
 
 

@@ -16,16 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from route_detr.config import Config
-from route_detr.files import SOFTWARE, write_atomically
+from route_detr.files import save_figure
 from route_detr.model.schedule import sampled_schedule
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    metadata = {"Software": SOFTWARE}
-    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=130, metadata=metadata))
 
 
 def _style(axes: Axes, title: str, x: str = "", y: str = "") -> None:
