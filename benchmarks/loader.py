@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from route_detr.data import CocoDetection, TransformConfig, batch_loader, epoch_batches
-from route_detr.data.layout import write_instances
+from route_detr.data.batches import batch_loader, epoch_batches
+from route_detr.data.coco import CocoDetection, write_instances
+from route_detr.data.transforms import TransformConfig
 
 from .device import RESULTS, circumstances
 from .report import aligned, origin

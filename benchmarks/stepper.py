@@ -15,7 +15,7 @@ from torch import nn
 
 import route_kernels as rk
 from route_detr.config import preset as named_config
-from route_detr.data import Target
+from route_detr.data.batches import Target
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
 

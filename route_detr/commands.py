@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 from route_detr.cli import run_folder
 from route_detr.config import Config, first_error, load_config, preset
-from route_detr.data import CocoDetection, coco_layout, killed_worker, read_rgb
+from route_detr.data.batches import killed_worker
 from route_detr.data.check import as_text
 from route_detr.data.check import check_data as check_data_set
+from route_detr.data.coco import CocoDetection, coco_layout
+from route_detr.data.images import read_rgb
 from route_detr.errors import RunError, RunFailed, UsageError
 from route_detr.evaluation import evaluate as evaluate_detector
 from route_detr.evaluation import table

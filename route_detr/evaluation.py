@@ -17,9 +17,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from route_detr.config import TrainConfig
-from route_detr.data import CocoDetection, batch_loader
+from route_detr.data.annotations import compress_masks
+from route_detr.data.batches import batch_loader
+from route_detr.data.coco import CocoDetection
 from route_detr.data.report import DatasetError, Report
-from route_detr.data.segmentations import compress_masks
 from route_detr.errors import NoGroundTruth
 from route_detr.model.detector import detections
 from route_detr.scale_out import everybodys

@@ -19,7 +19,9 @@ from torch import Tensor
 
 import route_kernels as rk
 from route_detr.config import Config
-from route_detr.data import DatasetError, eval_view, image_pixels, normalised, read_rgb
+from route_detr.data.images import read_rgb
+from route_detr.data.report import DatasetError
+from route_detr.data.transforms import eval_view, image_pixels, normalised
 from route_detr.errors import CheckpointError
 from route_detr.evaluation import coco_results
 from route_detr.files import SOFTWARE, check_replaceable, remove_abandoned, write_atomically, write_text

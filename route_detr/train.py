@@ -24,17 +24,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from route_detr.config import Config, TrainConfig
-from route_detr.data import (
-    CocoDetection,
-    DatasetError,
-    batch_loader,
-    coco_layout,
-    epoch_batches,
-    killed_worker,
-    micro_batches,
-    open_splits,
-)
+from route_detr.data.batches import batch_loader, epoch_batches, killed_worker, micro_batches
+from route_detr.data.coco import CocoDetection, coco_layout, open_splits
 from route_detr.data.images import image_file
+from route_detr.data.report import DatasetError
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
 from route_detr.evaluation import evaluate, in_words
 from route_detr.model.backbone import self_contained

@@ -5,9 +5,16 @@ import json
 
 from PIL import Image
 
-from route_detr.data import CocoDetection, TransformConfig
+from route_detr.data.coco import CocoDetection
+from route_detr.data.transforms import TransformConfig
 
-AS_STORED = TransformConfig.single_scale(40)
+
+def single_scale(scale, flip=0.5):
+    """One scale for training and evaluation and no crop: images of that scale stay as they are."""
+    return TransformConfig(flip=flip, scales=(scale,), max_size=scale * 1333 // 800, crop=0.0, eval_scale=scale)
+
+
+AS_STORED = single_scale(40)
 
 
 def annotation(number=1, image=1, category=5, bbox=(10, 10, 20, 10), **more):

@@ -8,7 +8,9 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from route_detr.cli import main
-from route_detr.data import DatasetError, TransformConfig, coco_layout, open_splits
+from route_detr.data.coco import coco_layout, open_splits
+from route_detr.data.report import DatasetError
+from route_detr.data.transforms import TransformConfig
 from route_detr.tools.cityscapes import write_cityscapes
 
 HEIGHT, WIDTH = 32, 64

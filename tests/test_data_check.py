@@ -10,7 +10,7 @@ from small_training import write_data
 
 from route_detr.cli import main
 from route_detr.data.check import as_text, check_data
-from route_detr.data.layout import coco_layout
+from route_detr.data.coco import coco_layout
 
 
 @pytest.fixture

@@ -11,21 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from coco_samples import AS_STORED, annotation, content, opened, with_two_images
+from coco_samples import AS_STORED, annotation, content, opened, single_scale, with_two_images
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
-from route_detr.data import (
-    CocoDetection,
-    DatasetError,
-    DatasetWarning,
-    TransformConfig,
-    batch_loader,
-    collate,
-    images,
-    killed_worker,
-)
+from route_detr.data import images
+from route_detr.data.batches import batch_loader, collate, killed_worker
+from route_detr.data.coco import CocoDetection
+from route_detr.data.report import DatasetError, DatasetWarning
+from route_detr.data.transforms import TransformConfig
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ def test_categories_boxes_and_sizes_are_read_and_images_without_boxes_are_kept(f
 
 
 def test_size_and_original_size_differ_when_the_image_is_resized(folder):
-    _, target = opened(folder, config=TransformConfig.single_scale(80))[0]
+    _, target = opened(folder, config=single_scale(80))[0]
     assert target.size == (80, 120) and target.original_size == (40, 60)
 
 

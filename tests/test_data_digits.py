@@ -8,16 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_samples import single_scale
 from PIL import Image
 from pycocotools import mask as rle
 
-from route_detr.data import (
-    CocoDetection,
-    DatasetError,
-    TransformConfig,
-    coco_layout,
-    open_splits,
-)
+from route_detr.data.coco import CocoDetection, coco_layout, open_splits
+from route_detr.data.report import DatasetError
+from route_detr.data.transforms import TransformConfig
 from route_detr.tools import digits as generator
 from route_detr.tools.digits import DigitsParameters, digit_scans, generate_scene, is_digits_folder, write_digits
 
@@ -47,7 +44,7 @@ def instances(folder: Path, split: str) -> dict:
 
 
 def test_the_folder_is_an_ordinary_coco_folder_without_a_warning(folder, recwarn, capsys):
-    train, val = open_splits(coco_layout(folder), TransformConfig.single_scale(128))
+    train, val = open_splits(coco_layout(folder), single_scale(128))
     assert (len(train), len(val)) == (6, 3)
     assert train.category_names == [str(digit) for digit in range(10)]
     assert not train.report and not val.report

@@ -7,7 +7,8 @@ import pytest
 from coco_samples import annotation, content, opened, with_two_images
 from PIL import Image
 
-from route_detr.data import DatasetError, DatasetWarning, read_rgb
+from route_detr.data.images import read_rgb
+from route_detr.data.report import DatasetError, DatasetWarning
 
 ORIENTATION = 0x0112
 

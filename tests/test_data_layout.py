@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from coco_samples import annotation, content, with_two_images
+from coco_samples import annotation, content, single_scale, with_two_images
 from PIL import Image
 
-from route_detr.data import DatasetError, TransformConfig, coco_layout, open_splits
+from route_detr.data.coco import coco_layout, open_splits
+from route_detr.data.report import DatasetError
 
-TRANSFORMS = TransformConfig.single_scale(40)
+TRANSFORMS = single_scale(40)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from route_detr.data import DatasetError
+from route_detr.data.report import DatasetError
 from route_detr.errors import NoGroundTruth
 from route_detr.evaluation import MASK_METRICS, METRICS, average_precision, coco_results, in_words, table
 

@@ -30,7 +30,7 @@ import route_kernels.cli
 from route_detr import commands as route_detr_commands
 from route_detr.cli import main, parsed, run_folder
 from route_detr.config import preset
-from route_detr.data import DatasetError
+from route_detr.data.report import DatasetError
 from route_detr.run import Run, save_checkpoint
 from route_detr.tools.digits import write_digits
 from route_detr.train import Training

@@ -16,7 +16,7 @@ from PIL import Image
 from small_training import options, write_data
 
 from route_detr.cli import main, parsed, run_folder
-from route_detr.data import DatasetError
+from route_detr.data.report import DatasetError
 from route_detr.predict import Trained, image_files, pictures_of
 from route_detr.run import Run, save_checkpoint
 

@@ -16,7 +16,7 @@ from torch import nn
 from two_processes import seen_while_training
 
 from route_detr.config import preset
-from route_detr.data import coco_layout
+from route_detr.data.coco import coco_layout
 from route_detr.errors import UsageError
 from route_detr.run import Run, load_checkpoint
 from route_detr.scale_out import ACCUMULATION, accumulation, prepared, start_processes

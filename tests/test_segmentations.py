@@ -5,9 +5,8 @@ import pytest
 from coco_samples import annotation, content, opened, with_two_images
 from pycocotools import mask as rle
 
-from route_detr.data import DatasetError, DatasetWarning
-from route_detr.data.annotations import inspect_annotations
-from route_detr.data.segmentations import pixel_sums
+from route_detr.data.annotations import inspect_annotations, pixel_sums
+from route_detr.data.report import DatasetError, DatasetWarning
 
 TRIANGLE = [10, 10, 30, 10, 10, 20]
 

@@ -17,7 +17,8 @@ from small_training import SMALL, write_data
 from route_detr import run as run_module
 from route_detr import train as training_module
 from route_detr.config import preset
-from route_detr.data import coco_layout, epoch_batches, micro_batches
+from route_detr.data.batches import epoch_batches, micro_batches
+from route_detr.data.coco import coco_layout
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError, WriteError
 from route_detr.run import Run, load_checkpoint, save_checkpoint
 from route_detr.scale_out import start_processes

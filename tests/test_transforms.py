@@ -3,21 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from coco_samples import single_scale
 from PIL import Image
 
-from route_detr.data import (
-    Batch,
-    Target,
+from route_detr.data.batches import Batch, Target, collate, shuffled
+from route_detr.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     TransformConfig,
     View,
-    collate,
     eval_view,
     image_pixels,
     normalised,
-    shuffled,
+    normalised_boxes,
+    resized_shape,
     train_view,
 )
-from route_detr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalised_boxes, resized_shape
 
 DETR = TransformConfig()
 
@@ -125,7 +126,7 @@ def test_evaluation_sees_the_whole_image():
 
 @pytest.mark.parametrize(("flip", "mirrored"), [(0.0, {False}), (1.0, {True}), (0.5, {False, True})])
 def test_single_scale_leaves_images_of_that_scale_alone_but_for_mirroring(flip, mirrored):
-    config = TransformConfig.single_scale(100, flip)
+    config = single_scale(100, flip)
     views = {train_view((160, 100), config, np.random.default_rng(seed)) for seed in range(16)}
     assert views == {View((0, 0, 160, 100), (160, 100), each) for each in mirrored}
 

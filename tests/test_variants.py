@@ -7,8 +7,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
 from route_detr.config import PRESETS, BackboneConfig, DetectorConfig, preset
-from route_detr.data import collate
-from route_detr.data.layout import coco_layout, open_splits
+from route_detr.data.batches import collate
+from route_detr.data.coco import coco_layout, open_splits
 from route_detr.model.backbone import Backbone, self_contained
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector, parameter_groups

@@ -1,4 +1,7 @@
-"""Reading a COCO annotation file: checked in full before training, and corrected where that is safe."""
+"""Reading a COCO annotation file: checked in full before training, and corrected where that is safe.
+
+Segmentations become run lengths. They are checked here too: pycocotools' C trusts whatever it is given.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,32 @@ import codecs
 import contextlib
 import gc
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from pycocotools import mask as rle
 from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import NotRequired, TypedDict
 
 from route_detr.data.report import DatasetError, Report
-from route_detr.data.segmentations import compress_masks
 
 ROUNDING = 1.0  # pixels by which a box may stick out of its image
 LARGEST = 2.0**53
+REACH = 4096  # pixels outside its image up to which a polygon is drawn as it is
+LONGEST = 2**24  # pixels of an outline; pycocotools takes 80 bytes for each
+MOST_PIXELS = 2**31
+MOST_DIGITS = 7  # of a number below MOST_PIXELS
+TOGETHER = 512  # run lengths added up at once
+
+NO_MASK = "expected a segmentation: polygons of three or more points, or run lengths, of each object"
+MALFORMED = "expected a segmentation: polygons [[x, y, x, y, ...], ...] or run lengths with 'size' and 'counts'"
+OTHER_SIZE = "expected run lengths of the image's size"
+DAMAGED = "expected run lengths, which are damaged"
+
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 
 
@@ -216,3 +231,160 @@ def box_inside(bbox: list[float], size: tuple[int, int]) -> tuple[float, float, 
     """COCO's (x, y, width, height) as (x0, y0, x1, y1), cut at the border of an image of `size` = (width, height)."""
     x, y, w, h = bbox
     return max(x, 0.0), max(y, 0.0), min(x + w, size[0]), min(y + h, size[1])
+
+
+class _Fault(ValueError):
+    """Its arguments are the kind and what was found."""
+
+
+def compress_masks(
+    annotations: Sequence[dict[str, Any]], sizes: Mapping[int, tuple[int, int]], faults: Report, report: Report
+) -> None:
+    """Makes each ``segmentation`` run lengths {"size": [height, width], "counts": bytes} that fill its image.
+
+    ``sizes`` has the (width, height) of each image. A crowd region without a segmentation gets its box; an object of
+    whose polygons none is left becomes such a region. What cannot be drawn stays as it is and is in ``faults``; what
+    was left out or cut is in ``report``.
+    """
+    given: list[tuple[dict, bytes]] = []
+    encoded: list[dict] = []
+    for annotation in annotations:
+        found, size = annotation.get("segmentation"), sizes[annotation["image_id"]]
+        try:
+            if size[0] * size[1] >= MOST_PIXELS:
+                raise _Fault("expected masks of less than 2^31 pixels", f"{size[0]} x {size[1]}")
+            if isinstance(found, dict) and found:
+                given.append((annotation, _given(found, size)))
+            else:
+                annotation["segmentation"] = _drawn(annotation, size, report)
+                encoded.append(annotation)
+        except _Fault as fault:
+            faults.add(fault.args[0], f"{_named(annotation)}: {fault.args[1]}")
+    for start in range(0, len(given), TOGETHER):
+        some = given[start : start + TOGETHER]
+        for (annotation, counts), pixels in zip(some, pixel_sums([each for _, each in some]).tolist(), strict=True):
+            width, height = sizes[annotation["image_id"]]
+            if pixels == width * height:
+                annotation["segmentation"] = {"size": [height, width], "counts": counts}
+                encoded.append(annotation)
+            elif pixels < 0:
+                faults.add(DAMAGED, f"{_named(annotation)}: {reprlib.repr(counts)}")
+            else:
+                faults.add(OTHER_SIZE, f"{_named(annotation)}: {pixels} pixels in {width} x {height}")
+    for annotation in encoded:  # one by one: under NumPy 2 pycocotools fails with more than 255
+        mask = annotation["segmentation"]
+        if len(mask["counts"]) <= MOST_DIGITS and not rle.area(mask):  # one number
+            report.add("masks without a pixel of their image", _named(annotation))
+
+
+def _named(annotation: dict[str, Any]) -> str:
+    return f"annotation {annotation['id']} of image {annotation['image_id']}"
+
+
+def _drawn(annotation: dict[str, Any], size: tuple[int, int], report: Report) -> dict[str, Any]:
+    """Run lengths of the polygons, or of a crowd region's box where there are none."""
+    found = annotation.get("segmentation")
+    if found and not (isinstance(found, list) and all(isinstance(part, list) for part in found)):
+        raise _Fault(MALFORMED, reprlib.repr(found))
+    polygons = []
+    for part in found or ():
+        if len(part) % 2:
+            report.add("polygons with an odd number of values, whose last is ignored", _named(annotation))
+        if len(part) < 6:
+            report.add("polygons left out because they have fewer than three points", _named(annotation))
+            continue
+        points = _numbers(part)
+        furthest = np.inf if points is None else np.abs(points).max()
+        if not furthest <= LARGEST:
+            raise _Fault("expected polygons of finite numbers up to 2^53", reprlib.repr(part))
+        points = points[: len(part) // 2 * 2].reshape(-1, 2)
+        least, most = -REACH, np.add(size, REACH)
+        if furthest > REACH and ((points < least) | (points > most)).any():
+            report.add(f"polygons cut {REACH} pixels outside their image", _named(annotation))
+            points = cut_polygon(points, least, most)
+        if len(points) * max(most - least) > LONGEST and _outline(points) > LONGEST:
+            raise _Fault("expected polygons with an outline of at most 2^24 pixels", f"{len(points)} points")
+        polygons.append(points.ravel())
+    if not polygons:
+        if annotation.get("iscrowd"):
+            report.add("crowd regions without a segmentation, for which their box stands", _named(annotation))
+        elif isinstance(found, list):
+            annotation["iscrowd"] = 1  # an object whose mask nobody knows
+            report.add("objects without a polygon of three points, ignored as crowd regions are", _named(annotation))
+        else:
+            raise _Fault(NO_MASK, reprlib.repr(found))
+        x, y, w, h = annotation["bbox"]
+        polygons = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return rle.merge(rle.frPyObjects(polygons, *size[::-1]))
+
+
+def _given(found: dict[str, Any], size: tuple[int, int]) -> bytes:
+    """Compressed run lengths that were given, or given uncompressed; `pixel_sums` has yet to see them."""
+    shape, counts = found.get("size"), found.get("counts")
+    if not (isinstance(shape, list | tuple) and len(shape) == 2 and isinstance(counts, str | bytes | list)):
+        raise _Fault(MALFORMED, reprlib.repr(found))
+    if tuple(shape) != size[::-1]:
+        raise _Fault(OTHER_SIZE, f"{shape[1]} x {shape[0]} in {size[0]} x {size[1]}")
+    if isinstance(counts, list):
+        lengths = _numbers(counts)
+        if lengths is None or (lengths < 0).any() or (lengths > MOST_PIXELS).any() or (lengths % 1 != 0).any():
+            raise _Fault(DAMAGED, reprlib.repr(counts))
+        if lengths.sum() != size[0] * size[1]:
+            raise _Fault(OTHER_SIZE, f"{lengths.sum():.0f} pixels in {size[0]} x {size[1]}")
+        return rle.frPyObjects({"size": shape, "counts": lengths}, *shape)["counts"]
+    return counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
+
+
+def _numbers(values: list) -> np.ndarray | None:
+    """[N], or None for anything but a list of numbers."""
+    try:
+        array = np.array(values)
+    except ValueError:
+        return None
+    return array if array.ndim == 1 and array.dtype.kind in "iuf" else None
+
+
+def _outline(points: np.ndarray) -> float:
+    """The steps from pixel to pixel along a closed polygon [P, 2]."""
+    return np.abs(points - np.roll(points, 1, 0)).max(1).sum()
+
+
+def cut_polygon(points: np.ndarray, least: float, most: np.ndarray) -> np.ndarray:
+    """[P, 2] -> [Q, 2]: what is outside ``least`` to ``most`` (x, y) moves onto their border, the rest stays."""
+    along = np.roll(points, -1, 0) - points
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossings = np.concatenate([(least - points) / along, (most - points) / along], 1)
+    crossed = (crossings > 0) & (crossings < 1)
+    steps = np.pad(np.sort(np.where(crossed, crossings, 2), 1), ((0, 0), (1, 0)))  # [P, 5], 0 is the vertex itself
+    return (points[:, None] + steps[..., None] * along[:, None])[steps < 1].clip(least, most)
+
+
+def pixel_sums(encoded: Sequence[bytes]) -> np.ndarray:
+    """[N] int64: the pixels that compressed run lengths stand for; -1 where they are damaged.
+
+    A number is written in characters from "0" on with 5 bits each, the lowest first. Bit 5 says that more follow, bit 4
+    of the last that it is negative. The fourth number and all after it are differences to the number two before.
+    """
+    whole = np.array([not text or text[-1] - 48 < 32 for text in encoded], dtype=bool)
+    texts = [text if text and ends else b"0" for text, ends in zip(encoded, whole, strict=True)]
+    characters = np.array([len(text) for text in texts])
+    starts = np.cumsum(characters) - characters  # [N] in characters
+    codes = np.frombuffer(b"".join(texts), dtype=np.uint8) - np.uint8(48)
+    ends = np.flatnonzero(codes & 32 == 0)  # [M] of the numbers of all texts
+    begins = np.append(0, ends[:-1] + 1)
+    digits = ends - begins + 1
+    lengths = np.where(codes[ends] & 16, -1 << 5 * digits.clip(max=MOST_DIGITS), 0)  # [M]
+    longer = slice(None)
+    for place in range(MOST_DIGITS):
+        lengths[longer] += (codes[begins[longer] + place] & 31).astype(np.int64) << 5 * place
+        longer = np.flatnonzero(digits > place + 1)
+    firsts = np.searchsorted(begins, starts)  # [N] in numbers
+    index = np.arange(len(lengths)) - np.repeat(firsts, np.diff(firsts, append=len(lengths)))
+    for parity in (1, 0):
+        chain = np.flatnonzero((index > 0) & (index % 2 == parity))
+        sums, heads = np.cumsum(lengths[chain]), np.flatnonzero(index[chain] <= 2)
+        before = sums[heads] - lengths[chain[heads]]
+        lengths[chain] = sums - np.repeat(before, np.diff(heads, append=len(chain)))
+    damaged = ~whole | (np.maximum.reduceat(codes, starts) > 63) | (np.minimum.reduceat(lengths, firsts) < 0)
+    damaged |= np.maximum.reduceat(digits, firsts) > MOST_DIGITS
+    return np.where(damaged, -1, np.add.reduceat(lengths, firsts))

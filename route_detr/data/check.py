@@ -16,8 +16,8 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from route_detr.data.annotations import CocoAnnotations, inspect_annotations
+from route_detr.data.coco import CocoLayout, SplitPaths
 from route_detr.data.images import image_files, judged, note_verdicts
-from route_detr.data.layout import CocoLayout, SplitPaths
 from route_detr.data.report import EXAMPLES_SHOWN, Report
 from route_detr.errors import RunFailed
 

@@ -39,11 +39,6 @@ class TransformConfig:
             raise ValueError(f"crop_size: expected (least, most) with least <= most, got {self.crop_size}")
         return self
 
-    @classmethod
-    def single_scale(cls, scale: int, flip: float = 0.5) -> TransformConfig:
-        """One scale for training and evaluation and no crop: images of that scale stay as they are."""
-        return cls(flip=flip, scales=(scale,), max_size=scale * 1333 // 800, crop=0.0, eval_scale=scale)
-
 
 class View(NamedTuple):
     """A window (x0, y0, x1, y1) of an image, in its pixels, seen at a size (width, height), mirrored or not."""

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import route_kernels as rk
 from route_detr.config import Config, MemoryLevel
-from route_detr.data import Target
+from route_detr.data.batches import Target
 from route_detr.errors import RunFailed
 from route_detr.model.blocks import PredictionHead
 from route_detr.model.criterion import Criterion

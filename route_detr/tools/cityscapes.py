@@ -11,8 +11,8 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
+from route_detr.data.coco import whole_folder, write_instances
 from route_detr.data.images import opened
-from route_detr.data.layout import whole_folder, write_instances
 from route_detr.data.report import DatasetError, Report
 
 THINGS = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}

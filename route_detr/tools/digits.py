@@ -20,7 +20,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, model
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from route_detr.data.layout import whole_folder, write_instances
+from route_detr.data.coco import whole_folder, write_instances
 from route_detr.data.report import DatasetError
 
 GENERATOR_VERSION = 1
@@ -59,6 +59,9 @@ class DigitsParameters:
             least = f"{FRAME_SCALE} times digit_size = {self.digit_size[1]}"
             raise ValueError(f"image_size: expected at least {least}, got {self.image_size}")
         return self
+
+    def as_json(self) -> dict:
+        return TypeAdapter(DigitsParameters).dump_python(self, mode="json")
 
 
 class DigitScene(NamedTuple):
@@ -153,29 +156,14 @@ def _corner(shape: tuple[int, int], size: int, boxes: list, rng: np.random.Gener
     return min(max(corner[0], 0), size - width), min(max(corner[1], 0), size - height)
 
 
-def compose_scene(
-    scans: np.ndarray, digits: np.ndarray, parameters: DigitsParameters, rng: np.random.Generator
-) -> DigitScene:
-    """Pastes random scans ([K, 8, 8], of ``digits`` [K]) onto a canvas.
-
-    A digit that would leave itself or one below it with less than ``MIN_VISIBLE_FRACTION`` of its ink in sight is
-    placed elsewhere, and given up after ``PLACEMENT_ATTEMPTS``. Raises ValueError if the fewest digits asked for do not
-    fit in ``SCENE_ATTEMPTS`` scenes.
-    """
-    low, high = parameters.digits_per_image
-    for _ in range(SCENE_ATTEMPTS):
-        scene = _paste(scans, digits, int(rng.integers(low, high + 1)), parameters, rng)
-        if len(scene.digits) >= low:
-            return scene
-    raise ValueError(
-        f"digits_per_image: {low} digits of {parameters.digit_size} pixels do not fit on {parameters.image_size} x "
-        f"{parameters.image_size}; expected fewer or smaller digits, or a larger image_size"
-    )
-
-
 def _paste(
     scans: np.ndarray, digits: np.ndarray, count: int, parameters: DigitsParameters, rng: np.random.Generator
 ) -> DigitScene:
+    """Pastes ``count`` random scans ([K, 8, 8], of ``digits`` [K]) onto a canvas.
+
+    A digit that would leave itself or one below it with less than ``MIN_VISIBLE_FRACTION`` of its ink in sight is
+    placed elsewhere, and given up after ``PLACEMENT_ATTEMPTS``.
+    """
     size = parameters.image_size
     canvas = paint_canvas(size, rng)
     paper = float(np.clip(canvas.mean((0, 1)) @ LUMA, 0, 255))
@@ -224,22 +212,27 @@ def scene_annotations(scene: DigitScene, image_id: int, first_id: int) -> list[d
 def generate_scene(parameters: DigitsParameters, split: str, index: int, scans=None) -> DigitScene:
     """Scene ``index`` of ``split`` ("train" or "val"), which depends on nothing but the arguments.
 
-    ``scans`` is what ``digit_scans(parameters.seed)`` returned, for a caller that makes many scenes.
+    ``scans`` is what ``digit_scans(parameters.seed)`` returned, for a caller that makes many scenes. Raises ValueError
+    if the fewest digits asked for do not fit in ``SCENE_ATTEMPTS`` scenes.
     """
+    rng, (low, high) = np.random.default_rng((parameters.seed, SPLITS.index(split), index)), parameters.digits_per_image
     chosen = (scans or digit_scans(parameters.seed))[split]
-    return compose_scene(*chosen, parameters, np.random.default_rng((parameters.seed, SPLITS.index(split), index)))
+    for _ in range(SCENE_ATTEMPTS):
+        scene = _paste(*chosen, int(rng.integers(low, high + 1)), parameters, rng)
+        if len(scene.digits) >= low:
+            return scene
+    raise ValueError(
+        f"digits_per_image: {low} digits of {parameters.digit_size} pixels do not fit on {parameters.image_size} x "
+        f"{parameters.image_size}; expected fewer or smaller digits, or a larger image_size"
+    )
 
 
 def is_digits_folder(out: str | os.PathLike, parameters: DigitsParameters) -> bool:
     """Whether ``out`` holds exactly this data set, told by its ``digits.json``, written last."""
     try:
-        return json.loads((Path(out) / PARAMETERS_FILE).read_text(encoding="utf-8")) == _as_json(parameters)
+        return json.loads((Path(out) / PARAMETERS_FILE).read_text(encoding="utf-8")) == parameters.as_json()
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
-
-
-def _as_json(parameters: DigitsParameters) -> dict:
-    return TypeAdapter(DigitsParameters).dump_python(parameters, mode="json")
 
 
 def write_digits(out: str | os.PathLike, *, progress: bool = True, **parameters) -> bool:
@@ -256,16 +249,10 @@ def write_digits(out: str | os.PathLike, *, progress: bool = True, **parameters)
         raise DatasetError(
             f"{out}: holds crowded digits with other parameters; choose another folder, or delete this one"
         )
-    with whole_folder(out) as folder:
-        _write_folder(folder, parameters, progress)
-    return True
-
-
-def _write_folder(folder: Path, parameters: DigitsParameters, progress: bool) -> None:
     scans, side = digit_scans(parameters.seed), parameters.image_size
     options = {"desc": "crowded digits", "unit": "image", "mininterval": 0.2 if sys.stderr.isatty() else 20.0}
     counts = (parameters.train_images, parameters.val_images)
-    with tqdm(total=sum(counts), **options, disable=not progress) as bar:
+    with whole_folder(out) as folder, tqdm(total=sum(counts), **options, disable=not progress) as bar:
         for split, count in zip(SPLITS, counts, strict=True):
             (folder / f"{split}2017").mkdir()
             images, annotations = [], []
@@ -279,4 +266,6 @@ def _write_folder(folder: Path, parameters: DigitsParameters, progress: bool) ->
             categories = [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)]
             info = {"description": "Crowded digits", "version": str(parameters.generator_version)}
             write_instances(folder, split, images, annotations, categories, **info)
-    (folder / PARAMETERS_FILE).write_text(json.dumps(_as_json(parameters), indent=2) + "\n", encoding="utf-8")
+        file = folder / PARAMETERS_FILE
+        file.write_text(json.dumps(parameters.as_json(), indent=2) + "\n", encoding="utf-8")
+    return True

@@ -1,19 +1,91 @@
-"""Which images make a batch, on which rank, and the workers that read them."""
+"""Batches: what the model is fed, which images make one on which rank, and the workers that read them."""
 
 from __future__ import annotations
 
 import math
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from route_detr.data.batch import Batch, Target, collate
-from route_detr.data.coco import CocoDetection
 from route_detr.data.report import DatasetError
+from route_detr.data.transforms import normalised
+
+
+@dataclass
+class Target:
+    """The objects of one image.
+
+    image_id       the image's id in its COCO file
+    boxes          [T, 4] float32, (cx, cy, w, h) as fractions of the transformed image without its padding
+    labels         [T] int64, contiguous from 0
+    size           (height, width) after the transforms, without padding
+    original_size  (height, width) of the image in the frame in which its annotations are given
+    masks          [T, *size] bool, or None where the data set was opened without masks
+    """
+
+    image_id: int
+    boxes: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+    masks: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Images of one step, padded at the right and the bottom.
+
+    pixels        [B, 3, Hmax, Wmax] uint8
+    padding_mask  [B, Hmax, Wmax] bool, True where there is padding; None where there is none in the whole batch
+    targets       one `Target` an image
+    """
+
+    pixels: Tensor
+    padding_mask: Tensor | None
+    targets: list[Target]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def images(self) -> Tensor:
+        """[B, 3, Hmax, Wmax] float32, with ImageNet's mean and standard deviation taken out, 0 in the padding."""
+        images = normalised(self.pixels)
+        return images if self.padding_mask is None else images.masked_fill(self.padding_mask[:, None], 0)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Moves what is large. Boxes and labels stay: the criterion checks them on the host and copies them once."""
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Called by ``DataLoader(pin_memory=True)``."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, moved: Callable[[Tensor], Tensor]) -> Batch:
+        targets = [t if t.masks is None else replace(t, masks=moved(t.masks)) for t in self.targets]
+        padding_mask = None if self.padding_mask is None else moved(self.padding_mask)
+        return Batch(moved(self.pixels), padding_mask, targets)
+
+
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
+    """Pads pixels ``[3, h, w]`` to the largest height and width among them. Raises ValueError when empty."""
+    if not samples:
+        raise ValueError("collate: expected at least one sample, got none")
+    pixels, targets = [list(column) for column in zip(*samples, strict=True)]
+    if len({image.shape for image in pixels}) == 1:
+        return Batch(torch.stack(pixels), None, targets)
+    height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
+    padded = pixels[0].new_zeros(len(pixels), 3, height, width)
+    padding_mask = torch.ones(len(pixels), height, width, dtype=torch.bool)
+    for row, image in enumerate(pixels):
+        padded[row, :, : image.shape[1], : image.shape[2]] = image
+        padding_mask[row, : image.shape[1], : image.shape[2]] = False
+    return Batch(padded, padding_mask, targets)
 
 
 def shuffled(landscape: Sequence[bool], batch_size: int, generator: torch.Generator) -> list[int]:
@@ -69,7 +141,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 class _Told(Dataset):
     """The items of a data set, or why one cannot be had: PyTorch would add a worker's traceback to what is raised."""
 
-    def __init__(self, dataset: CocoDetection) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target] | Exception:
@@ -83,7 +155,7 @@ def _collated(samples: Sequence[tuple[Tensor, Target] | Exception]) -> Batch | E
     return next((each for each in samples if isinstance(each, Exception)), None) or collate(samples)
 
 
-def batch_loader(dataset: CocoDetection, batches: list[list[int]], workers: int) -> Iterator[Batch]:
+def batch_loader(dataset: Dataset, batches: list[list[int]], workers: int) -> Iterator[Batch]:
     """Batches of these indices. Draws nothing from the global random number generator.
 
     Raises:
