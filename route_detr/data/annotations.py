@@ -97,8 +97,8 @@ def read_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """No garbage collection: nothing that is read from a file is in a cycle, and each would walk through all of it."""
+def without_collections() -> Iterator[None]:
+    """No garbage collection inside the block: one would walk through all that is made there, whenever Python likes."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -108,7 +108,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-@_without_collections()
+@without_collections()
 def inspect_annotations(file: Path, masks: bool = False) -> CocoAnnotations:
     """Reads and judges a COCO detection file in one pass, whatever is in it.
 

@@ -185,10 +185,9 @@ class CocoDetection(Dataset):
             labels=self.labels(index)[kept],
             size=view.size[::-1],
             original_size=image.size[::-1],
-            masks=None
-            if self._masks is None
-            else torch.from_numpy(view.masks(self.masks(index)[..., kept])).view(torch.bool),
         )
+        if self._masks is not None:
+            target.masks = torch.from_numpy(view.masks(self.masks(index)[..., kept])).view(torch.bool)
         return image_pixels(view.image(image)), target
 
     @cached_property
@@ -199,10 +198,8 @@ class CocoDetection(Dataset):
         """
         content = read_annotations(self.annotation_file, masks=self._masks is not None)
         ground_truth = COCO()
-        ground_truth.dataset = {
-            "info": {},
-            **{name: getattr(content, name) for name in ("images", "annotations", "categories")},
-        }
+        sections = {name: getattr(content, name) for name in ("images", "annotations", "categories")}
+        ground_truth.dataset = {"info": {}, **sections}
         with contextlib.redirect_stdout(io.StringIO()):
             ground_truth.createIndex()
         return ground_truth
@@ -273,19 +270,7 @@ def open_splits(
     if faults:
         raise DatasetError("\n".join(faults))
     train, val = opened
-    require_same_categories(train, val)
-    for dataset in (train, val):
-        if dataset.num_boxes == 0:
-            raise DatasetError(
-                f"{dataset.annotation_file}: expected at least one box that is no crowd region, "
-                f"found none in {len(dataset)} images"
-            )
-    return train, val
-
-
-def require_same_categories(train: CocoDetection, val: CocoDetection) -> None:
-    """Raises DatasetError naming the first entries in which the two category tables differ."""
-    first, second = (dict(zip(each.category_ids, each.category_names, strict=True)) for each in (train, val))
+    first, second = (dict(zip(each.category_ids, each.category_names, strict=True)) for each in opened)
     differing = [n for n in sorted({*first, *second}) if first.get(n) != second.get(n)]
     if differing:
         shown = "; ".join(
@@ -295,6 +280,13 @@ def require_same_categories(train: CocoDetection, val: CocoDetection) -> None:
             f"{train.annotation_file} and {val.annotation_file}: expected the same categories, "
             f"{len(differing)} differ: {shown}"
         )
+    for dataset in opened:
+        if dataset.num_boxes == 0:
+            raise DatasetError(
+                f"{dataset.annotation_file}: expected at least one box that is no crowd region, "
+                f"found none in {len(dataset)} images"
+            )
+    return train, val
 
 
 def write_instances(folder: Path, split: str, images: list, annotations: list, categories: list, **info: str) -> None:

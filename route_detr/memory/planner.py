@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import get_args
 
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import route_kernels as rk
 from route_detr.config import Config, MemoryLevel
+from route_detr.data.annotations import without_collections
 from route_detr.data.batches import Target
 from route_detr.errors import RunFailed
 from route_detr.model.blocks import PredictionHead
@@ -119,10 +120,26 @@ def _step_planned(request: Request, counter: FlopCounterMode | None = None) -> P
         detector.to_empty(device="cpu")  # fake tensors of the same strides in place of those on the meta device
         criterion.matcher = _UnsolvedMatcher(request.config.train)
         shares = _label(detector, ledger)
-        step = _Step(request, detector, criterion, ledger)
-        with _without_garbage_collection(), nullcontext() if counter is None else counter:
-            step.run(autocast)
-    return _plan(ledger, shares)
+        images, padding_mask, targets, optimizer = _inputs(request, detector, ledger)
+        gc.collect()  # what a cycle holds would be alive in one run and not in the next
+        with without_collections(), nullcontext() if counter is None else counter, ledger:
+            with autocast:
+                output = detector(images, padding_mask, targets)
+            with ledger.labelled("losses"), autocast if request.public else nullcontext():
+                loss = criterion(output, targets)["loss"]
+            del output
+            with ledger.labelled("backward"):
+                loss.backward()
+            if optimizer is not None:
+                with ledger.labelled("optimiser"):
+                    nn.utils.clip_grad_norm_(detector.parameters(), 0.1, foreach=True)
+                    optimizer.step()
+    parts = dict.fromkeys(PARTS, 0)
+    for label, size in sorted(ledger.at_peak.items()):
+        share = shares[label]
+        for index, part in enumerate(share):
+            parts[part] += (size + len(share) - 1 - index) // len(share)
+    return Plan(ledger.peak, parts)
 
 
 def _built(request: Request, device: str, backend: str | None = None) -> tuple[Detector, Criterion]:
@@ -141,62 +158,35 @@ def _built(request: Request, device: str, backend: str | None = None) -> tuple[D
     return detector, (PublicCriterion if request.public else Criterion)(request.config.train)
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Python collects cycles when it likes: then what a cycle holds would be alive in one run and not in the next."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-class _Step:
-    """One training step of a fake detector, whose optimizer has its state already."""
-
-    def __init__(self, request: Request, detector: Detector, criterion: Criterion, ledger: Ledger) -> None:
-        self.detector, self.criterion, self.ledger = detector, criterion, ledger
-        height, width = request.image
-        self.images = torch.empty(request.batch, 3, height, width)
-        self.padding_mask = torch.zeros(request.batch, height, width, dtype=torch.bool)
-        self.targets = [_target(request) for _ in range(request.batch)]
-        self.optimizer = None
-        if request.scope == "transformer":
-            features = detector.backbone(self.images[:1])
-            finest, used = features[: detector.config.masks], features[-detector.config.backbone.used_stages :]
-            finest, levels = (
-                [torch.empty(request.batch, *each.shape[1:]) for each in maps]
-                for maps in (finest, detector.feature_levels(used))
-            )
-            detector.backbone, detector.feature_levels = _Given(finest), _Given(levels)
-            ledger.count("inputs", *levels, *finest)
-        else:
-            ledger.count("inputs", self.images, self.padding_mask)
-            self.optimizer = _adamw_with_state(detector)
-            for state in self.optimizer.state.values():
-                ledger.count("optimiser", *(value for value in state.values() if isinstance(value, Tensor)))
-        ledger.count("inputs", *(target.masks for target in self.targets))
-        parameters = list(detector.parameters())
-        ledger.count("parameters", *parameters, *detector.buffers())
-        ledger.count_gradients(parameters, "gradients")
-
-    def run(self, autocast: torch.autocast) -> None:
-        with self.ledger:
-            with autocast:
-                output = self.detector(self.images, self.padding_mask, self.targets)
-            public = isinstance(self.criterion, PublicCriterion)
-            with self.ledger.labelled("losses"), autocast if public else nullcontext():
-                loss = self.criterion(output, self.targets)["loss"]
-            del output
-            with self.ledger.labelled("backward"):
-                loss.backward()
-            if self.optimizer is not None:
-                with self.ledger.labelled("optimiser"):
-                    nn.utils.clip_grad_norm_(self.detector.parameters(), 0.1, foreach=True)
-                    self.optimizer.step()
+def _inputs(
+    request: Request, detector: Detector, ledger: Ledger
+) -> tuple[Tensor, Tensor, list[Target], torch.optim.Optimizer | None]:
+    """Images, their padding mask and targets; in a whole step the optimizer, which has its state already. Counts what
+    is there before a step, and has the ledger count gradients."""
+    height, width = request.image
+    images = torch.empty(request.batch, 3, height, width)
+    padding_mask = torch.zeros(request.batch, height, width, dtype=torch.bool)
+    targets = [_target(request) for _ in range(request.batch)]
+    optimizer = None
+    if request.scope == "transformer":
+        features = detector.backbone(images[:1])
+        finest, used = features[: detector.config.masks], features[-detector.config.backbone.used_stages :]
+        finest, levels = (
+            [torch.empty(request.batch, *each.shape[1:]) for each in maps]
+            for maps in (finest, detector.feature_levels(used))
+        )
+        detector.backbone, detector.feature_levels = _Given(finest), _Given(levels)
+        ledger.count("inputs", *levels, *finest)
+    else:
+        ledger.count("inputs", images, padding_mask)
+        optimizer = _adamw_with_state(detector)
+        for state in optimizer.state.values():
+            ledger.count("optimiser", *(value for value in state.values() if isinstance(value, Tensor)))
+    ledger.count("inputs", *(target.masks for target in targets))
+    parameters = list(detector.parameters())
+    ledger.count("parameters", *parameters, *detector.buffers())
+    ledger.count_gradients(parameters, "gradients")
+    return images, padding_mask, targets, optimizer
 
 
 class _Given(nn.Module):
@@ -288,15 +278,6 @@ def _label_layer(layer: DecoderLayer, name: str, ledger: Ledger, shares: dict[st
 
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)
-
-
-def _plan(ledger: Ledger, shares: dict[str, tuple[str, ...]]) -> Plan:
-    parts = dict.fromkeys(PARTS, 0)
-    for label, size in sorted(ledger.at_peak.items()):
-        share = shares[label]
-        for index, part in enumerate(share):
-            parts[part] += (size + len(share) - 1 - index) // len(share)
-    return Plan(ledger.peak, parts)
 
 
 def measured_peak(request: Request) -> int:

@@ -34,10 +34,8 @@ def write_cityscapes(root: str | os.PathLike, out: str | os.PathLike, workers: i
             images, annotations = [], []
             with ProcessPoolExecutor(workers) as pool:
                 found = pool.map(instances, truths.values(), chunksize=8)
-                quiet = 0.2 if sys.stderr.isatty() else 20.0
-                for name, (size, objects) in zip(
-                    truths, tqdm(found, split, len(truths), mininterval=quiet), strict=True
-                ):
+                bar = tqdm(found, split, len(truths), mininterval=0.2 if sys.stderr.isatty() else 20.0)
+                for name, (size, objects) in zip(truths, bar, strict=True):
                     images.append({"id": len(images) + 1, "file_name": name, "width": size[0], "height": size[1]})
                     for each in objects:
                         annotations.append({"id": len(annotations) + 1, "image_id": len(images), **each})
@@ -73,13 +71,9 @@ def instances(file: Path) -> tuple[tuple[int, int], list[dict]]:
         category, crowd = (number // IDS_PER_CLASS, 0) if number >= IDS_PER_CLASS else (number, 1)
         if category in THINGS:
             mask = rle.encode(np.asfortranarray(ids == number, dtype=np.uint8))
+            area, box = int(rle.area(mask)), rle.toBbox(mask).tolist()
             objects.append(
-                {
-                    "category_id": category,
-                    "iscrowd": crowd,
-                    "area": int(rle.area(mask)),
-                    "bbox": rle.toBbox(mask).tolist(),
-                }
+                {"category_id": category, "iscrowd": crowd, "area": area, "bbox": box}
                 | {"segmentation": {"size": mask["size"], "counts": mask["counts"].decode("ascii")}}
             )
     return ids.shape[::-1], objects

@@ -206,9 +206,8 @@ def source_config(state: Mapping[str, Tensor]) -> Config:
         raise ValueError(
             "state: expected two-stage Deformable DETR, Dual-R-DETR or DINO weights, got no pos_trans or tgt_embed"
         )
-    head = next(
-        name for name in names if re.fullmatch(r"(?:transformer\.decoder\.class_head|class_embed)\.0\.bias", name)
-    )
+    heads = ("transformer.decoder.class_head.0.bias", "class_embed.0.bias")
+    head = next(name for name in names if name in heads)
     changes |= {
         "num_classes": len(state[head]),
         "ffn_dim": len(state["transformer.encoder.layers.0.linear1.bias"]),
@@ -223,12 +222,8 @@ def transformers_config(source: PretrainedConfig) -> Config:
     Raises ValueError for what this detector does not have: one stage, no box refinement, learned positions, encoder and
     decoder layers of different widths, a backbone that is neither of transformers nor timm's plain ResNet-50 or 101.
     """
-    expected = {
-        "two_stage": True,
-        "with_box_refine": True,
-        "position_embedding_type": "sine",
-        "activation_function": "relu",
-    }
+    expected = {"two_stage": True, "with_box_refine": True}
+    expected |= {"position_embedding_type": "sine", "activation_function": "relu"}
     for field in ("attention_heads", "ffn_dim", "n_points"):
         expected[f"decoder_{field}"] = getattr(source, f"encoder_{field}")
     for name, value in expected.items():
@@ -262,13 +257,8 @@ def _backbone_config(source: PretrainedConfig) -> dict[str, Any]:
         raise ValueError(
             f"backbone_config: expected a backbone of transformers that gives its last stages, got {source}"
         )
-    return {
-        "model": source.model_type,
-        "settings": settings_of(source),
-        "used_stages": len(used),
-        "fine_tune": True,
-        "frozen": [],
-    }
+    found = {"model": source.model_type, "settings": settings_of(source), "used_stages": len(used)}
+    return found | {"fine_tune": True, "frozen": []}
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -282,9 +272,8 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif "{" in name:
             before, parts, after = re.fullmatch(r"(.*)\{(.*)\}(.*)", name).groups()
             names = parts.split(",")
-            renamed |= {
-                before + part + after: piece for part, piece in zip(names, tensor.chunk(len(names)), strict=True)
-            }
+            pieces = zip(names, tensor.chunk(len(names)), strict=True)
+            renamed |= {before + part + after: piece for part, piece in pieces}
         elif name:
             renamed[name] = tensor
     if unknown:
@@ -306,8 +295,7 @@ def _our_name(source: str, rules: Rules) -> str | None:
 
 def _by_rule(source: str, rules: Rules) -> str | None:
     for pattern, ours in rules.items():
-        found = re.fullmatch(pattern, source)
-        if found:
+        if found := re.fullmatch(pattern, source):
             return found.expand(ours) if isinstance(ours, str) else ours(*found.groups())
     return None
 
@@ -318,14 +306,12 @@ def _laid_out(found: dict[str, Tensor], config: Config, fresh: Mapping[str, Tens
     shared = detector.share_heads
     result: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        head = re.fullmatch(r"heads\.(classify|refine)\.(\d+)\.(.+)", name)
-        if head:
+        if head := re.fullmatch(r"heads\.(classify|refine)\.(\d+)\.(.+)", name):
             kind, layer, tail = head[1], int(head[2]), head[3]
             if shared and 0 < layer < layers:
                 continue  # the same tensors as those of layer 0
             name = f"proposals.head.{kind}.{tail}" if layer == layers else f"decoder.heads.{layer}.{kind}.{tail}"
-        refine = re.fullmatch(r"(.+\.refine)\.(\d)\.(.+)", name)
-        if refine:
+        if refine := re.fullmatch(r"(.+\.refine)\.(\d)\.(.+)", name):
             name = f"{refine[1]}.{2 * int(refine[2])}.{refine[3]}"
         router = re.fullmatch(r"decoder\.routers\.(\d+)\..+", name)
         if router and int(router[1]) not in detector.routed_layer_indices:
