@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -213,6 +214,19 @@ def test_backward_stays_on_the_backend_of_forward():
     ):
         output.sum().backward()
     assert any(event.name == "route_kernels_native::routed_attention_backward" for event in profile.events())
+
+
+@needs_native
+@pytest.mark.parametrize("op, label", FIRST_SAMPLES)
+def test_four_functions_of_ours_stand_between_a_call_and_its_kernel(op, label, monkeypatch):
+    """The public op, the op's rule for autograd, its Function and its kernel; what they call in passing is no hop."""
+    folder, stacks = Path(rk.__file__).parent, []
+    monkeypatch.setattr(backends, "kernel", lambda *_: lambda *inputs: stacks.append(traceback.extract_stack()[:-1]))
+    call(op, sample_arguments(op)[label])
+    (stack,) = stacks
+    files = [Path(frame.filename).relative_to(folder) for frame in stack if folder in Path(frame.filename).parents]
+    hops = [file for file in files if file.parts[0] == "ops"]
+    assert 3 <= len(hops) <= 4, hops
 
 
 # ---- without the native library ------------------------------------------------------------------------------------

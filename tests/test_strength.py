@@ -1,7 +1,5 @@
 """Strength and limit of the routing bias: numbers, or tensors whose value no graph holds."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,8 +25,6 @@ def skip_unless_it_runs(backend):
     runs, reason = rk.can_run("routed_attention", backend, torch.empty(0))
     if not runs:
         pytest.skip(reason)
-    if backend == "triton" and find_spec("route_kernels.triton.old_convention"):
-        pytest.skip("its kernels take no tensors yet")
 
 
 def attended(arguments, strength, limit, backend=None):
