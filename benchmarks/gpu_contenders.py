@@ -16,6 +16,7 @@ from route_kernels.testing import EAGER, named_tensors
 from .registry import Contender, Unavailable
 
 FORMULA = EAGER["routed_attention"]
+DTYPES = ((torch.bfloat16, "bf16"), (torch.float32, "f32"))
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -27,6 +28,11 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.compile(function, dynamic=False)
 
     return lambda **arguments: made()(**arguments)
+
+
+def compiled_eager(op: str) -> Contender:
+    """The op as PyTorch users write it, through torch.compile."""
+    return Contender("eager, torch.compile", compiled(EAGER[op]), EAGER[op])
 
 
 def on_backend(op: str, backend: str) -> Contender:

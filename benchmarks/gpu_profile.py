@@ -17,11 +17,12 @@ import torch
 
 from route_kernels.testing import Arguments, named_tensors, outcome
 
+from . import ops
 from .chips import chip_of
-from .gpu_registry import DEVICE, GpuCase, gpu_cases
 from .gpu_run import collect
 from .gpu_tables import COPY
 from .gpu_timing import FLUSHED_BYTES, EventTimer
+from .registry import DEVICE, GpuCase, gpu_cases
 from .roofline import call_floor
 
 PROFILES = 5
@@ -108,12 +109,10 @@ def passes(case: GpuCase, arguments: Arguments) -> Mapping[str, Callable[[], Cal
 
 
 def headline_cases() -> list[GpuCase]:
-    """Of each op the first case that is a headline of it: differentiated, and sampled by every position."""
+    """The first headline of each op."""
     found: dict[str, GpuCase] = {}
     for case in gpu_cases():
-        if case.op == "query_similarity" or (
-            case.backward and ("N = S" in case.name or not case.op.startswith("ms_deform"))
-        ):
+        if ops.declaration(case.op).is_gpu_headline(case):
             found.setdefault(case.op, case)
     return list(found.values())
 

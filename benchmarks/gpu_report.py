@@ -26,18 +26,19 @@ from typing import Any, TextIO
 
 import torch
 
-from . import gpu_tables
+from . import gpu_tables, ops
 from .device import RESULTS, ROOT, circumstances
-from .gpu_registry import parts as speed_parts
 from .gpu_run import LAUNCH
+from .registry import parts as speed_parts
 
 NO_GPU = 2
 SECONDS_TO_END = 2.0  # between the request to end and the kill
 SECONDS_BETWEEN_WRITES = 1.0
 MOST_WORKERS = 8
 SHARES = {
-    "build": 85, "tests": 180, "attention": 55, "ms_deform_attn": 55, "ms_deform_attn_fused": 45,
-    "query_similarity": 10, "add_layer_norm": 6, "sigmoid_focal_loss": 6, LAUNCH: 8, "profile": 30, "flex": 45,
+    "build": 85, "tests": 180,
+    **{ops.declaration(op).gpu_cases()[0].part: ops.declaration(op).GPU_SECONDS for op in ops.NAMES},
+    LAUNCH: 8, "profile": 30, "flex": 45,
 }  # fmt: skip
 """Seconds of each part, in order, 525 in all; last what compiles longest, with all that the others have left."""
 

@@ -22,7 +22,6 @@ from route_kernels import backends
 from route_kernels.testing import Arguments, map_tensors, named_tensors, outcome, sample_arguments
 
 from .chips import chip_of
-from .gpu_registry import DEVICE, GpuCase, gpu_cases, parts
 from .gpu_timing import (
     Call,
     EventTimer,
@@ -32,7 +31,7 @@ from .gpu_timing import (
     in_turn,
     peak_beside_inputs,
 )
-from .registry import OURS
+from .registry import DEVICE, OURS, GpuCase, gpu_cases, parts
 from .roofline import call_floor, least_bytes
 from .run import summary, verdicts
 from .timing import time_in_turns

@@ -24,7 +24,7 @@ from torch import Tensor
 from route_kernels.testing import Arguments, map_tensors, outcome
 
 from .device import ROOT
-from .registry import EAGER_ROUTING, PLAIN_SDPA, ROUTED_ATTENTION, attention_arguments
+from .ops.routed_attention import EAGER_ROUTING, PLAIN_SDPA, ROUTED_ATTENTION, attention_arguments
 from .verification import Results, complaint, yardstick
 
 CONTENDERS = {"fused": ROUTED_ATTENTION, "plain": PLAIN_SDPA, "eager": EAGER_ROUTING}

@@ -21,64 +21,19 @@ import torch
 
 import route_kernels as rk
 from route_kernels.backends import OPS
-from route_kernels.testing import (
-    Arguments,
-    add_layer_norm_arguments,
-    call,
-    ms_deform_attn_arguments,
-    ms_deform_attn_fused_arguments,
-    named_tensors,
-    query_similarity_arguments,
-    routed_attention_arguments,
-    sigmoid_focal_loss_arguments,
-)
+from route_kernels.testing import Arguments, call, declaration, named_tensors
 from route_kernels.triton import block_sizes
 from route_kernels.triton.availability import DTYPES
 from route_kernels.triton.block_sizes import INTERPRETER, TABLE, Rows, Settings
 
+from . import ops
 from .launches import Lookup, forced, lookups
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of a call
 
-LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))  # of an 800 x 1066 image
-POSITIONS = sum(height * width for height, width in LEVELS)
-DEFORMABLE: Mapping[str, Arguments] = {
-    "decoder": dict(levels=LEVELS, batch=2, heads=8, channels=32, queries=900, points=4),
-    "encoder": dict(levels=LEVELS, batch=2, heads=8, channels=32, queries=POSITIONS, points=4),
-}
-SIZES: Mapping[str, Mapping[str, Arguments]] = {
-    "routed_attention": {
-        f"B {batch} N {queries}": dict(
-            batch=batch, heads=8, queries=queries, channels=32, rank=16, gate_rank=3, limit=5.0
-        )
-        for batch, queries in ((2, 300), (16, 1100))
-    },
-    "query_similarity": {
-        f"B {batch} N {queries}": dict(batch=batch, queries=queries, channels=256)
-        for batch, queries in ((2, 300), (16, 1100))
-    },
-    "ms_deform_attn": DEFORMABLE,
-    "ms_deform_attn_fused": DEFORMABLE,
-    "add_layer_norm": {
-        "decoder": dict(batch=2, queries=900, channels=256),
-        "encoder": dict(batch=2, queries=POSITIONS, channels=256),
-    },
-    "sigmoid_focal_loss": {
-        "decoder": dict(batch=2, queries=900, classes=91),
-        "encoder": dict(batch=2, queries=POSITIONS, classes=91),
-    },
-}
+SIZES: Mapping[str, Mapping[str, Arguments]] = {op: ops.declaration(op).TUNED for op in OPS}
 """By op and name, shapes that detectors have."""
-
-_MAKE_ARGUMENTS: Mapping[str, Callable[..., Arguments]] = {
-    "routed_attention": routed_attention_arguments,
-    "query_similarity": query_similarity_arguments,
-    "ms_deform_attn": ms_deform_attn_arguments,
-    "ms_deform_attn_fused": ms_deform_attn_fused_arguments,
-    "add_layer_norm": add_layer_norm_arguments,
-    "sigmoid_focal_loss": sigmoid_focal_loss_arguments,
-}
 
 
 @dataclass(frozen=True)
@@ -92,7 +47,7 @@ class Case:
 
     def step(self, device: torch.device) -> Callable[[], object]:
         """Runs it on the Triton backend, on arguments that are made once."""
-        arguments = _MAKE_ARGUMENTS[self.op](**self.sizes, dtype=self.dtype, device=str(device))
+        arguments = declaration(self.op).arguments(**self.sizes, dtype=self.dtype, device=str(device))
         wanted = [tensor for _, tensor in named_tensors(arguments) if tensor.requires_grad]
 
         def run() -> object:

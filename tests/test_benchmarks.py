@@ -7,7 +7,8 @@ import torch
 
 import route_kernels as rk
 from benchmarks import memory, memory_levels, report, run, train_step, worker
-from benchmarks.registry import OURS, PEER, Case, Contender, Sampling, Target, Unavailable, cases
+from benchmarks.ops.ms_deform_attn import PEER, Sampling
+from benchmarks.registry import OURS, Case, Contender, Target, Unavailable, cases
 from benchmarks.timing import ratio, spread, time_in_turns
 from route_kernels.testing import EAGER, check_accuracy, routed_attention_arguments
 

@@ -13,8 +13,8 @@ from torch.nn.attention import flex_attention
 import route_kernels as rk
 from benchmarks import gpu_contenders, gpu_profile, gpu_run, gpu_tables, gpu_timing
 from benchmarks.chips import CHIPS
-from benchmarks.gpu_registry import HEADLINE, MIB, SAMPLED_BY, GpuCase, gpu_cases, parts, sampled_on_gpu
-from benchmarks.registry import LEVERS, OURS, Contender, Sampling, Target, Unavailable
+from benchmarks.ops.ms_deform_attn import HEADLINE, Sampling, sampled_on_gpu
+from benchmarks.registry import MIB, OURS, Contender, GpuCase, Target, Unavailable, gpu_cases, parts
 from benchmarks.report import markdown
 from benchmarks.roofline import call_floor, least_work, sizes_of
 from route_kernels.backends import OPS
@@ -119,7 +119,7 @@ def test_headline_arguments():
     assert arguments["query"].dtype == arguments["routing"].sup_q.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("op", SAMPLED_BY)
+@pytest.mark.parametrize("op", ["ms_deform_attn", "ms_deform_attn_fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("near", [True, False])
 def test_sampling_arguments(op, dtype, near):
@@ -242,7 +242,7 @@ def test_copies_beyond_the_cache(size, copies):
     assert gpu_timing.copies_beyond_cache(size) == copies
 
 
-@pytest.mark.parametrize("op", SAMPLED_BY)
+@pytest.mark.parametrize("op", ["ms_deform_attn", "ms_deform_attn_fused"])
 def test_each_of_our_gpu_backends_is_a_contender_or_says_why_not(op):
     headline = [case for case in gpu_cases() if case.op == op and case.name == HEADLINE]
     assert [case.backward for case in headline] == [True, False]
@@ -346,4 +346,4 @@ def test_tables_from_a_file(tmp_path, capsys):
 
 
 def test_parts_of_the_cases():
-    assert parts() == ["attention", "flex", *SAMPLED_BY, "query_similarity", *LEVERS]
+    assert parts() == ["attention", "flex", *rk.backends.OPS[1:]]

@@ -1,0 +1,65 @@
+"""What benchmarks need of `add_layer_norm`: the norm of a sum against PyTorch's sum and norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from route_kernels.testing import add_layer_norm_arguments
+
+from ..gpu_contenders import DTYPES, compiled_eager
+from ..registry import Case, GpuCase, eager, ours
+from ..work import R50_POSITIONS, Counted, Sizes, Work
+
+OP = "add_layer_norm"
+TUNED = {"decoder": dict(batch=2, queries=900, channels=256), "encoder": dict(batch=2, queries=17821, channels=256)}
+GPU_SECONDS = 6
+MAKE = partial(add_layer_norm_arguments, channels=256)
+CONTENDERS = (ours(OP), eager(OP, "sum and layer_norm"))
+
+
+def cases() -> list[Case]:
+    return [
+        Case(OP, f"B 1 N {n}", True, partial(MAKE, batch=1, queries=n), CONTENDERS, quick=n == 900)
+        for n in (900, 22223)
+    ]
+
+
+def gpu_cases() -> list[GpuCase]:
+    return [
+        GpuCase(
+            OP, f"B 2 N 22223 {suffix}", True, partial(MAKE, batch=2, queries=22223, dtype=dtype),
+            (*CONTENDERS, compiled_eager(OP)), part=OP,
+        )
+        for dtype, suffix in DTYPES
+    ]  # fmt: skip
+
+
+def is_gpu_headline(case: GpuCase) -> bool:
+    return True
+
+
+def least_work(s: Sizes, backward: bool, e: int, f: int) -> Work:
+    rows, elements = s["B"] * s["N"], s["B"] * s["N"] * s["C"]
+    kept = rows * min(s["C"], 4)  # x^ of the spare channels
+    return Work(
+        memory_bytes=e * (3 * elements + kept) + 4 * rows + (2 + 2 * backward) * f * s["C"],
+        l1_bytes=0,
+        matrix_flop=0,
+        lane_operations=(13 if backward else 8) * elements,
+        special_functions=0 if backward else rows,
+    )
+
+
+COUNTED = {OP: Counted(least_work, {"B": 2, "N": R50_POSITIONS, "C": 256})}
+
+
+def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
+    return dict(zip("BNC", arguments["x"].shape, strict=True))
+
+
+def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return arguments["x"], arguments["weight"]

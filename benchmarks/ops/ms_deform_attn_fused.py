@@ -1,0 +1,69 @@
+"""What benchmarks need of `ms_deform_attn_fused`: the sampling of `ms_deform_attn`, against its parts apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import route_kernels as rk
+from route_kernels.testing import EAGER
+
+from ..registry import Case, Contender, GpuCase, Target, eager, ours
+from ..work import Counted
+from .ms_deform_attn import (
+    R50_SIZES,
+    TUNED,  # noqa: F401
+    Levels,
+    is_gpu_headline,  # noqa: F401
+    sampled_cases,
+    sampled_gpu_cases,
+    sampled_sizes,
+    sampling_work,
+)
+
+OP = "ms_deform_attn_fused"
+APART = "softmax, locations, our ms_deform_attn"
+GPU_SECONDS = 45
+OF_THE_PARTS = 1 / 1.3
+"""Our time at the headline of that of its parts apart, at most."""
+
+
+@cache
+def _widths_and_heights(spatial_shapes: Levels, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([(width, height) for height, width in spatial_shapes], dtype=dtype).to(device)  # [L, 2]
+
+
+def _apart(value, spatial_shapes, reference_points, sampling_offsets, attention_logits) -> Tensor:
+    """What `ms_deform_attn_fused` does in one pass, one after the other."""
+    levels = len(spatial_shapes)
+    weights = attention_logits.softmax(-1).unflatten(-1, (levels, -1))
+    sizes = _widths_and_heights(tuple(spatial_shapes), sampling_offsets.dtype, sampling_offsets.device)
+    offsets = sampling_offsets.unflatten(3, (levels, -1)) / sizes[:, None]
+    return rk.ms_deform_attn(value, spatial_shapes, None, reference_points[:, :, None, :, None] + offsets, weights)
+
+
+CONTENDERS = (ours(OP), Contender(APART, _apart, EAGER[OP]), eager(OP, "eager grid_sample"))
+
+
+def cases() -> list[Case]:
+    return sampled_cases(OP, CONTENDERS, lambda sampling: [Target(APART, 1.0)])
+
+
+def gpu_cases() -> list[GpuCase]:
+    return list(sampled_gpu_cases(OP, CONTENDERS, lambda backward, contenders: [Target(APART, OF_THE_PARTS)]))
+
+
+COUNTED = {OP: Counted(partial(sampling_work, fused=True), {**R50_SIZES, "L_ref": 4})}
+
+
+def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
+    sizes = sampled_sizes(arguments["value"], arguments["sampling_offsets"])
+    return {**sizes, "L_ref": arguments["reference_points"].shape[2]}
+
+
+def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return arguments["value"], arguments["sampling_offsets"]

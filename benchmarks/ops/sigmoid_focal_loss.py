@@ -1,0 +1,64 @@
+"""What benchmarks need of `sigmoid_focal_loss`: the loss of a detector's logits against one-hot targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from route_kernels.testing import sigmoid_focal_loss_arguments
+
+from ..gpu_contenders import DTYPES, compiled_eager
+from ..registry import Case, GpuCase, eager, ours
+from ..work import R50_POSITIONS, Counted, Sizes, Work
+
+OP = "sigmoid_focal_loss"
+TUNED = {"decoder": dict(batch=2, queries=900, classes=91), "encoder": dict(batch=2, queries=17821, classes=91)}
+GPU_SECONDS = 6
+MAKE = partial(sigmoid_focal_loss_arguments, classes=91)
+CONTENDERS = (ours(OP), eager(OP, "eager, one-hot targets"))
+
+
+def cases() -> list[Case]:
+    return [
+        Case(OP, f"B 1 N {n}", True, partial(MAKE, batch=1, queries=n), CONTENDERS, quick=n == 900)
+        for n in (900, 22223)
+    ]
+
+
+def gpu_cases() -> list[GpuCase]:
+    return [
+        GpuCase(
+            OP, f"B 2 N 22223 {suffix}", True, partial(MAKE, batch=2, queries=22223, dtype=dtype),
+            (*CONTENDERS, compiled_eager(OP)), part=OP,
+        )
+        for dtype, suffix in DTYPES
+    ]  # fmt: skip
+
+
+def is_gpu_headline(case: GpuCase) -> bool:
+    return True
+
+
+def least_work(s: Sizes, backward: bool, e: int, f: int) -> Work:
+    rows, elements = s["B"] * s["N"], s["B"] * s["N"] * s["K"]
+    return Work(
+        memory_bytes=e * 2 * elements + (4 if backward else 12) * rows,
+        l1_bytes=0,
+        matrix_flop=0,
+        lane_operations=(1 if backward else 14) * elements,
+        special_functions=0 if backward else 3 * elements,
+    )
+
+
+COUNTED = {OP: Counted(least_work, {"B": 2, "N": R50_POSITIONS, "K": 91})}
+
+
+def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
+    return dict(zip("BNK", arguments["logits"].shape, strict=True))
+
+
+def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return arguments["logits"], arguments["logits"]
