@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -33,29 +34,39 @@ class SelfAttentionKind:
 
     Attributes:
         description: which modules these are, for messages.
+        has: attributes of such a module, dotted where they are of a part.
+        takes: the arguments of its forward, without keywords of any name.
+        channels, dropped: the attributes with C and with the dropout on attention weights.
     """
 
     description: str
+    has: tuple[str, ...]
+    takes: tuple[str, ...]
+    channels: str
+    dropped: str
 
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
         """Whether `module` is of this kind."""
-        raise NotImplementedError
+        if not all(_has(module, name) for name in cls.has):
+            return False
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) == cls.takes
 
     @staticmethod
     def refusal(module: nn.Module) -> str | None:
         """Why this very module cannot be routed, or None."""
         return None
 
-    @staticmethod
-    def embed_dim(module: nn.Module) -> int:
+    @classmethod
+    def embed_dim(cls, module: nn.Module) -> int:
         """C."""
-        raise NotImplementedError
+        return attrgetter(cls.channels)(module)
 
-    @staticmethod
-    def dropout(module: nn.Module) -> tuple[str, float]:
+    @classmethod
+    def dropout(cls, module: nn.Module) -> tuple[str, float]:
         """Name and rate of the dropout on attention weights."""
-        raise NotImplementedError
+        return cls.dropped, attrgetter(cls.dropped)(module)
 
     @staticmethod
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> SelfAttentionCall:
@@ -67,6 +78,7 @@ class TorchMultiheadAttention(SelfAttentionKind):
     """`nn.MultiheadAttention`: bool masks say where a query may NOT attend; float masks are added."""
 
     description = "torch.nn.MultiheadAttention"
+    channels, dropped = "embed_dim", "dropout"
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -77,14 +89,6 @@ class TorchMultiheadAttention(SelfAttentionKind):
         if module.bias_k is not None or module.add_zero_attn:
             return "add_bias_kv and add_zero_attn add keys that are no queries"
         return None
-
-    @staticmethod
-    def embed_dim(module: nn.MultiheadAttention) -> int:
-        return module.embed_dim
-
-    @staticmethod
-    def dropout(module: nn.MultiheadAttention) -> tuple[str, float]:
-        return "dropout", module.dropout
 
     @staticmethod
     def call(
@@ -127,20 +131,9 @@ class ProjectedSelfAttention(SelfAttentionKind):
     """transformers >= 5: q_proj, k_proj, v_proj, o_proj on hidden_states + position_embeddings (not for values)."""
 
     description = "transformers' *SelfAttention (q_proj, k_proj, v_proj, o_proj)"
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        return _has(module, "q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling") and _takes(
-            module, "hidden_states", "attention_mask", "position_embeddings"
-        )
-
-    @staticmethod
-    def embed_dim(module: nn.Module) -> int:
-        return module.q_proj.in_features
-
-    @staticmethod
-    def dropout(module: nn.Module) -> tuple[str, float]:
-        return "attention_dropout", module.attention_dropout
+    has = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
+    takes = ("hidden_states", "attention_mask", "position_embeddings")
+    channels, dropped = "q_proj.in_features", "attention_dropout"
 
     @staticmethod
     def call(
@@ -170,16 +163,9 @@ class GroupedSelfAttention(SelfAttentionKind):
     """transformers' LW-DETR and RF-DETR: as above, and in training the queries fall into `group_detr` groups."""
 
     description = "transformers' LwDetrAttention, RfDetrAttention"
-    embed_dim = ProjectedSelfAttention.embed_dim
-    dropout = ProjectedSelfAttention.dropout
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        return (
-            _has(module, "q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "config")
-            and _has(module.config, "group_detr")
-            and _takes(module, "hidden_states", "position_embeddings")
-        )
+    has = (*ProjectedSelfAttention.has, "config.group_detr")
+    takes = ("hidden_states", "position_embeddings")
+    channels, dropped = ProjectedSelfAttention.channels, ProjectedSelfAttention.dropped
 
     @staticmethod
     def call(
@@ -201,17 +187,9 @@ class ConditionalSelfAttention(SelfAttentionKind):
     """transformers' Conditional DETR decoder: content and position have projections of their own, then are added."""
 
     description = "transformers' ConditionalDetrDecoderSelfAttention"
-    dropout = ProjectedSelfAttention.dropout
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        return _has(
-            module, "q_content_proj", "q_pos_proj", "k_content_proj", "k_pos_proj", "v_proj", "o_proj", "head_dim"
-        ) and _takes(module, "hidden_states", "query_position_embeddings", "attention_mask")
-
-    @staticmethod
-    def embed_dim(module: nn.Module) -> int:
-        return module.q_content_proj.in_features
+    has = ("q_content_proj", "q_pos_proj", "k_content_proj", "k_pos_proj", "v_proj", "o_proj", "head_dim")
+    takes = ("hidden_states", "query_position_embeddings", "attention_mask")
+    channels, dropped = "q_content_proj.in_features", ProjectedSelfAttention.dropped
 
     @staticmethod
     def call(
@@ -238,20 +216,9 @@ class QueriesKeysValues(SelfAttentionKind):
     """
 
     description = "transformers' GroundingDino-, MMGroundingDino- and OmDetTurboMultiheadAttention"
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        return _has(module, "query", "key", "value", "out_proj", "attention_head_size") and _takes(
-            module, "queries", "keys", "values", "attention_mask", "output_attentions"
-        )
-
-    @staticmethod
-    def embed_dim(module: nn.Module) -> int:
-        return module.query.in_features
-
-    @staticmethod
-    def dropout(module: nn.Module) -> tuple[str, float]:
-        return "dropout.p", module.dropout.p
+    has = ("query", "key", "value", "out_proj", "attention_head_size")
+    takes = ("queries", "keys", "values", "attention_mask", "output_attentions")
+    channels, dropped = "query.in_features", "dropout.p"
 
     @staticmethod
     def call(
@@ -298,13 +265,12 @@ def groups_as_batch(x: Tensor, groups: int) -> Tensor:
     return torch.cat(x.chunk(groups, 1)) if groups > 1 else x
 
 
-def _has(module: object, *names: str) -> bool:
-    return all(hasattr(module, name) for name in names)
-
-
-def _takes(module: nn.Module, *names: str) -> bool:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) == names
+def _has(module: object, dotted: str) -> bool:
+    try:
+        attrgetter(dotted)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _heads(projected: Tensor, channels: int) -> Tensor:
