@@ -117,3 +117,16 @@ def test_strength_and_limit_may_be_tensors():
     for ours, expected in zip(*found.values(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
     assert found["eager"][-1] != 0
+
+
+def test_a_block_inside_a_compiled_function():
+    def similarity(x):
+        with rk.backend("eager"):
+            return rk.query_similarity(x)
+
+    x = torch.randn(2, 5, 4)
+    counter = CompileCounterWithBackend("eager")
+    found = torch.compile(similarity, backend=counter, fullgraph=True)(x)
+    torch.testing.assert_close(found, similarity(x))
+    assert not any("route_kernels" in str(node.target) for node in counter.graphs[0].graph.nodes)
+    assert rk.requested_backend() is None
