@@ -101,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Interpreted kernels have no machine code: read before triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
     from . import cuda_machine_code
-    from .variants import VARIANTS
+    from .ops import NAMES
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
-    parser.add_argument("--op", action="append", choices=sorted(VARIANTS), help="may be repeated [all]")
+    parser.add_argument("--op", action="append", choices=sorted(NAMES), help="may be repeated [all]")
     parser.add_argument("--chip", action="append", choices=sorted(PROCESSORS), help="may be repeated [%(default)s]")
     parser.add_argument("--backend", choices=("triton", "cuda"), help="only its kernels [both]")
     parser.add_argument("--match", default="", metavar="TEXT", help="only variants with TEXT in their name")
@@ -127,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     found = []
     if args.backend != "cuda":
-        found += rows(args.op or VARIANTS, args.chip or CHIPS, args.match, args.few)
-    if args.backend != "triton" and cuda_machine_code.OP in (args.op or VARIANTS):
+        found += rows(args.op or NAMES, args.chip or CHIPS, args.match, args.few)
+    if args.backend != "triton" and cuda_machine_code.OP in (args.op or NAMES):
         found += cuda_machine_code.rows(args.chip or CHIPS, args.match, args.few)
     print("\n".join(table(found)))
     faults = sum(bool(row.faults()) for row in found)

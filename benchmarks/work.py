@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 
 Sizes = Mapping[str, int]
 DIRECTIONS = ("forward", "backward")
@@ -32,3 +35,16 @@ class Counted:
     work: Callable[[Sizes, bool, int, int], Work]
     headline: Sizes
     directions: Sequence[str] = DIRECTIONS
+
+
+class KernelCall(NamedTuple):
+    """A call of an op's kernels, the same of every backend's, on tensors of the meta device."""
+
+    direction: str  # "forward" or "backward"
+    label: str  # dtype and sizes: unique within op and direction
+    arguments: tuple[Any, ...]  # of the entry point, outputs last
+    family: tuple[Any, ...] = ()  # what spilled registers are known by
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

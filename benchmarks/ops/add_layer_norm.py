@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from route_kernels.precision import FLOATING, accumulate_dtype
 from route_kernels.testing import add_layer_norm_arguments
 
 from ..gpu_contenders import DTYPES, compiled_eager
 from ..registry import Case, GpuCase, eager, ours
-from ..work import R50_POSITIONS, Counted, Sizes, Work
+from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
 OP = "add_layer_norm"
 TUNED = {"decoder": dict(batch=2, queries=900, channels=256), "encoder": dict(batch=2, queries=17821, channels=256)}
@@ -63,3 +66,15 @@ def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
 
 def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return arguments["x"], arguments["weight"]
+
+
+def kernel_calls() -> Iterator[KernelCall]:
+    """Every dtype with the channels of detectors; x^ of four channels kept, and all of it."""
+    for dtype, width, kept in (*itertools.product(FLOATING, (256, 384, 1024), (4,)), (torch.bfloat16, 256, 256)):
+        tokens, accumulate = 44446, accumulate_dtype(dtype)
+        x = torch.empty(tokens, width, dtype=dtype, device="meta")
+        weight, rstd, normalized = x[0], x.new_empty(tokens, dtype=accumulate), x.new_empty(tokens, kept)
+        channels, sums = x.new_empty(kept, dtype=torch.int32), x.new_empty(512, 2, width, dtype=accumulate)
+        label = f"{name_of(dtype)} C={width} kept={kept}"
+        yield KernelCall("forward", label, (x, x, weight, weight, channels, 1e-5, x, rstd, normalized))
+        yield KernelCall("backward", label, (x, x, rstd, normalized, channels, weight, weight, [x, sums]))

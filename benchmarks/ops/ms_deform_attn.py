@@ -19,6 +19,7 @@ References as (x, y).
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from route_kernels.precision import FLOATING
 from route_kernels.testing import EAGER, Arguments
 
 from ..gpu_contenders import DTYPES, compiled_eager, on_backend
 from ..registry import Case, Contender, GpuCase, Target, Unavailable, eager, ours
-from ..work import R50_POSITIONS, Counted, Sizes, Work
+from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
 OP = "ms_deform_attn"
 PEER = "torch-ms-deform-attn 0.1.1"
@@ -238,3 +240,22 @@ def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
 
 def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return arguments["value"], arguments["sampling_locations"]
+
+
+KERNEL_LEVELS = (*itertools.chain(*R50_LEVELS), *(0,) * len(R50_LEVELS), *(POINTS,) * len(R50_LEVELS))
+"""The kernels' argument `levels`, sizes, starts and counts of points, of an image of 800 x 1333 pixels."""
+
+
+def kernel_calls() -> Iterator[KernelCall]:
+    """A detector's encoder for every dtype, with both ways to sum the gradient of value, and D of no power of two."""
+    for dtype, channels in (*((dtype, 32) for dtype in FLOATING), (torch.bfloat16, 24)):
+        heads, points = 8, 4 * len(R50_LEVELS)
+        point_dtype = torch.promote_types(dtype, torch.float32)
+        value = torch.empty(1, R50_POSITIONS, heads, channels, dtype=dtype, device="meta")
+        locations = torch.empty(1, R50_POSITIONS, heads, points, 2, dtype=point_dtype, device="meta")
+        weights = locations[..., 0].contiguous()
+        output, label = value.flatten(2), f"{name_of(dtype)} D={channels}"
+        inputs, grads = (value, KERNEL_LEVELS, locations, weights), [value, locations, weights]
+        yield KernelCall("forward", label, (*inputs, output))
+        for way, deterministic in (("", False), (" deterministic", True)):
+            yield KernelCall("backward", label + way, (output, *inputs, deterministic, grads))

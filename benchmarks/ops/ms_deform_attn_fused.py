@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 import route_kernels as rk
+from route_kernels.precision import FLOATING
 from route_kernels.testing import EAGER
 
 from ..registry import Case, Contender, GpuCase, Target, eager, ours
-from ..work import Counted
+from ..work import R50_POSITIONS, Counted, KernelCall, name_of
 from .ms_deform_attn import (
+    KERNEL_LEVELS,
+    R50_LEVELS,
     R50_SIZES,
     TUNED,  # noqa: F401
     Levels,
@@ -67,3 +70,24 @@ def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
 
 def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return arguments["value"], arguments["sampling_offsets"]
+
+
+def kernel_calls() -> Iterator[KernelCall]:
+    """A detector's decoder for every dtype: boxes of each level, a mask, every gradient; with points, neither."""
+    batch, queries, heads, channels = 2, 900, 8, 32
+    points = 4 * len(R50_LEVELS)
+    for dtype, coordinates, masked in (*((dtype, 4, True) for dtype in FLOATING), (torch.bfloat16, 2, False)):
+        point_dtype = torch.promote_types(dtype, torch.float32)
+
+        def empty(*shape: int, dtype: torch.dtype = point_dtype) -> Tensor:
+            return torch.empty(batch, *shape, dtype=dtype, device="meta")
+
+        value, mask = empty(R50_POSITIONS, heads, channels, dtype=dtype), empty(R50_POSITIONS, dtype=torch.bool)
+        offsets, logits = empty(queries, heads, points, 2), empty(queries, heads, points)
+        references = empty(queries, len(R50_LEVELS), coordinates)
+        output = empty(queries, heads * channels, dtype=dtype)
+        inputs = (value, KERNEL_LEVELS, references, offsets, logits, mask if masked else None)
+        grads = [value, offsets, logits, *([references] if masked else [])]
+        label = f"{name_of(dtype)} D={channels} coordinates={coordinates}"
+        yield KernelCall("forward", label, (*inputs, output))
+        yield KernelCall("backward", label, (output, *inputs, False, grads))

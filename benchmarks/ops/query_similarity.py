@@ -13,7 +13,7 @@ query_similarity, "relu": each unordered pair once; "mean": sums only
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from route_kernels.precision import FLOATING
 from route_kernels.testing import EAGER, query_similarity_arguments
 
 from ..gpu_contenders import compiled_eager
 from ..registry import Case, Contender, GpuCase, eager, ours
-from ..work import Counted, Sizes, Work
+from ..work import Counted, KernelCall, Sizes, Work, name_of
 
 OP = "query_similarity"
 TUNED = {
@@ -109,3 +110,11 @@ def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
 
 def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return arguments["x"], arguments["x"]
+
+
+def kernel_calls() -> Iterator[KernelCall]:
+    """C of one and of several chunks, aligned and not, every dtype."""
+    for dtype in FLOATING[:3]:
+        for channels in (32, 250, 256, 1024):
+            x = torch.empty(2, 1100, channels, dtype=dtype, device="meta")
+            yield KernelCall("forward", f"{name_of(dtype)} C={channels}", (x, x.new_empty(2, 1100)))

@@ -22,7 +22,8 @@ R = G = 0 is attention without a bias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,11 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from route_kernels.precision import FLOATING
 from route_kernels.testing import Arguments, routed_attention_arguments
 
 from ..gpu_contenders import COMPILED_PUBLIC, FLEX_FACTORED, FLEX_LOOKED_UP, PUBLIC
 from ..registry import MIB, Case, Contender, GpuCase, Target, eager, ours, without_gradients
-from ..work import Counted, Sizes, Work
+from ..work import Counted, KernelCall, Sizes, Work, name_of
 
 OP = "routed_attention"
 DECODER = {"heads": 8, "channels": 32, "rank": 16, "gate_rank": 3}
@@ -132,3 +134,50 @@ def sizes_of(arguments: Mapping[str, Any]) -> dict[str, int]:
 def main_and_factor(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     routing = arguments.get("routing")
     return arguments["query"], arguments["query"] if routing is None else routing.sup_q
+
+
+RANKS = ((16, 3), (32, 8), (64, 32))  # R and G
+
+
+def kernel_calls() -> Iterator[KernelCall]:
+    """Forward and backward for every dtype, D, rank and mask, of a detector's shape."""
+    for dtype in FLOATING[:3]:
+        for channels in (16, 32, 64, 128):
+            yield from _kernel_calls(f"D={channels}", dtype, channels)
+        yield from _kernel_calls("D=48 R=64 G=32", dtype, 48, ranks=(64, 32))
+        yield from _kernel_calls("D=32 plain", dtype, 32, ranks=None)
+        yield from _kernel_calls("D=32 masked", dtype, 32, masked=True)
+        if dtype != torch.float32:
+            yield from _kernel_calls("D=32 float32 factors", dtype, 32, factor_dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):  # float16 is as bfloat16
+        for channels, ranks, masked in itertools.product((16, 32, 64, 128), RANKS, (False, True)):
+            label = f"D={channels} R={ranks[0]} G={ranks[1]}{' masked' if masked else ''}"
+            yield from _kernel_calls(label, dtype, channels, ranks=ranks, masked=masked)
+        for channels in (32, 64):
+            yield from _kernel_calls(f"D={channels} strength a tensor", dtype, channels, controlled=True)
+
+
+def _kernel_calls(
+    label: str, dtype: torch.dtype, channels: int, *, ranks: tuple[int, int] | None = (16, 3),
+    factor_dtype: torch.dtype | None = None, masked: bool = False, controlled: bool = False,
+) -> Iterator[KernelCall]:  # fmt: skip
+    batch, heads, queries = 2, 8, 1100
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query, key, value = (empty(batch, queries, heads, channels).transpose(1, 2) for _ in range(3))
+    rank, gate_rank = ranks or (0, 0)
+    widths = (rank, rank, rank, rank, gate_rank, gate_rank) if ranks else ()
+    routing = [empty(batch, queries, width, dtype=factor_dtype or dtype) for width in widths]
+    output, lse = empty(batch, heads, queries, channels), empty(batch, heads, queries, dtype=torch.float32)
+    grads = [output, output, output, *routing]
+    if controlled:
+        routing.append(empty(2, dtype=torch.float32))
+        grads.append(empty(batch, queries, dtype=torch.float32))
+    mask = empty(queries, queries).expand(batch, heads, -1, -1) if masked else None
+    ranges = empty(batch, queries, 2, 2, dtype=torch.int32) if masked else None
+    call = (query, key, value, routing, mask, ranges, (1.0, 1.0, 5.0))
+    label, family = f"{name_of(dtype)} {label}", (dtype, channels, rank or 16, masked)
+    yield KernelCall("forward", label, (*call, output, lse), family)
+    yield KernelCall("backward", label, (output, output, lse, *call, grads), family)
