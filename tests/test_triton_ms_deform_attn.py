@@ -289,17 +289,17 @@ def test_every_element_of_poisoned_outputs_is_written(deterministic):
 
 @each_op
 def test_the_gradient_of_value_is_summed_in_a_fixed_order_where_asked_for(op, monkeypatch):
-    from route_kernels.triton.launch import Prepared
-    from route_kernels.triton.ms_deform_attn import host as launches
+    from route_kernels.triton import launch
+    from route_kernels.triton.ms_deform_attn.backward import ms_deform_attn_backward
 
-    sums_of_atomics, call = [], Prepared.__call__
+    sums_of_atomics, run = [], launch.run
 
-    def noted(prepared, tensors, *floats):
-        if prepared.kernel is launches.ms_deform_attn_backward:
-            sums_of_atomics.append(tensors[1])
-        call(prepared, tensors, *floats)
+    def noted(function, grid, *arguments):
+        if function is ms_deform_attn_backward.function:
+            sums_of_atomics.append(arguments[1])
+        run(function, grid, *arguments)
 
-    monkeypatch.setattr(Prepared, "__call__", noted)
+    monkeypatch.setattr(launch, "run", noted)
     arguments, grad_output = ARGUMENTS[op](**FEW | {"queries": 12}), torch.randn(1, 12, 16)
     by_atomics = outcome(on_triton(op), arguments, grad_output)
     torch.use_deterministic_algorithms(True)

@@ -26,19 +26,18 @@ from .tile import (
     add_factor_gradients,
     add_mask,
     exponential,
-    gate_zeros,
-    in_ranges,
-    load_gate,
+    factor_zeros,
+    load_factors,
+    load_head,
     load_ranges,
     load_rows,
     logits_of,
-    mask_pointers_of,
     products,
     route_adjoint,
-    routing_bias,
-    store_gate,
+    store_factors,
     store_rows,
     strength_and_limit,
+    tile_bias,
 )
 
 
@@ -58,21 +57,17 @@ def attention_backward_queries(
     grad_strength,  # [groups, B, N] float32, contiguous, or None: rows of sum_j sum_h dS_hij clamp(r_ij)
     scale, strength, limit,  # a strength of None is 1
     batch, heads, queries, keys,
-    stride_ob, stride_oh, stride_on,  # of grad_output
-    stride_qb, stride_qh, stride_qn,
-    stride_kb, stride_kh, stride_km,
-    stride_vb, stride_vh, stride_vm,
-    stride_sup_qb, stride_sup_qn, stride_sup_kb, stride_sup_km,
-    stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
-    stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
-    stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
+    stride_o,  # of B, H and N of grad_output
+    stride_q, stride_k, stride_v,  # of B, H and N or M
+    stride_factors_q, stride_factors_k,  # of B and N or M of sup, of del, of gate
+    stride_mask,  # of B, H, N, M
     stride_ranges_b,
     ROUTED: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
     RANGES: tl.constexpr,
-    D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    D: tl.constexpr, RANKS: tl.constexpr,  # of sup, del, gate
+    BLOCK_D: tl.constexpr, PADDED_RANKS: tl.constexpr,
     GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
@@ -87,16 +82,10 @@ def attention_backward_queries(
 
     row_factors, factor_gradients = (), ()
     if ROUTED:
-        row_factors = (
-            load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, rows, queries, SUP_RANK, BLOCK_SUP),
-            load_rows(del_q + b * stride_del_qb, stride_del_qn, rows, queries, DEL_RANK, BLOCK_DEL),
-            load_gate(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE, GATE_COLUMNS),
+        row_factors = load_factors(
+            (sup_q, del_q, gate_q), stride_factors_q, b, rows, queries, RANKS, PADDED_RANKS, GATE_COLUMNS
         )
-        factor_gradients = (
-            tl.zeros([BLOCK_N, BLOCK_SUP], tl.float32),
-            tl.zeros([BLOCK_N, BLOCK_DEL], tl.float32),
-            gate_zeros(BLOCK_N, BLOCK_GATE, GATE_COLUMNS),
-        )
+        factor_gradients = factor_zeros(BLOCK_N, PADDED_RANKS, GATE_COLUMNS)
         if grad_strength is not None:
             strength_rows = tl.zeros([BLOCK_N], tl.float32)
     query_rows, incoming_rows, lse_rows, inverse_sum_rows, dots, gradients = (), (), (), (), (), ()
@@ -105,13 +94,12 @@ def attention_backward_queries(
         h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
         count_of_head = tl.where(group * HEADS_PER_PROGRAM + i < heads, queries, 0)
         row_of_head = (b * heads + h) * queries
-        incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, rows, queries, D, BLOCK_D)
+        incoming = load_head(grad_output, stride_o, b, h, rows, queries, D, BLOCK_D)
         attended = load_rows(output + row_of_head * D, D, rows, queries, D, BLOCK_D)
         # [BLOCK_N]
         output_dot_row = tl.sum(incoming.to(tl.float32) * attended.to(tl.float32), axis=1)
         tl.store(output_dot + row_of_head + rows, output_dot_row, mask=rows < count_of_head)
-        query_head = query + b * stride_qb + h * stride_qh
-        query_rows = query_rows + (load_rows(query_head, stride_qn, rows, queries, D, BLOCK_D),)
+        query_rows = query_rows + (load_head(query, stride_q, b, h, rows, queries, D, BLOCK_D),)
         incoming_rows = incoming_rows + (incoming,)
         if MASK == 2:
             pairs = lse + row_of_head * 2 + rows * 2
@@ -123,10 +111,10 @@ def attention_backward_queries(
         dots = dots + (output_dot_row,)
         gradients = gradients + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
 
+    ranges = ()
     if RANGES:
-        ranges_of_image = key_ranges + b * stride_ranges_b
-        start0, end0, start1, end1 = load_ranges(ranges_of_image, rows, queries)
-        first, count, second, tiles = tiles_seen(start0, end0, start1, end1, keys, BLOCK_M)
+        ranges = load_ranges(key_ranges + b * stride_ranges_b, rows, queries)
+        first, count, second, tiles = tiles_seen(ranges, keys, BLOCK_M)
     else:
         tiles = tl.cdiv(keys, BLOCK_M)
 
@@ -136,39 +124,21 @@ def attention_backward_queries(
             tile = tl.where(step < count, first + step, second + step - count)
         columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         # [BLOCK_N, BLOCK_M]
-        bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        if ROUTED:
-            column_factors = (
-                load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
-                load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
-                load_gate(
-                    gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
-                ),
-            )
-            bias, open_p, difference, clamped = routing_bias(
-                row_factors, column_factors, strength, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
-            )
-        visible = (columns < keys)[None, :]
-        if RANGES:
-            j = columns[None, :]
-            visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
-        bias = tl.where(visible, bias, float("-inf"))
-        if MASK:
-            mask_pointers = mask_pointers_of(
-                attn_mask + b * stride_mask_b, rows, queries, stride_mask_n, columns, keys, stride_mask_m
-            )
-            if not MASK_OF_HEAD:
-                bias = add_mask(bias, mask_pointers, UNITS, MASK)
+        bias, column_factors, route, mask_pointers = tile_bias(
+            b, rows, queries, columns, keys, row_factors, (sup_k, del_k, gate_k), stride_factors_k, strength, limit,
+            ranges, attn_mask, stride_mask, True, ROUTED, MASK, MASK_OF_HEAD, RANGES, RANKS, PADDED_RANKS,
+            GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID,
+        )  # fmt: skip
 
         grad_bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         added = ()
         for i in tl.static_range(HEADS_PER_PROGRAM):
             h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
-            key_rows = load_rows(key + b * stride_kb + h * stride_kh, stride_km, columns, keys, D, BLOCK_D)
-            value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
+            key_rows = load_head(key, stride_k, b, h, columns, keys, D, BLOCK_D)
+            value_rows = load_head(value, stride_v, b, h, columns, keys, D, BLOCK_D)
             bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, UNITS, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask[1], UNITS, MASK)
             # [BLOCK_N, BLOCK_M]
             inner = products(query_rows[i], key_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
@@ -183,9 +153,9 @@ def attention_backward_queries(
             added = added + (dot(rounded(grad_logits, key_rows.dtype), key_rows, gradients[i], PRECISION),)
         gradients = added
         if grad_strength is not None:
-            strength_rows += tl.sum(grad_bias * clamped, axis=1)
+            strength_rows += tl.sum(grad_bias * route[2], axis=1)
         if ROUTED:
-            to_factors = route_adjoint(grad_bias, strength, open_p, difference)
+            to_factors = route_adjoint(grad_bias, strength, route)
             factor_gradients = add_factor_gradients(
                 factor_gradients, to_factors, column_factors, GATE_COLUMNS, FACTOR_PRECISION
             )
@@ -197,13 +167,10 @@ def attention_backward_queries(
         store_rows(grad_query + row_of_head * D, D, rows, count_of_head, gradients[i] * scale, D, BLOCK_D)
     if ROUTED:
         first_row = (group.to(tl.int64) * batch + b) * queries
-        store_rows(grad_sup + first_row * SUP_RANK, SUP_RANK, rows, queries, factor_gradients[0], SUP_RANK, BLOCK_SUP)
-        store_rows(grad_del + first_row * DEL_RANK, DEL_RANK, rows, queries, factor_gradients[1], DEL_RANK, BLOCK_DEL)
         if grad_strength is not None:
             tl.store(grad_strength + first_row + rows, strength_rows, mask=rows < queries)
-        store_gate(
-            grad_gate + first_row * GATE_RANK, rows, queries, factor_gradients[2], GATE_RANK, BLOCK_GATE, GATE_COLUMNS
-        )
+        pointers = (grad_sup, grad_del, grad_gate)
+        store_factors(pointers, first_row, rows, queries, factor_gradients, RANKS, PADDED_RANKS, GATE_COLUMNS)
 
 
 @triton.jit
@@ -235,21 +202,17 @@ def attention_backward_keys(
     grad_sup, grad_del, grad_gate,  # [groups, B, M, R], [groups, B, M, R], [groups, B, M, G], contiguous
     scale, strength, limit,  # a strength of None is 1
     batch, heads, queries, keys,
-    stride_ob, stride_oh, stride_on,  # of grad_output
-    stride_qb, stride_qh, stride_qn,
-    stride_kb, stride_kh, stride_km,
-    stride_vb, stride_vh, stride_vm,
-    stride_sup_qb, stride_sup_qn, stride_sup_kb, stride_sup_km,
-    stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
-    stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
-    stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
+    stride_o,  # of B, H and N of grad_output
+    stride_q, stride_k, stride_v,  # of B, H and N or M
+    stride_factors_q, stride_factors_k,  # of B and N or M of sup, of del, of gate
+    stride_mask,  # of B, H, N, M
     stride_ranges_b,
     ROUTED: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
     RANGES: tl.constexpr,
-    D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    D: tl.constexpr, RANKS: tl.constexpr,  # of sup, del, gate
+    BLOCK_D: tl.constexpr, PADDED_RANKS: tl.constexpr,
     GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
@@ -264,26 +227,20 @@ def attention_backward_keys(
 
     row_factors, factor_gradients = (), ()
     if ROUTED:
-        row_factors = (
-            load_rows(sup_k + b * stride_sup_kb, stride_sup_km, rows, keys, SUP_RANK, BLOCK_SUP),
-            load_rows(del_k + b * stride_del_kb, stride_del_km, rows, keys, DEL_RANK, BLOCK_DEL),
-            load_gate(gate_k + b * stride_gate_kb, stride_gate_km, rows, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS),
+        row_factors = load_factors(
+            (sup_k, del_k, gate_k), stride_factors_k, b, rows, keys, RANKS, PADDED_RANKS, GATE_COLUMNS
         )
-        factor_gradients = (
-            tl.zeros([BLOCK_M, BLOCK_SUP], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_DEL], tl.float32),
-            gate_zeros(BLOCK_M, BLOCK_GATE, GATE_COLUMNS),
-        )
+        factor_gradients = factor_zeros(BLOCK_M, PADDED_RANKS, GATE_COLUMNS)
     key_rows, value_rows, key_gradients, value_gradients = (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
         h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
-        key_head, value_head = key + b * stride_kb + h * stride_kh, value + b * stride_vb + h * stride_vh
-        key_rows = key_rows + (load_rows(key_head, stride_km, rows, keys, D, BLOCK_D),)
-        value_rows = value_rows + (load_rows(value_head, stride_vm, rows, keys, D, BLOCK_D),)
+        key_head, value_head = key + b * stride_k[0] + h * stride_k[1], value + b * stride_v[0] + h * stride_v[1]
+        key_rows = key_rows + (load_rows(key_head, stride_k[2], rows, keys, D, BLOCK_D),)
+        value_rows = value_rows + (load_rows(value_head, stride_v[2], rows, keys, D, BLOCK_D),)
         key_gradients = key_gradients + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
         value_gradients = value_gradients + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
 
-    first, last = 0, queries
+    first, last, ranges_of_image = 0, queries, ()
     if RANGES:
         ranges_of_image = key_ranges + b * stride_ranges_b
         end_key = tl.minimum((block + 1) * BLOCK_M, keys)
@@ -292,29 +249,11 @@ def attention_backward_keys(
     for start in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         # [BLOCK_M, BLOCK_N]
-        bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if ROUTED:
-            column_factors = (
-                load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, columns, queries, SUP_RANK, BLOCK_SUP),
-                load_rows(del_q + b * stride_del_qb, stride_del_qn, columns, queries, DEL_RANK, BLOCK_DEL),
-                load_gate(
-                    gate_q + b * stride_gate_qb, stride_gate_qn, columns, queries, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
-                ),
-            )
-            bias, open_p, difference, _ = routing_bias(
-                row_factors, column_factors, strength, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
-            )
-        if RANGES:
-            start0, end0, start1, end1 = load_ranges(ranges_of_image, columns, queries)
-            j = rows[:, None]
-            visible = in_ranges(start0[None, :], end0[None, :], start1[None, :], end1[None, :], j)
-            bias = tl.where(visible, bias, float("-inf"))
-        if MASK:
-            mask_pointers = mask_pointers_of(
-                attn_mask + b * stride_mask_b, rows, keys, stride_mask_m, columns, queries, stride_mask_n
-            )
-            if not MASK_OF_HEAD:
-                bias = add_mask(bias, mask_pointers, UNITS, MASK)
+        bias, column_factors, route, mask_pointers = tile_bias(
+            b, rows, keys, columns, queries, row_factors, (sup_q, del_q, gate_q), stride_factors_q, strength, limit,
+            ranges_of_image, attn_mask, stride_mask, False, ROUTED, MASK, MASK_OF_HEAD, RANGES, RANKS, PADDED_RANKS,
+            GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID,
+        )  # fmt: skip
 
         grad_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         added_to_key, added_to_value = (), ()
@@ -327,11 +266,13 @@ def attention_backward_keys(
             if MASK != 2:
                 natural = tl.load(lse + row_of_head + columns, mask=columns < count_of_head, other=float("inf"))
             output_dot_row = tl.load(output_dot + row_of_head + columns, mask=columns < queries, other=0.0)
-            query_rows = load_rows(query + b * stride_qb + h * stride_qh, stride_qn, columns, queries, D, BLOCK_D)
-            incoming = load_rows(grad_output + b * stride_ob + h * stride_oh, stride_on, columns, queries, D, BLOCK_D)
+            query_rows = load_head(query, stride_q, b, h, columns, queries, D, BLOCK_D)
+            incoming = load_rows(
+                grad_output + b * stride_o[0] + h * stride_o[1], stride_o[2], columns, queries, D, BLOCK_D
+            )
             bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, UNITS, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask[1], UNITS, MASK)
             # [BLOCK_M, BLOCK_N]
             inner = products(key_rows[i], query_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)
@@ -357,7 +298,7 @@ def attention_backward_keys(
             )
         key_gradients, value_gradients = added_to_key, added_to_value
         if ROUTED:
-            to_factors = route_adjoint(grad_bias, strength, open_p, difference)
+            to_factors = route_adjoint(grad_bias, strength, route)
             factor_gradients = add_factor_gradients(
                 factor_gradients, to_factors, column_factors, GATE_COLUMNS, FACTOR_PRECISION
             )
@@ -372,11 +313,8 @@ def attention_backward_keys(
         store_rows(grad_value + row_of_head * D, D, rows, count_of_head, value_gradients[i], D, BLOCK_D)
     if ROUTED:
         first_row = (group.to(tl.int64) * batch + b) * keys
-        store_rows(grad_sup + first_row * SUP_RANK, SUP_RANK, rows, keys, factor_gradients[0], SUP_RANK, BLOCK_SUP)
-        store_rows(grad_del + first_row * DEL_RANK, DEL_RANK, rows, keys, factor_gradients[1], DEL_RANK, BLOCK_DEL)
-        store_gate(
-            grad_gate + first_row * GATE_RANK, rows, keys, factor_gradients[2], GATE_RANK, BLOCK_GATE, GATE_COLUMNS
-        )
+        pointers = (grad_sup, grad_del, grad_gate)
+        store_factors(pointers, first_row, rows, keys, factor_gradients, RANKS, PADDED_RANKS, GATE_COLUMNS)
 
 
 @triton.jit

@@ -19,27 +19,26 @@ from .tile import (
     add_mask,
     exponential,
     hull,
-    in_ranges,
-    load_gate,
+    load_factors,
+    load_head,
     load_ranges,
     load_rows,
     logits_of,
-    mask_pointers_of,
     products,
-    routing_bias,
     store_rows,
     strength_and_limit,
+    tile_bias,
 )
 
 
 @triton.jit
-def tiles_seen(start0, end0, start1, end1, keys, BLOCK_M: tl.constexpr):
+def tiles_seen(ranges, keys, BLOCK_M: tl.constexpr):
     """The tiles of keys that some query of a block sees: [first, first + count), then from `second` on; and in all.
 
     Two intervals a query make two hulls a block; tiles of the second that the first holds are not visited twice.
     """
-    first0, last0 = hull(start0, end0, keys)
-    first1, last1 = hull(start1, end1, keys)
+    first0, last0 = hull(ranges[0], ranges[1], keys)
+    first1, last1 = hull(ranges[2], ranges[3], keys)
     swap = first1 < first0
     low_first, low_last = tl.where(swap, first1, first0), tl.where(swap, last1, last0)
     high_first, high_last = tl.where(swap, first0, first1), tl.where(swap, last0, last1)
@@ -62,20 +61,16 @@ def attention_forward(
     statistics,  # [B, H, N, 2] float32, contiguous: max, times UNITS, and 1 / sum; with STATISTICS, instead of both
     scale, strength, limit,  # a strength of None is 1
     heads, queries, keys,
-    stride_qb, stride_qh, stride_qn,
-    stride_kb, stride_kh, stride_km,
-    stride_vb, stride_vh, stride_vm,
-    stride_sup_qb, stride_sup_qn, stride_sup_kb, stride_sup_km,
-    stride_del_qb, stride_del_qn, stride_del_kb, stride_del_km,
-    stride_gate_qb, stride_gate_qn, stride_gate_kb, stride_gate_km,
-    stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_m,
+    stride_q, stride_k, stride_v,  # of B, H and N or M
+    stride_factors_q, stride_factors_k,  # of B and N or M of sup, of del, of gate
+    stride_mask,  # of B, H, N, M
     stride_ranges_b,
     ROUTED: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     MASK_OF_HEAD: tl.constexpr,  # the mask differs from head to head
     RANGES: tl.constexpr,
-    D: tl.constexpr, SUP_RANK: tl.constexpr, DEL_RANK: tl.constexpr, GATE_RANK: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_SUP: tl.constexpr, BLOCK_DEL: tl.constexpr, BLOCK_GATE: tl.constexpr,
+    D: tl.constexpr, RANKS: tl.constexpr,  # of sup, del, gate
+    BLOCK_D: tl.constexpr, PADDED_RANKS: tl.constexpr,
     GATE_COLUMNS: tl.constexpr,  # G: the gate in multiply-adds; 0: by `dot`
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr, FACTOR_PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
@@ -91,24 +86,21 @@ def attention_forward(
 
     row_factors = ()
     if ROUTED:
-        row_factors = (
-            load_rows(sup_q + b * stride_sup_qb, stride_sup_qn, rows, queries, SUP_RANK, BLOCK_SUP),
-            load_rows(del_q + b * stride_del_qb, stride_del_qn, rows, queries, DEL_RANK, BLOCK_DEL),
-            load_gate(gate_q + b * stride_gate_qb, stride_gate_qn, rows, queries, GATE_RANK, BLOCK_GATE, GATE_COLUMNS),
+        row_factors = load_factors(
+            (sup_q, del_q, gate_q), stride_factors_q, b, rows, queries, RANKS, PADDED_RANKS, GATE_COLUMNS
         )
     query_rows, row_max, row_sum, attended = (), (), (), ()
     for i in tl.static_range(HEADS_PER_PROGRAM):
         h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
-        query_head = query + b * stride_qb + h * stride_qh
-        query_rows = query_rows + (load_rows(query_head, stride_qn, rows, queries, D, BLOCK_D),)
+        query_rows = query_rows + (load_head(query, stride_q, b, h, rows, queries, D, BLOCK_D),)
         row_max = row_max + (tl.full([BLOCK_N], float("-inf"), tl.float32),)
         row_sum = row_sum + (tl.zeros([BLOCK_N], tl.float32),)
         attended = attended + (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
 
+    ranges = ()
     if RANGES:
-        ranges_of_image = key_ranges + b * stride_ranges_b
-        start0, end0, start1, end1 = load_ranges(ranges_of_image, rows, queries)
-        first, count, second, tiles = tiles_seen(start0, end0, start1, end1, keys, BLOCK_M)
+        ranges = load_ranges(key_ranges + b * stride_ranges_b, rows, queries)
+        first, count, second, tiles = tiles_seen(ranges, keys, BLOCK_M)
     else:
         tiles = tl.cdiv(keys, BLOCK_M)
     if STATISTICS:
@@ -125,39 +117,23 @@ def attention_forward(
             tile = tl.where(step < count, first + step, second + step - count)
         columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         # [BLOCK_N, BLOCK_M]
-        bias = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        if ROUTED:
-            column_factors = (
-                load_rows(sup_k + b * stride_sup_kb, stride_sup_km, columns, keys, SUP_RANK, BLOCK_SUP),
-                load_rows(del_k + b * stride_del_kb, stride_del_km, columns, keys, DEL_RANK, BLOCK_DEL),
-                load_gate(
-                    gate_k + b * stride_gate_kb, stride_gate_km, columns, keys, GATE_RANK, BLOCK_GATE, GATE_COLUMNS
-                ),
-            )
-            bias, _, _, _ = routing_bias(
-                row_factors, column_factors, strength, limit, GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID
-            )
-        visible = (columns < keys)[None, :]
-        if RANGES:
-            j = columns[None, :]
-            visible = visible & in_ranges(start0[:, None], end0[:, None], start1[:, None], end1[:, None], j)
-        bias = tl.where(visible, bias, float("-inf"))
-        if MASK:
-            mask_pointers = mask_pointers_of(
-                attn_mask + b * stride_mask_b, rows, queries, stride_mask_n, columns, keys, stride_mask_m
-            )
-            if not MASK_OF_HEAD:
-                bias = add_mask(bias, mask_pointers, UNITS, MASK)
+        bias, _, _, mask_pointers = tile_bias(
+            b, rows, queries, columns, keys, row_factors, (sup_k, del_k, gate_k), stride_factors_k, strength, limit,
+            ranges, attn_mask, stride_mask, True, ROUTED, MASK, MASK_OF_HEAD, RANGES, RANKS, PADDED_RANKS,
+            GATE_COLUMNS, UNITS, FACTOR_PRECISION, FAST_SIGMOID,
+        )  # fmt: skip
 
         new_max, new_sum, new_attended = (), (), ()
         for i in tl.static_range(HEADS_PER_PROGRAM):
             h = tl.minimum(group * HEADS_PER_PROGRAM + i, heads - 1).to(tl.int64)
-            key_rows = load_rows(key + b * stride_kb + h * stride_kh, stride_km, columns, keys, D, BLOCK_D)
+            key_rows = load_head(key, stride_k, b, h, columns, keys, D, BLOCK_D)
             if not STATISTICS:
-                value_rows = load_rows(value + b * stride_vb + h * stride_vh, stride_vm, columns, keys, D, BLOCK_D)
+                value_rows = load_rows(
+                    value + b * stride_v[0] + h * stride_v[1], stride_v[2], columns, keys, D, BLOCK_D
+                )
             bias_of_head = bias
             if MASK_OF_HEAD:
-                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask_h, UNITS, MASK)
+                bias_of_head = add_mask(bias, mask_pointers + h * stride_mask[1], UNITS, MASK)
             # [BLOCK_N, BLOCK_M]
             inner = products(query_rows[i], key_rows, PRECISION)
             logits = logits_of(inner, scale_of_logits, bias_of_head, MASK != 0 or RANGES)

@@ -19,7 +19,6 @@ from .tile import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK
 
 SUM_BLOCK = 1024
 MOST_GATE_COLUMNS = 4  # of a gate in multiply-adds
-STRIDES = (3, 3, 3, *(2,) * 6, 0, 4, 1)  # of query, key, value, factors, controls, mask and ranges: no constants
 
 Inputs = Sequence[torch.Tensor | None]  # query, key, value, six factors, controls, mask, ranges
 
@@ -115,7 +114,7 @@ class _Pass(NamedTuple):
 
 def _backward(inputs: Inputs, precision: str) -> tuple[_Pass, _Pass]:
     grad_output, query, key = inputs[:3]
-    integers = (*query.shape[:3], key.shape[2], *grad_output.stride()[:3], *_strides(inputs[1:]))
+    integers = (*query.shape[:3], key.shape[2], grad_output.stride()[:3], *_strides(inputs[1:]))
 
     def over(kernel_name: str, rows: int, block: str, factors: Sequence[torch.Tensor | None]) -> _Pass:
         constants = _constants(kernel_name, inputs[1:], precision)
@@ -139,11 +138,17 @@ def _programs(query: torch.Tensor, rows: int, constants: dict[str, Any], block: 
     return (blocks(rows, constants[block]) * groups * query.shape[0],)
 
 
-def _strides(inputs: Inputs) -> list[int]:
-    strides: list[int] = []
-    for tensor, count in zip(inputs, STRIDES, strict=True):
-        strides += (0,) * count if tensor is None else tensor.stride()[:count]
-    return strides
+def _strides(inputs: Inputs) -> tuple[int | tuple[int, ...], ...]:
+    """Of query, key, value; of the factors of queries, and of keys; of mask and ranges. No tensor has zeros."""
+    *attended, sup_q, sup_k, del_q, del_k, gate_q, gate_k, _, attn_mask, key_ranges = inputs
+
+    def of(tensors: Sequence[torch.Tensor | None], count: int) -> tuple[int, ...]:
+        return tuple(s for x in tensors for s in ((0,) * count if x is None else x.stride()[:count]))
+
+    return (
+        *(x.stride()[:3] for x in attended), of((sup_q, del_q, gate_q), 2), of((sup_k, del_k, gate_k), 2),
+        of((attn_mask,), 4), *of((key_ranges,), 1),
+    )  # fmt: skip
 
 
 def _constants(kernel_name: str, inputs: Inputs, precision: str) -> dict[str, Any]:
@@ -152,10 +157,10 @@ def _constants(kernel_name: str, inputs: Inputs, precision: str) -> dict[str, An
     query, key, _, *factors, _, attn_mask, key_ranges = inputs
     _, heads, queries, channels = query.shape
     routed, factor_dtype = factors[0] is not None, query.dtype if factors[0] is None else factors[0].dtype
-    sup_rank, del_rank, gate_rank = (factor.shape[-1] if routed else 0 for factor in factors[::2])
+    ranks = tuple(factor.shape[-1] if routed else 0 for factor in factors[::2])
     settings = block_sizes.config(
         kernel_name, query.device, query.dtype, H=heads, N=queries, M=key.shape[2], D=channels,
-        R=max(sup_rank, del_rank, gate_rank), MASKED=1 if attn_mask is None and key_ranges is None else 2,
+        R=max(ranks), MASKED=1 if attn_mask is None and key_ranges is None else 2,
         F=factor_dtype.itemsize,
     )  # fmt: skip
     mask_kind = NO_MASK
@@ -168,10 +173,9 @@ def _constants(kernel_name: str, inputs: Inputs, precision: str) -> dict[str, An
     return dict(
         ROUTED=routed, MASK=mask_kind,
         MASK_OF_HEAD=attn_mask is not None and heads > 1 and attn_mask.stride(1) != 0, RANGES=key_ranges is not None,
-        D=channels, SUP_RANK=sup_rank, DEL_RANK=del_rank, GATE_RANK=gate_rank,
-        BLOCK_D=padded(channels), BLOCK_SUP=padded(sup_rank), BLOCK_DEL=padded(del_rank), BLOCK_GATE=padded(gate_rank),
+        D=channels, RANKS=ranks, BLOCK_D=padded(channels), PADDED_RANKS=tuple(map(padded, ranks)),
         # Where `dot` has no tensor cores it would multiply the 16 columns that it pads to: see docs/triton.md.
-        GATE_COLUMNS=gate_rank if multiplied and gate_rank <= MOST_GATE_COLUMNS else 0,
+        GATE_COLUMNS=ranks[2] if multiplied and ranks[2] <= MOST_GATE_COLUMNS else 0,
         PRECISION=precision, FACTOR_PRECISION=factor_precision,
         FAST_SIGMOID=query.dtype in HALF and target.startswith("sm"), UNITS=LOG2_E if query.dtype in HALF else 1.0,
         **{**settings, "HEADS_PER_PROGRAM": blocks(heads, blocks(heads, settings["HEADS_PER_PROGRAM"]))},

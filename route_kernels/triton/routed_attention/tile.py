@@ -37,6 +37,12 @@ def load_rows(pointer, stride_row, rows, count, WIDTH: tl.constexpr, BLOCK_WIDTH
 
 
 @triton.jit
+def load_head(pointer, strides, b, h, rows, count, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """`load_rows` of a head of an image; strides: of B, H and the rows."""
+    return load_rows(pointer + b * strides[0] + h * strides[1], strides[2], rows, count, WIDTH, BLOCK_WIDTH)
+
+
+@triton.jit
 def store_rows(pointer, stride_row, rows, count, block, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """The counterpart of `load_rows`, in the dtype of the pointer."""
     columns = tl.arange(0, BLOCK_WIDTH)
@@ -79,6 +85,19 @@ def load_gate(pointer, stride_row, rows, count, RANK: tl.constexpr, BLOCK_RANK: 
 
 
 @triton.jit
+def load_factors(
+    factors, strides, b, rows, count,
+    RANKS: tl.constexpr, PADDED_RANKS: tl.constexpr, GATE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(sup, del, gate) of a block of rows; factors: pointers to the three, strides: of each, of an image and a row."""
+    return (
+        load_rows(factors[0] + b * strides[0], strides[1], rows, count, RANKS[0], PADDED_RANKS[0]),
+        load_rows(factors[1] + b * strides[2], strides[3], rows, count, RANKS[1], PADDED_RANKS[1]),
+        load_gate(factors[2] + b * strides[4], strides[5], rows, count, RANKS[2], PADDED_RANKS[2], GATE_COLUMNS),
+    )
+
+
+@triton.jit
 def gate_zeros(ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, COLUMNS: tl.constexpr):
     """What the gradient of a gate's factor starts from, in the form of `load_gate`."""
     if COLUMNS == 0:
@@ -102,6 +121,27 @@ def store_gate(pointer, rows, count, gate, RANK: tl.constexpr, BLOCK_RANK: tl.co
 
 
 @triton.jit
+def factor_zeros(ROWS: tl.constexpr, PADDED_RANKS: tl.constexpr, GATE_COLUMNS: tl.constexpr):
+    """What the gradients of (sup, del, gate) start from."""
+    return (
+        tl.full([ROWS, PADDED_RANKS[0]], 0, tl.float32),
+        tl.full([ROWS, PADDED_RANKS[1]], 0, tl.float32),
+        gate_zeros(ROWS, PADDED_RANKS[2], GATE_COLUMNS),
+    )
+
+
+@triton.jit
+def store_factors(
+    pointers, first_row, rows, count, gradients,
+    RANKS: tl.constexpr, PADDED_RANKS: tl.constexpr, GATE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of (sup, del, gate), to contiguous rows from `first_row` on."""
+    store_rows(pointers[0] + first_row * RANKS[0], RANKS[0], rows, count, gradients[0], RANKS[0], PADDED_RANKS[0])
+    store_rows(pointers[1] + first_row * RANKS[1], RANKS[1], rows, count, gradients[1], RANKS[1], PADDED_RANKS[1])
+    store_gate(pointers[2] + first_row * RANKS[2], rows, count, gradients[2], RANKS[2], PADDED_RANKS[2], GATE_COLUMNS)
+
+
+@triton.jit
 def strength_and_limit(controls, strength, limit):
     """controls: pointer to both where they are a tensor, else None; a strength of None is 1."""
     if controls is not None:
@@ -114,7 +154,7 @@ def routing_bias(
     row_factors, column_factors, strength, limit,
     GATE_COLUMNS: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """UNITS b of a tile; for backward p (-1 where the clamp bites), sup - del, clamp(r). Factors: (sup, del, gate)."""
+    """UNITS b of a tile, and its route: p (-1 where clamped), sup - del, clamp(r). Factors are (sup, del, gate)."""
     # [ROWS, COLUMNS]
     if GATE_COLUMNS == 0:
         gate = products(row_factors[2], column_factors[2], PRECISION)
@@ -132,13 +172,14 @@ def routing_bias(
     if strength is not None:
         bias = clamped * strength
     open_p = tl.where(tl.abs(route) <= limit, p, -1.0)
-    return bias * UNITS, open_p, suppressor - delegator, clamped
+    return bias * UNITS, (open_p, suppressor - delegator, clamped)
 
 
 @triton.jit
-def route_adjoint(grad_bias, strength, open_p, difference):
+def route_adjoint(grad_bias, strength, route):
     """dsup = dr p,  ddel = dr (1 - p),  dgate = dr p (1 - p)(sup - del),  dr = strength db, 0 where the clamp bites."""
     # [ROWS, COLUMNS]
+    open_p, difference = route[0], route[1]
     grad_route = tl.where(open_p >= 0.0, grad_bias, 0.0)
     if strength is not None:
         grad_route *= strength
@@ -243,3 +284,55 @@ def logits_of(inner_products, scale, bias, HIDDEN: tl.constexpr):
     if HIDDEN:
         logits = tl.where(bias == float("-inf"), bias, logits)
     return logits
+
+
+@triton.jit
+def tile_bias(
+    b, rows, row_count, columns, column_count,
+    row_factors,  # of `load_factors`
+    factors, factor_strides,  # those of the columns, for `load_factors`
+    strength, limit,
+    ranges,  # start0, end0, start1, end1 of the rows; where keys are rows the pointer to the image's ranges
+    attn_mask, mask_strides,
+    QUERIES_ARE_ROWS: tl.constexpr, ROUTED: tl.constexpr, MASK: tl.constexpr, MASK_OF_HEAD: tl.constexpr,
+    RANGES: tl.constexpr, RANKS: tl.constexpr, PADDED_RANKS: tl.constexpr, GATE_COLUMNS: tl.constexpr,
+    UNITS: tl.constexpr, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """What is added to the logits of a tile, for all heads: UNITS b, -inf where ranges or a mask of all heads hide.
+
+    Also the columns' factors and the tile's route, for backward, and the pointers to a mask.
+    Columns of queries beyond the last are not hidden here: their lse is +inf.
+    """
+    # [ROWS, COLUMNS]
+    bias = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    column_factors, route, mask_pointers = (), (), ()
+    if ROUTED:
+        column_factors = load_factors(
+            factors, factor_strides, b, columns, column_count, RANKS, PADDED_RANKS, GATE_COLUMNS
+        )
+        bias, route = routing_bias(
+            row_factors, column_factors, strength, limit, GATE_COLUMNS, UNITS, PRECISION, FAST_SIGMOID
+        )
+    if QUERIES_ARE_ROWS:
+        visible = (columns < column_count)[None, :]
+        if RANGES:
+            j = columns[None, :]
+            visible = visible & in_ranges(
+                ranges[0][:, None], ranges[1][:, None], ranges[2][:, None], ranges[3][:, None], j
+            )
+        bias = tl.where(visible, bias, float("-inf"))
+    elif RANGES:
+        start0, end0, start1, end1 = load_ranges(ranges, columns, column_count)
+        j = rows[:, None]
+        visible = in_ranges(start0[None, :], end0[None, :], start1[None, :], end1[None, :], j)
+        bias = tl.where(visible, bias, float("-inf"))
+    if MASK:
+        row_stride, column_stride = mask_strides[2], mask_strides[3]
+        if not QUERIES_ARE_ROWS:
+            row_stride, column_stride = mask_strides[3], mask_strides[2]
+        mask_pointers = mask_pointers_of(
+            attn_mask + b * mask_strides[0], rows, row_count, row_stride, columns, column_count, column_stride
+        )
+        if not MASK_OF_HEAD:
+            bias = add_mask(bias, mask_pointers, UNITS, MASK)
+    return bias, column_factors, route, mask_pointers
