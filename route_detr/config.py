@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from importlib.resources import files
 from pathlib import Path
@@ -30,6 +30,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 FORBID_OTHERS = ConfigDict(extra="forbid")
+FIXED = {
+    "detector": {"denoising_label_noise": 0.5, "denoising_box_noise": 1.0}
+    | {"router_hidden_dim": 64, "router_gate_rank": 32},
+    "train": {"match_class_weight": 2.0, "match_l1_weight": 5.0, "match_giou_weight": 2.0, "match_mask_weight": 5.0}
+    | {"match_dice_weight": 5.0, "focal_alpha": 0.25, "focal_gamma": 2.0},
+}
+"""Fields of earlier versions, with the only value that they may have where a file still holds them."""
 
 
 @dataclass(frozen=True, config=FORBID_OTHERS)
@@ -70,16 +77,12 @@ class DetectorConfig:
     decoder_norm: bool = False  # one LayerNorm before all heads (DINO)
     share_heads: bool = False  # one head for all decoder layers (DINO)
     denoising_pairs: NonNegativeInt = 0  # about so many noisy (positive, negative) queries an image; 0: none
-    denoising_label_noise: Probability = 0.5  # half of it is the share of labels drawn anew
-    denoising_box_noise: NonNegative = 1.0  # of half a side, for positives; negatives are 1 to 2 times as far
     masks: bool = False
     route: bool = True
     routed_layers: str | tuple[NonNegativeInt, ...] = "last:2"  # "last:K", "all" or layer numbers from 0
     routed_queries: Literal["matching", "denoising", "both"] = "matching"  # whose attention gets the bias
     branches: Literal["packed", "two_pass"] = "packed"  # fork late, pack the branches; or run the decoder twice
     router_rank: PositiveInt = 16
-    router_hidden_dim: PositiveInt = 64
-    router_gate_rank: PositiveInt = 32
     router_limit: Positive = 5.0
     router_nonnegative: bool = False
     memory: MemoryLevel = "lean"  # docs/memory.md says what each recomputes
@@ -163,16 +166,9 @@ class TrainConfig:
     class_weight: NonNegative = 1.0
     l1_weight: NonNegative = 5.0
     giou_weight: NonNegative = 2.0
-    match_class_weight: NonNegative = 2.0
-    match_l1_weight: NonNegative = 5.0
-    match_giou_weight: NonNegative = 2.0
-    mask_weight: NonNegative = 5.0  # weights and points of masks (Mask2Former's), for a detector that has them
+    mask_weight: NonNegative = 5.0  # of masks (Mask2Former's), for a detector that has them
     dice_weight: NonNegative = 5.0
-    match_mask_weight: NonNegative = 5.0
-    match_dice_weight: NonNegative = 5.0
     mask_points: PositiveInt = 12544  # at which a mask is compared
-    focal_alpha: Probability = 0.25
-    focal_gamma: NonNegative = 2.0
 
 
 @dataclass(frozen=True, config=FORBID_OTHERS)
@@ -200,7 +196,7 @@ class Config:
         """Inverse of `to_dict`; missing keys take the defaults. ValueError names a bad value, or the key nearest to
         an unknown one."""
         try:
-            return TypeAdapter(cls).validate_python(values)
+            return TypeAdapter(cls).validate_python(_without_fixed(values))
         except ValidationError as error:
             raise ValueError(first_error(error)) from None
 
@@ -224,6 +220,18 @@ class Config:
         return Config.from_dict(values)
 
 
+def _without_fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(values)
+    for section, fixed in FIXED.items():
+        if isinstance(values.get(section), Mapping):
+            for name in fixed.keys() & values[section].keys():
+                given = values[section][name]
+                if str(given) not in (str(fixed[name]), f"{fixed[name]:g}"):
+                    raise ValueError(f"{section}.{name}: expected {fixed[name]}, which is fixed now, got {given!r}")
+            values[section] = {name: value for name, value in values[section].items() if name not in fixed}
+    return values
+
+
 def first_error(error: ValidationError) -> str:
     """One sentence of the first thing that pydantic found."""
     first = error.errors()[0]
@@ -236,9 +244,9 @@ def first_error(error: ValidationError) -> str:
     return f"{key or 'config'}: {first['msg']}, got {first['input']!r}"
 
 
-def unknown_key(key: str, dotted_keys: Iterable[str] | None = None) -> str:
-    """The error for a dotted key that is none of these (the fields of `Config`); names the nearest by its last part."""
-    known = {dotted.rpartition(".")[2]: dotted for dotted in dotted_keys or _dotted_keys(Config().to_dict())}
+def unknown_key(key: str) -> str:
+    """The error for a dotted key that is no field of `Config`; names the nearest by its last part."""
+    known = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config().to_dict())}
     section, _, last = key.rpartition(".")
     nearest = difflib.get_close_matches(last, known, n=1)
     others = ", ".join(name for name, dotted in known.items() if dotted.rpartition(".")[0] == section)

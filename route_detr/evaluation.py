@@ -1,4 +1,4 @@
-"""COCO average precision of boxes and masks, by pycocotools, without its printing."""
+"""What a detector finds in a batch, and its COCO average precision, by pycocotools without its printing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torch.nn import functional
 
 from route_detr.config import TrainConfig
 from route_detr.data.annotations import compress_masks
@@ -22,11 +23,66 @@ from route_detr.data.batches import batch_loader
 from route_detr.data.coco import CocoDetection
 from route_detr.data.report import DatasetError, Report
 from route_detr.errors import NoGroundTruth
-from route_detr.model.detector import detections
+from route_detr.model.boxes import corners
+from route_detr.model.masks import MASK_STRIDE, sampled
+from route_detr.model.structures import DetectorOutput
 from route_detr.scale_out import everybodys
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)
+
+
+@torch.no_grad()
+def detections(
+    output: DetectorOutput,
+    sizes: Sequence[tuple[int, int]],
+    top_k: int = 100,
+    input_sizes: Sequence[tuple[int, int]] | None = None,
+) -> list[dict[str, Tensor]]:
+    """The top_k (query, class) pairs of each image, best first, from the main branch's last layer.
+
+    sizes: (height, width) in pixels of each image. Returns for each image scores [k], labels [k] int64 and boxes [k, 4]
+    (x0, y0, x1, y1) in pixels, clipped to the image; k = min(top_k, N K). With masks also masks [k, height, width],
+    bool; for them input_sizes gives (height, width) of the images that the detector saw, None: without padding.
+
+    Raises FloatingPointError for an image whose logits, boxes or mask embeddings are not finite.
+    """
+    probabilities = output.logits.sigmoid()
+    batch, queries, classes = probabilities.shape
+    if len(sizes) != batch:
+        raise ValueError(f"sizes: expected {batch} pairs (height, width), got {len(sizes)}")
+    parts = [output.logits, output.boxes, output.pixel_embeddings, output.layers[-1].mask_embeddings]
+    extremes = [extreme for part in parts if part is not None for extreme in part.flatten(1).aminmax(dim=1)]
+    if spoilt := torch.stack(extremes).isfinite().all(0).logical_not().nonzero().flatten().tolist():
+        raise FloatingPointError(f"what the detector computes for image {spoilt[0] + 1} of {batch} is not finite")
+    scores, best = probabilities.flatten(1).topk(min(top_k, queries * classes), dim=1)
+    found = []
+    for image, (height, width) in enumerate(sizes):
+        query = best[image] // classes
+        boxes = corners(output.boxes[image]).clamp(0, 1)[query] * scores.new_tensor([width, height] * 2)
+        found.append({"scores": scores[image], "labels": best[image] % classes, "boxes": boxes})
+        if output.pixel_embeddings is not None:
+            pixels, embeddings = output.pixel_embeddings[image], output.layers[-1].mask_embeddings[image, 0, query]
+            seen = [MASK_STRIDE * side for side in pixels.shape[1:]] if input_sizes is None else input_sizes[image]
+            found[-1]["masks"] = full_masks(image_mask_logits(embeddings, pixels, seen), (height, width))
+    return found
+
+
+def image_mask_logits(embeddings: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits [K, h/4, w/4] (rounded up) of an image of `size` (h, w) without its padding.
+
+    embeddings [K, C]; pixels [C, H/4, W/4], padding included.
+    """
+    height, width = (-(-side // MASK_STRIDE) for side in size)
+    extent = pixels.new_tensor([size[1], size[0]]) / (MASK_STRIDE * pixels.new_tensor(pixels.shape[:0:-1]))
+    y, x = ((torch.arange(n, dtype=pixels.dtype, device=pixels.device) + 0.5) / n for n in (height, width))
+    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1) * extent
+    return (embeddings @ sampled(pixels[None], points[None])[0]).unflatten(1, (height, width))
+
+
+def full_masks(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits [K, h, w] over a whole image -> bool [K, *size], by bilinear interpolation."""
+    return functional.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
 
 
 def coco_results(

@@ -6,7 +6,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 import route_kernels as rk
-from route_detr.config import Config
+from route_detr.config import BackboneConfig, Config
 from route_detr.data.images import read_rgb
 from route_detr.data.report import DatasetError
 from route_detr.data.transforms import eval_view, image_pixels, normalised
 from route_detr.errors import CheckpointError
-from route_detr.evaluation import coco_results
+from route_detr.evaluation import coco_results, detections
 from route_detr.files import SOFTWARE, check_replaceable, remove_abandoned, write_atomically, write_text
-from route_detr.model.backbone import known_settings
+from route_detr.model.backbone import setting_names
 from route_detr.model.boxes import corners
-from route_detr.model.detector import Detector, detections
+from route_detr.model.detector import Detector
 from route_detr.run import load_checkpoint
 
 PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
@@ -108,6 +110,15 @@ def stored_config(state: dict[str, Any], path: str | Path) -> Config:
         return config.updated({"detector.backbone": vars(known_settings(config.detector.backbone))})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this version of the detector: {error}") from error
+
+
+def known_settings(config: BackboneConfig) -> BackboneConfig:
+    """The backbone without settings that its model does not have: checkpoints from before that was an error, and some
+    config.json on hubs, hold some. They have never made a difference."""
+    if config.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+        return config
+    known = setting_names(AutoConfig.for_model(config.model))
+    return replace(config, settings={name: value for name, value in config.settings.items() if name in known})
 
 
 def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from route_detr.config import Config, TrainConfig
+from route_detr.config import BackboneConfig, Config, TrainConfig
 from route_detr.data.batches import batch_loader, epoch_batches, killed_worker, micro_batches
 from route_detr.data.coco import CocoDetection, coco_layout, open_splits
 from route_detr.data.images import image_file
 from route_detr.data.report import DatasetError
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
 from route_detr.evaluation import evaluate, in_words
-from route_detr.model.backbone import self_contained
+from route_detr.model.backbone import resolved, settings_of
 from route_detr.model.criterion import Criterion
-from route_detr.model.detector import Detector, parameter_groups
+from route_detr.model.detector import Detector
 from route_detr.model.schedule import routing_values
 from route_detr.run import Run, load_checkpoint, not_finite, random_state, restore_random_state
 from route_detr.scale_out import (
@@ -250,6 +250,44 @@ def digests(dataset: CocoDetection) -> dict[str, str]:
     for name in dataset.file_names:
         images.update(f"{name}: {image_file(dataset.image_dir, name).stat().st_size}\n".encode())
     return {"annotations": annotations.hexdigest(), "images": images.hexdigest()}
+
+
+def parameter_groups(detector: Detector, config: TrainConfig, weights_follow: bool = False) -> list[dict]:
+    """Optimizer groups "main", "backbone" and "sampling" (layers that give sampling offsets), by learning rate.
+
+    Raises ValueError for a backbone whose fixed layers would be random: `fine_tune` without `weights`, where no
+    checkpoint follows.
+    """
+    backbone = detector.config.backbone
+    if backbone.fine_tune and backbone.weights is None and not weights_follow:
+        raise ValueError(
+            "detector.backbone.weights: expected a model name or folder, since fine_tune fixes the stem and all norms, "
+            "got None (or begin with a checkpoint by --init, or train from scratch with "
+            "detector.backbone.fine_tune=false)"
+        )
+    scales = {"backbone": config.backbone_learning_rate_scale, "sampling": config.sampling_learning_rate_scale}
+    groups: dict[str, list[nn.Parameter]] = {"main": [], "backbone": [], "sampling": []}
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            kind = "backbone" if name.startswith("backbone.") else "sampling" if "sampling_offsets" in name else "main"
+            groups[kind].append(parameter)
+    fixed = {"weight_decay": config.weight_decay}
+    return [
+        {"name": kind, "params": parameters, "lr": config.learning_rate * scales.get(kind, 1.0), **fixed}
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+
+
+def self_contained(config: BackboneConfig) -> BackboneConfig:
+    """The backbone with the model and the settings of its `weights`, so that it can be built without them.
+
+    Raises ValueError as `Backbone` for a model or a setting that does not exist.
+    """
+    model = resolved(config)
+    if config.weights is None:
+        return config
+    return replace(config, model=model.model_type, settings=settings_of(model))
 
 
 class Training:

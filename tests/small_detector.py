@@ -26,9 +26,7 @@ SMALL = {
     "decoder_layers": 3,
     "num_queries": 7,
     "ffn_dim": 16,
-    "router_hidden_dim": 8,
     "router_rank": 4,
-    "router_gate_rank": 5,
 }
 
 

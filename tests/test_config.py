@@ -1,10 +1,11 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from route_detr.config import PRESETS, BackboneConfig, Config, DetectorConfig, load_config, preset
+from route_detr.config import FIXED, PRESETS, BackboneConfig, Config, DetectorConfig, load_config, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -131,3 +132,20 @@ def test_the_papers_recipes():
     assert preset("dino-swin-l").detector.backbone.model == "swin"
     assert preset("dino-swin-l").train == preset("dino-r50").train
     assert [preset(f"deformable-detr-pp-r50-{epochs}e").train.epochs for epochs in (24, 36)] == [24, 36]
+
+
+def test_every_option_has_a_page():
+    pages = [file.read_text(encoding="utf-8") for file in Path(__file__).parents[1].joinpath("docs").glob("*.md")]
+    named = set(re.findall(r"\w+", " ".join(pages)))
+    assert {name for section in vars(Config()).values() for name in vars(section)} <= named
+    assert {field.name for field in dataclasses.fields(BackboneConfig)} <= named
+
+
+@pytest.mark.parametrize(("section", "name"), [(section, name) for section, fixed in FIXED.items() for name in fixed])
+def test_a_field_of_an_earlier_version_may_have_the_value_that_is_fixed_now(section, name):
+    assert Config.from_dict({section: {name: FIXED[section][name]}}) == Config()
+    assert Config().updated({f"{section}.{name}": str(FIXED[section][name])}) == Config()
+    with pytest.raises(
+        ValueError, match=rf"{section}\.{name}: expected {FIXED[section][name]}, which is fixed now, got 3"
+    ):
+        Config.from_dict({section: {name: 3}})

@@ -137,10 +137,10 @@ def noise(label_noise=0.0, box_noise=0.0):
     """Targets, and the labels and boxes that 4000 pairs start from."""
     config = DetectorConfig(
         **{"num_classes": 50, "query_position": "anchor", "denoising_pairs": 4000, "embed_dim": 8},
-        **{"denoising_label_noise": label_noise, "denoising_box_noise": box_noise},
     )
     torch.manual_seed(0)
     module = Denoising(config)
+    module.label_noise, module.box_noise = label_noise, box_noise
     labels, boxes = torch.randint(50, (2, 4000)), torch.rand(2, 4000, 4) * 0.1 + 0.4
     negative = (torch.arange(4000) % 2 == 1).expand(2, -1)
     return labels, boxes, negative, module._noisy_labels(labels), module._noisy_boxes(boxes, negative)

@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 import torch
 from small_detector import assert_close, small_batch, small_detector, trained_step
+from torch._dynamo.testing import CompileCounter
 
 import route_kernels as rk
 from route_detr.config import TrainConfig
@@ -182,3 +183,17 @@ def test_strength_and_alpha_survive_reload(tmp_path):
     )
     assert losses["loss"] == expected["loss"]
     assert second.train()(*batch[:2]).layers[-1].boxes.shape[1] == 2
+
+
+def test_a_schedule_that_changes_each_step_is_one_compiled_graph():
+    detector = small_detector(decoder_layers=2, routed_layers="last:1", dtype=torch.float32)
+    images, padding_mask, _ = small_batch(dtype=torch.float32)
+    features = [feature.detach() for feature in detector.backbone(images)]
+    counter = CompileCounter()
+    compiled = torch.compile(detector.transformer, backend=counter, fullgraph=True)
+    for strength, aux_weight in ((0.1, 0.3), (0.2, 0.4), (0.3, 0.5)):
+        detector.set_routing(strength, aux_weight)
+        ours, expected = compiled(features, padding_mask), detector.transformer(features, padding_mask)
+        assert_close(ours.layers[-1].boxes, expected.layers[-1].boxes, 1e-4)
+        assert ours.aux_weight == expected.aux_weight
+    assert counter.frame_count == 1

@@ -11,11 +11,9 @@ from small_detector import small_batch, small_detector
 from torch.nn import functional
 
 from route_detr.config import TrainConfig
+from route_detr.evaluation import detections, full_masks, image_mask_logits
 from route_detr.model.criterion import Criterion
-from route_detr.model.detector import detections
 from route_detr.model.masks import (
-    full_masks,
-    image_mask_logits,
     mask_cost,
     mask_losses,
     mask_targets,

@@ -3,7 +3,8 @@ import math
 import pytest
 
 from route_detr.config import Config
-from route_detr.model.schedule import routing_values, sampled_schedule
+from route_detr.model.schedule import routing_values
+from route_detr.tools.plots import sampled_schedule
 
 STEPS = 8  # of an epoch
 

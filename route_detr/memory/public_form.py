@@ -20,7 +20,7 @@ from torch.nn import functional
 from route_detr.config import DetectorConfig
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
-from route_detr.model.matcher import padded_targets
+from route_detr.model.matcher import FOCAL, padded_targets
 from route_detr.model.structures import DetectorOutput, Predictions
 from route_kernels.backends import assumed
 from route_kernels.nn import FeedForward, MSDeformAttn, RoutedSelfAttention
@@ -128,7 +128,7 @@ class PublicCriterion(Criterion):
     def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
         """[..., N] of logits [..., N, K]."""
         truth = logits.new_zeros(*classes.shape, logits.shape[-1] + 1).scatter_(-1, classes[..., None], 1)[..., :-1]
-        alpha, gamma = self.config.focal_alpha, self.config.focal_gamma
+        alpha, gamma = FOCAL
         p = logits.sigmoid()
         weight = (1 - alpha) * p**gamma * (1 - truth) + truth * alpha * (1 - p) ** gamma
         cross_entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")

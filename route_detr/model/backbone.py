@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,22 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_FOR_BACKBONE_MAPPING_NAMES
 
-from ..config import BackboneConfig, unknown_key
+if TYPE_CHECKING:
+    from ..config import BackboneConfig
 
 SETTINGS = "detector.backbone.settings"
 NOT_THE_NETWORK = {
-    *(
-        "_name_or_path",
-        "architectures",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-    ),
-    *("model_type", "num_labels", "out_features", "out_indices", "output_attentions", "output_hidden_states"),
-    *("problem_type", "return_dict", "stage_names", "transformers_version"),
-}
+    *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"),
+    *("label2id", "model_type", "num_labels", "out_features", "out_indices", "output_attentions"),
+    *("output_hidden_states", "problem_type", "return_dict", "stage_names", "transformers_version"),
+}  # fmt: skip
 """Fields of every configuration of transformers that make no difference here, or are set here."""
 
 
@@ -57,7 +51,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, stages: int) -> None:
         super().__init__()
-        model = _model(config)
+        model = resolved(config)
         names = [name for name in model.stage_names if name != "stem"]
         if stages > len(names):
             raise ValueError(f"used_stages: expected at most {len(names)} for {model.model_type}, got {stages}")
@@ -76,10 +70,10 @@ class Backbone(nn.Module):
         return list(self.body(images.contiguous(memory_format=torch.channels_last)).feature_maps)
 
 
-def _model(config: BackboneConfig) -> PretrainedConfig:
+def resolved(config: BackboneConfig) -> PretrainedConfig:
     """The configuration of transformers that is meant; it takes any setting, so that the names are checked here."""
     if config.weights is None and config.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
-        others = unknown_key(config.model, MODEL_FOR_BACKBONE_MAPPING_NAMES)
+        others = _unknown(config.model, MODEL_FOR_BACKBONE_MAPPING_NAMES)
         raise ValueError(f"detector.backbone: expected a model of transformers with an AutoBackbone: {others}")
     configured = AutoConfig.for_model if config.weights is None else AutoConfig.from_pretrained
     try:
@@ -89,40 +83,27 @@ def _model(config: BackboneConfig) -> PretrainedConfig:
         raise ValueError(f"detector.backbone.{field}: {' '.join(str(error).split())[:300]}") from error
     if model.model_type not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
         raise ValueError(f"detector.backbone.weights: {config.weights}: a {model.model_type} has no AutoBackbone")
-    known = _setting_names(model)
+    known = setting_names(model)
     for key in sorted(config.settings.keys() - known):
-        raise ValueError(unknown_key(f"{SETTINGS}.{key}", [f"{SETTINGS}.{name}" for name in sorted(known)]))
+        raise ValueError(_unknown(key, known, f"{SETTINGS}."))
     return model
 
 
-def _setting_names(model: PretrainedConfig) -> set[str]:
+def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
+    nearest = get_close_matches(name, known, n=1)
+    hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else f"keys there: {', '.join(sorted(known))}"
+    return f"unknown key {prefix + name!r}; {hint}"
+
+
+def setting_names(model: PretrainedConfig) -> set[str]:
+    """Fields of a model type's configuration that make a difference to the network."""
     return {*type(model)().to_dict(), *model.attribute_map} - NOT_THE_NETWORK
-
-
-def known_settings(config: BackboneConfig) -> BackboneConfig:
-    """The backbone without settings that its model does not have: checkpoints from before that was an error, and some
-    config.json on hubs, hold some. They have never made a difference."""
-    if config.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
-        return config
-    known = _setting_names(AutoConfig.for_model(config.model))
-    return replace(config, settings={name: value for name, value in config.settings.items() if name in known})
 
 
 def settings_of(model: PretrainedConfig) -> dict[str, Any]:
     """The settings that make the network, where they differ from the defaults of its type."""
     values, defaults = model.to_dict(), type(model)().to_dict()
-    return {name: values[name] for name in sorted(_setting_names(model)) if values.get(name) != defaults.get(name)}
-
-
-def self_contained(config: BackboneConfig) -> BackboneConfig:
-    """The backbone with the model and the settings of its `weights`, so that it can be built without them.
-
-    Raises ValueError as `Backbone` for a model or a setting that does not exist.
-    """
-    model = _model(config)
-    if config.weights is None:
-        return config
-    return replace(config, model=model.model_type, settings=settings_of(model))
+    return {name: values[name] for name in sorted(setting_names(model)) if values.get(name) != defaults.get(name)}
 
 
 def _freeze(body: nn.Module, prefixes: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import route_kernels as rk
 
 from .boxes import corners, generalized_iou
 from .masks import mask_losses, mask_targets
-from .matcher import Matcher, padded_targets
+from .matcher import FOCAL, Matcher, padded_targets
 from .structures import DenoisingTargets, DetectorOutput, Matches, PaddedTargets, Predictions, side_by_side
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class Criterion:
 
     def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Logits [..., N, K] and classes [..., N], K where there is none of them -> losses [..., N]."""
-        focal = (self.config.focal_alpha, self.config.focal_gamma)
-        return self.config.class_weight * rk.sigmoid_focal_loss(logits, classes, *focal, reduction="none")
+        return self.config.class_weight * rk.sigmoid_focal_loss(logits, classes, *FOCAL, reduction="none")
 
     def _box_losses(self, predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
         """Boxes [..., 4] -> losses [...]."""

@@ -18,13 +18,12 @@ from route_kernels.nn import QueryRouter
 
 from .blocks import Blocks, PredictionHead, mlp, sine_embedding
 from .denoising import group_similarity
-from .structures import Memory, Predictions, Queries, RouteType, RoutingValues, side_by_side
+from .structures import Memory, Predictions, Queries, RouteType, Routing, side_by_side
 
 if TYPE_CHECKING:
     from ..config import DetectorConfig
 
 MIN_AREA = 1e-6  # of a reference box, before the logarithm
-ROUTER = ("rank", "hidden_dim", "gate_rank", "limit", "nonnegative")  # router_... in the configuration
 
 
 class DecoderLayer(nn.Module):
@@ -78,10 +77,10 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim) if config.decoder_norm else None
         self.anchor = mlp(2 * dim, dim, dim) if config.query_position != "proposal" else None
         self.anchor_scale = mlp(dim, dim, dim) if config.query_position == "scaled_anchor" else None
-        form = {name: getattr(config, f"router_{name}") for name in ROUTER}
+        form = {"rank": config.router_rank, "limit": config.router_limit, "nonnegative": config.router_nonnegative}
         self.routers = nn.ModuleDict({str(index): QueryRouter(dim, **form) for index in config.routed_layer_indices})
 
-    def forward(self, queries: Queries, memory: Memory, routing: RoutingValues | None = None) -> list[Predictions]:
+    def forward(self, queries: Queries, memory: Memory, routing: Routing | None = None) -> list[Predictions]:
         """Main branch alone (routing None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""
         if routing is None or self.config.branches == "packed":
             return [predictions for _, predictions in self.steps(queries, memory, routing)]
@@ -90,19 +89,19 @@ class Decoder(nn.Module):
         return [side_by_side(pair) for pair in zip(main, aux, strict=True)]
 
     def steps(
-        self, queries: Queries, memory: Memory, values: RoutingValues | None = None, keep_main: bool = True
+        self, queries: Queries, memory: Memory, routing: Routing | None = None, keep_main: bool = True
     ) -> Iterator[tuple[Queries, Predictions]]:
         """What enters each layer, and what it predicts."""
-        strengths = {} if values is None else dict(zip(self.routers, values.strengths, strict=True))
         for index, layer in enumerate(self.layers):
             if self.anchor is not None:
                 position = self.anchor(sine_embedding(queries.box_logits.sigmoid(), queries.content.shape[-1] // 2))
                 if self.anchor_scale is not None and index > 0:
                     position = position * self.anchor_scale(queries.content)  # DAB, arXiv 2201.12329
                 queries = queries._replace(position=position)
-            strength = strengths.get(str(index), 0.0)
-            routing = self.routing(index, queries, strength, values.route_type) if strength > 0 else None
-            content = layer(queries, memory, routing, keep_main)
+            factors = None
+            if routing is not None and routing.active[index]:
+                factors = self.routing(index, queries, routing.strengths[index], routing.route_type)
+            content = layer(queries, memory, factors, keep_main)
             head = self.heads[min(index, len(self.heads) - 1)]
             features = content if self.norm is None else self.norm(content)
             logits, box_logits = head(features, queries.box_logits if queries.attached is None else queries.attached)
@@ -116,8 +115,10 @@ class Decoder(nn.Module):
                     content=content, box_logits=after.detach(), logits=logits.detach(), attached=attached
                 )
 
-    def routing(self, index: int, queries: Queries, strength: float, route_type: RouteType) -> rk.RoutingFactors:
-        """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`.
+    def routing(
+        self, index: int, queries: Queries, strength: Tensor | float, route_type: RouteType
+    ) -> rk.RoutingFactors:
+        """Factors of the bias of routed layer `index` for the auxiliary (last) branch of `queries`; strength: lambda.
 
         One route type alone takes the place of the other too: p r + (1 - p) r = r, and the gate has no gradient. Rows
         of queries that are not to be routed are zero.
@@ -132,8 +133,7 @@ class Decoder(nn.Module):
             similarity=similarity,
             confidence=queries.confidence[:, -1],
             geometry=queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1).clamp_min(MIN_AREA).log(),
-            strength=strength,
-        )
+        )._replace(strength=strength)
         if known is not None and self.config.routed_queries != "both":
             denoising = torch.arange(content.shape[1], device=content.device) >= queries.matching
             routed = (denoising if self.config.routed_queries == "denoising" else ~denoising)[:, None]

@@ -28,6 +28,8 @@ class Denoising(nn.Module):
     box_noise half sides for positives, one to two times that for negatives.
     """
 
+    label_noise, box_noise = 0.5, 1.0
+
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
@@ -50,7 +52,7 @@ class Denoising(nn.Module):
         )
 
     def _noisy_labels(self, labels: Tensor) -> Tensor:
-        drawn_anew = torch.rand(labels.shape, device=labels.device) < 0.5 * self.config.denoising_label_noise
+        drawn_anew = torch.rand(labels.shape, device=labels.device) < 0.5 * self.label_noise
         return torch.where(drawn_anew, torch.randint_like(labels, self.config.num_classes), labels)
 
     def _noisy_boxes(self, boxes: Tensor, negative: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class Denoising(nn.Module):
         distance = torch.rand_like(boxes) + negative[..., None]
         direction = torch.randint_like(boxes, 2) * 2 - 1
         half_sides = 0.5 * boxes[..., 2:].repeat(1, 1, 2)
-        moved = corners(boxes) + direction * distance * self.config.denoising_box_noise * half_sides
+        moved = corners(boxes) + direction * distance * self.box_noise * half_sides
         low, high = moved.clamp(0, 1).split(2, -1)
         return torch.cat([(low + high) / 2, (high - low).clamp_min(0)], -1)
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, FeatureLevels
 from .blocks import Blocks
-from .boxes import corners
 from .decoder import Decoder
 from .denoising import Denoising
 from .encoder import Encoder, flatten_levels
-from .masks import MASK_STRIDE, PixelEmbedding, full_masks, image_mask_logits
+from .masks import PixelEmbedding
 from .matcher import padded_targets
 from .proposals import Proposals
 from .structures import (
@@ -26,17 +25,18 @@ from .structures import (
     PaddedTargets,
     RoutedLayerView,
     RouteType,
+    Routing,
     RoutingValues,
 )
 
 if TYPE_CHECKING:
-    from ..config import DetectorConfig, TrainConfig
+    from ..config import DetectorConfig
 
 
 class RoutingState(nn.Module):
     """lambda of each decoder layer, alpha and the route type as buffers: a reloaded run goes on where it stopped.
 
-    The host keeps a copy: a step need not wait for the device to read them back.
+    The host keeps what decides about the graph: a step need not wait for the device to read it back.
     """
 
     def __init__(self, decoder_layers: int, routed_layers: Sequence[int]) -> None:
@@ -45,22 +45,22 @@ class RoutingState(nn.Module):
         self.register_buffer("strength", torch.zeros(decoder_layers))  # 0 where a layer is not routed
         self.register_buffer("aux_weight", torch.zeros(()))
         self.register_buffer("route_type", torch.zeros((), dtype=torch.int64))  # index in ROUTE_TYPES
-        self._on_host: RoutingValues | None = None
+        self._on_host: tuple[tuple[bool, ...], RouteType] | None = None
 
     @torch.no_grad()
     def write(self, values: RoutingValues) -> None:
-        *strengths, alpha = torch.tensor([*values.strengths, values.aux_weight]).tolist()  # rounded, as in the buffers
-        for index, strength in zip(self.routed, strengths, strict=True):
+        strengths = dict(zip(self.routed, values.strengths, strict=True))
+        for index, strength in strengths.items():
             self.strength[index].fill_(strength)
-        self.aux_weight.fill_(alpha)
+        self.aux_weight.fill_(values.aux_weight)
         self.route_type.fill_(ROUTE_TYPES.index(values.route_type))
-        self._on_host = RoutingValues(tuple(strengths), alpha, values.route_type)
+        active = tuple(strengths.get(index, 0) > 0 for index in range(len(self.strength)))
+        self._on_host = active, values.route_type
 
-    def read(self) -> RoutingValues:
+    def read(self) -> Routing:
         if self._on_host is None:
-            strengths = tuple(self.strength[self.routed].tolist())
-            self._on_host = RoutingValues(strengths, self.aux_weight.item(), ROUTE_TYPES[int(self.route_type)])
-        return self._on_host
+            self._on_host = tuple((self.strength > 0).tolist()), ROUTE_TYPES[int(self.route_type)]
+        return Routing(self.strength, *self._on_host)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -171,66 +171,3 @@ class Detector(nn.Module):
             }
         finally:
             self.train(was_training)
-
-
-@torch.no_grad()
-def detections(
-    output: DetectorOutput,
-    sizes: Sequence[tuple[int, int]],
-    top_k: int = 100,
-    input_sizes: Sequence[tuple[int, int]] | None = None,
-) -> list[dict[str, Tensor]]:
-    """The top_k (query, class) pairs of each image, best first, from the main branch's last layer.
-
-    sizes: (height, width) in pixels of each image. Returns for each image scores [k], labels [k] int64 and boxes [k, 4]
-    (x0, y0, x1, y1) in pixels, clipped to the image; k = min(top_k, N K). With masks also masks [k, height, width],
-    bool; for them input_sizes gives (height, width) of the images that the detector saw, None: without padding.
-
-    Raises FloatingPointError for an image whose logits, boxes or mask embeddings are not finite.
-    """
-    probabilities = output.logits.sigmoid()
-    batch, queries, classes = probabilities.shape
-    if len(sizes) != batch:
-        raise ValueError(f"sizes: expected {batch} pairs (height, width), got {len(sizes)}")
-    parts = [output.logits, output.boxes, output.pixel_embeddings, output.layers[-1].mask_embeddings]
-    extremes = [extreme for part in parts if part is not None for extreme in part.flatten(1).aminmax(dim=1)]
-    if spoilt := torch.stack(extremes).isfinite().all(0).logical_not().nonzero().flatten().tolist():
-        raise FloatingPointError(f"what the detector computes for image {spoilt[0] + 1} of {batch} is not finite")
-    scores, best = probabilities.flatten(1).topk(min(top_k, queries * classes), dim=1)
-    found = []
-    for image, (height, width) in enumerate(sizes):
-        query = best[image] // classes
-        boxes = corners(output.boxes[image]).clamp(0, 1)[query] * scores.new_tensor([width, height] * 2)
-        found.append({"scores": scores[image], "labels": best[image] % classes, "boxes": boxes})
-        if output.pixel_embeddings is not None:
-            pixels, embeddings = output.pixel_embeddings[image], output.layers[-1].mask_embeddings[image, 0, query]
-            seen = [MASK_STRIDE * side for side in pixels.shape[1:]] if input_sizes is None else input_sizes[image]
-            found[-1]["masks"] = full_masks(image_mask_logits(embeddings, pixels, seen), (height, width))
-    return found
-
-
-def parameter_groups(detector: Detector, config: TrainConfig, weights_follow: bool = False) -> list[dict]:
-    """Optimizer groups "main", "backbone" and "sampling" (layers that give sampling offsets), by learning rate.
-
-    Raises ValueError for a backbone whose fixed layers would be random: `fine_tune` without `weights`, where no
-    checkpoint follows.
-    """
-    backbone = detector.config.backbone
-    if backbone.fine_tune and backbone.weights is None and not weights_follow:
-        raise ValueError(
-            "detector.backbone.weights: expected a model name or folder, since fine_tune fixes the stem and all norms, "
-            "got None (or begin with a checkpoint by --init, or train from scratch with "
-            "detector.backbone.fine_tune=false)"
-        )
-    scales = {"backbone": config.backbone_learning_rate_scale, "sampling": config.sampling_learning_rate_scale}
-    groups: dict[str, list[nn.Parameter]] = {"main": [], "backbone": [], "sampling": []}
-    for name, parameter in detector.named_parameters():
-        if parameter.requires_grad:
-            kind = "backbone" if name.startswith("backbone.") else "sampling" if "sampling_offsets" in name else "main"
-            groups[kind].append(parameter)
-    fixed = {"weight_decay": config.weight_decay}
-    return [
-        {"name": kind, "params": parameters, "lr": config.learning_rate * scales.get(kind, 1.0), **fixed}
-        for kind, parameters in groups.items()
-        if parameters
-    ]

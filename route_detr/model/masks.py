@@ -122,20 +122,3 @@ def uncertain_points(maps: Tensor, extent: Tensor, count: int) -> Tensor:
     uncertainty = -sampled(maps, candidates * extent)[:, 0].abs()
     best = uncertainty.topk(count - certain, dim=1).indices
     return torch.cat([candidates.gather(1, best[..., None].expand(-1, -1, 2)), uniform], 1)
-
-
-def image_mask_logits(embeddings: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask logits [K, h/4, w/4] (rounded up) of an image of `size` (h, w) without its padding.
-
-    embeddings [K, C]; pixels [C, H/4, W/4], padding included.
-    """
-    height, width = (-(-side // MASK_STRIDE) for side in size)
-    extent = pixels.new_tensor([size[1], size[0]]) / (MASK_STRIDE * pixels.new_tensor(pixels.shape[:0:-1]))
-    y, x = ((torch.arange(n, dtype=pixels.dtype, device=pixels.device) + 0.5) / n for n in (height, width))
-    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1) * extent
-    return (embeddings @ sampled(pixels[None], points[None])[0]).unflatten(1, (height, width))
-
-
-def full_masks(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask logits [K, h, w] over a whole image -> bool [K, *size], by bilinear interpolation."""
-    return functional.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0

@@ -21,6 +21,9 @@ from .structures import Matches, PaddedTargets, Predictions
 if TYPE_CHECKING:
     from ..config import TrainConfig
 
+FOCAL = 0.25, 2.0  # alpha and gamma of the focal loss (arXiv 1708.02002)
+CLASS, L1, GIOU, MASK, DICE = 2.0, 5.0, 2.0, 5.0, 5.0  # weights of the costs, Deformable DETR's and Mask2Former's
+
 
 def padded_targets(targets: Sequence, like: Tensor) -> PaddedTargets:
     """Targets (objects with `boxes` [T, 4] and `labels` [T]) on the device and in the dtype of `like`."""
@@ -31,7 +34,7 @@ def padded_targets(targets: Sequence, like: Tensor) -> PaddedTargets:
 
 
 class Matcher:
-    """Minimises the sum over matched pairs of focal class cost + L1 + (-GIoU) + mask costs, weighted as `config` says.
+    """Minimises the sum over matched pairs of focal class cost + L1 + (-GIoU) + mask costs, weighted by the constants.
 
     Assignments are solved in threads: SciPy releases Python's lock meanwhile.
     """
@@ -61,17 +64,17 @@ class Matcher:
 
     def cost(self, predictions: Predictions, targets: PaddedTargets, pixels: Tensor | None = None) -> Tensor:
         """[B, G, N, K] logits and [B, G, N, 4] boxes -> costs [B, G, N, T]."""
-        config, logits = self.config, predictions.logits
+        logits = predictions.logits
         labels = targets.labels if logits.shape[-1] > 1 else torch.zeros_like(targets.labels)
         logits = logits.gather(3, labels[:, None, None].expand(*logits.shape[:3], -1)).to(predictions.boxes.dtype)
         predicted, true = predictions.boxes.flatten(1, 2), targets.boxes
         l1 = torch.cdist(predicted, true, p=1)
         giou = generalized_iou(corners(predicted)[:, :, None], corners(true)[:, None])
-        box_cost = (config.match_l1_weight * l1 - config.match_giou_weight * giou).unflatten(1, logits.shape[1:3])
-        cost = config.match_class_weight * focal_cost(logits, config.focal_alpha, config.focal_gamma) + box_cost
+        box_cost = (L1 * l1 - GIOU * giou).unflatten(1, logits.shape[1:3])
+        cost = CLASS * focal_cost(logits, *FOCAL) + box_cost
         if predictions.mask_embeddings is not None and targets.masks is not None:
-            mask, dice = mask_cost(predictions.mask_embeddings, pixels, targets.masks, config.mask_points)
-            cost += config.match_mask_weight * mask + config.match_dice_weight * dice
+            mask, dice = mask_cost(predictions.mask_embeddings, pixels, targets.masks, self.config.mask_points)
+            cost += MASK * mask + DICE * dice
         return cost
 
     def _assigned(self, cost: np.ndarray, names: Sequence[str], targets: PaddedTargets) -> Matches:

@@ -43,10 +43,3 @@ def routing_values(config: Config, step: int, steps_per_epoch: int) -> RoutingVa
     strengths = tuple(schedule.strength * factor * risen for factor in schedule.layer_strengths or (1.0,) * layers)
     alpha = schedule.aux_start + (schedule.aux_end - schedule.aux_start) * risen
     return RoutingValues(strengths, alpha, route_type(time, schedule))
-
-
-def sampled_schedule(config: Config, steps_per_epoch: int, samples: int = 400) -> list[tuple[float, RoutingValues]]:
-    """(epoch, values) at about so many of a run's steps, evenly spread, for a plot."""
-    total = config.train.epochs * steps_per_epoch
-    steps = sorted({round(index * total / samples) for index in range(samples + 1)})
-    return [(step / steps_per_epoch, routing_values(config, step, steps_per_epoch)) for step in steps]

@@ -26,6 +26,14 @@ class RoutingValues(NamedTuple):
     route_type: RouteType  # which products make up the bias
 
 
+class Routing(NamedTuple):
+    """The schedule as the decoder takes it: a new lambda is a new value in the same tensor, and no new graph."""
+
+    strengths: Tensor  # [decoder layers] lambda; 0 where a layer is not routed
+    active: tuple[bool, ...]  # of each decoder layer: lambda > 0
+    route_type: RouteType
+
+
 class Memory(NamedTuple):
     """Feature levels of a batch, flattened to S positions."""
 

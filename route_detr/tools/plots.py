@@ -17,7 +17,8 @@ from torch import Tensor
 
 from route_detr.config import Config
 from route_detr.files import save_figure
-from route_detr.model.schedule import sampled_schedule
+from route_detr.model.schedule import routing_values
+from route_detr.model.structures import RoutingValues
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
@@ -62,6 +63,13 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     for axes in (precision, schedule):
         axes.set_ylim(bottom=0)
     save_figure(figure, path)
+
+
+def sampled_schedule(config: Config, steps_per_epoch: int, samples: int = 400) -> list[tuple[float, RoutingValues]]:
+    """(epoch, values) at about so many of a run's steps, evenly spread, for a plot."""
+    total = config.train.epochs * steps_per_epoch
+    steps = sorted({round(index * total / samples) for index in range(samples + 1)})
+    return [(step / steps_per_epoch, routing_values(config, step, steps_per_epoch)) for step in steps]
 
 
 def plot_schedule(config: Config, steps_per_epoch: int, path: str | Path) -> None:
