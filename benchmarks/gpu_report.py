@@ -35,9 +35,10 @@ NO_GPU = 2
 SECONDS_TO_END = 2.0  # between the request to end and the kill
 SECONDS_BETWEEN_WRITES = 1.0
 MOST_WORKERS = 8
+_OPS = sorted(map(ops.declaration, ops.NAMES), key=lambda op: -op.GPU_SECONDS)
 SHARES = {
     "build": 85, "tests": 180,
-    **{ops.declaration(op).gpu_cases()[0].part: ops.declaration(op).GPU_SECONDS for op in ops.NAMES},
+    **{op.gpu_cases()[0].part: op.GPU_SECONDS for op in _OPS},
     LAUNCH: 8, "profile": 30, "flex": 45,
 }  # fmt: skip
 """Seconds of each part, in order, 525 in all; last what compiles longest, with all that the others have left."""

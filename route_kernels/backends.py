@@ -23,12 +23,10 @@ from .triton import availability
 BACKENDS = ("reference", "eager", "cpu", "triton", "cuda")
 PLAIN = {"reference": reference, "eager": eager}
 """Backends that are functions of PyTorch operators, one of each op's name; PyTorch differentiates them."""
-OPS = (
-    "routed_attention", "query_similarity", "ms_deform_attn", "ms_deform_attn_fused", "add_layer_norm",
-    "sigmoid_focal_loss",
-)  # fmt: skip
 PRODUCTS = ("feed_forward", "add_linear")
 """Ops of PyTorch's own matrix products: they run on every device, whichever kernels are requested."""
+OPS = tuple(op for op in reference.OPS if op not in PRODUCTS)
+"""Ops with kernels."""
 
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 

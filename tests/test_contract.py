@@ -21,7 +21,7 @@ from route_kernels.testing import (
 )
 
 NAMES = [f"{bad.op} {bad.name}" for bad in BAD_INPUTS]
-FIRST_OF_EACH_OP = [next(bad for bad in BAD_INPUTS if bad.op == op and "dimensions" in bad.name) for op in OPS[:3]]
+OF_DIMENSIONS = [bad for bad in BAD_INPUTS if "dimension" in bad.name]
 
 
 def test_every_op_has_bad_inputs():
@@ -60,7 +60,7 @@ NUMBERS = [
 
 
 def test_there_are_numbers():
-    assert {op for op, _, _ in NUMBERS} == {"routed_attention", "add_layer_norm", "sigmoid_focal_loss"}
+    assert len(NUMBERS) >= 5 and len({op for op, _, _ in NUMBERS}) >= 3
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "compiled"])
@@ -94,7 +94,7 @@ def test_recomputed_names_what_it_does_not_know(kept):
         rk.recomputed(torch.relu, torch.ones(2, requires_grad=True), kept=kept)
 
 
-@pytest.mark.parametrize("bad", FIRST_OF_EACH_OP, ids=OPS[:3])
+@pytest.mark.parametrize("bad", OF_DIMENSIONS, ids=[f"{bad.op} {bad.name}" for bad in OF_DIMENSIONS])
 def test_compiled_gives_the_same_message(bad):
     torch._dynamo.reset()
     compiled = torch.compile(lambda arguments: call(bad.op, arguments), backend="eager", fullgraph=True)

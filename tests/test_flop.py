@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import route_kernels as rk
 from route_kernels import native
 from route_kernels.ops import registry
-from route_kernels.testing import NAMES, call, map_tensors, named_tensors, sample_arguments
+from route_kernels.testing import NAMES, call, declaration, map_tensors, named_tensors, sample_arguments
 
 pytestmark = pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
 SAMPLES = [(op, label) for op in NAMES for label in sample_arguments(op) if label != "mean"]  # that is plain PyTorch
@@ -58,15 +58,11 @@ def again(op, arguments):
     return 0
 
 
-ELEMENTWISE = {"add_layer_norm": ("x", 8, 13), "sigmoid_focal_loss": ("logits", 17, 1)}
-"""PyTorch counts nothing of these: the argument, and operations on each of its elements forward and backward."""
-
-
 @each_sample
 def test_the_count_is_that_of_the_same_products_in_pytorch(op, label):
     arguments = sample_arguments(op)[label]
-    if op in ELEMENTWISE:
-        name, *operations = ELEMENTWISE[op]
+    if hasattr(declaration(op), "FLOP_OF_AN_ELEMENT"):
+        name, *operations = declaration(op).FLOP_OF_AN_ELEMENT
         expected = tuple(count * arguments[name].numel() for count in operations)
     elif op.startswith("ms_deform_attn"):
         expected = corners_and_channels(op, arguments)

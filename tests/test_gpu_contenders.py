@@ -346,4 +346,4 @@ def test_tables_from_a_file(tmp_path, capsys):
 
 
 def test_parts_of_the_cases():
-    assert parts() == ["attention", "flex", *rk.backends.OPS[1:]]
+    assert sorted(parts()) == sorted(["attention", "flex", *(op for op in OPS if op != "routed_attention")])

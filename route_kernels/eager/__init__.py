@@ -3,23 +3,14 @@
 Arguments are those of `reference`. Unlike it, nothing is upcast, autocast does what it does to any PyTorch code, and
 attention is `scaled_dot_product_attention` or `grid_sample`. Corners (NaN locations, masks that hide every key) are
 left to those operators.
+
+A file an op, whose function of the same name is here too.
 """
 
-from .add_layer_norm import add_layer_norm
-from .add_linear import add_linear
-from .feed_forward import feed_forward
-from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
-from .query_similarity import query_similarity
-from .routed_attention import routed_attention
-from .sigmoid_focal_loss import sigmoid_focal_loss
+import pkgutil
+from importlib import import_module
 
-__all__ = [
-    "add_layer_norm",
-    "add_linear",
-    "feed_forward",
-    "ms_deform_attn",
-    "ms_deform_attn_fused",
-    "query_similarity",
-    "routed_attention",
-    "sigmoid_focal_loss",
-]
+__all__ = [file.name for file in pkgutil.iter_modules(__path__)]
+
+for _op in __all__:
+    globals()[_op] = getattr(import_module(f"{__name__}.{_op}"), _op)

@@ -1,21 +1,15 @@
-"""The equations in order in plain PyTorch: the oracle of the tests and the `reference` backend."""
+"""The equations in order in plain PyTorch: the oracle of the tests and the `reference` backend.
 
-from .add_layer_norm import add_layer_norm
-from .add_linear import add_linear
-from .feed_forward import feed_forward
-from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
-from .query_similarity import query_similarity
-from .routed_attention import routed_attention, routing_bias
-from .sigmoid_focal_loss import sigmoid_focal_loss
+A file an op, whose function of the same name is here too: this folder is the list of ops.
+"""
 
-__all__ = [
-    "add_layer_norm",
-    "add_linear",
-    "feed_forward",
-    "ms_deform_attn",
-    "ms_deform_attn_fused",
-    "query_similarity",
-    "routed_attention",
-    "routing_bias",
-    "sigmoid_focal_loss",
-]
+import pkgutil
+from importlib import import_module
+
+from .routed_attention import routing_bias
+
+OPS = tuple(file.name for file in pkgutil.iter_modules(__path__))
+__all__ = ["OPS", "routing_bias", *OPS]
+
+for _op in OPS:
+    globals()[_op] = getattr(import_module(f"{__name__}.{_op}"), _op)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import pkgutil
 import re
 
 import torch
@@ -13,15 +15,12 @@ from ..precision import FLOATING
 OLDEST = (3, 5)
 OLDEST_CAPABILITY = (8, 0)
 
+WITHOUT_FLOAT64 = ("query_similarity", "routed_attention")
 DTYPES = {
-    "query_similarity": FLOATING[:3],
-    "routed_attention": FLOATING[:3],
-    "ms_deform_attn": FLOATING,
-    "ms_deform_attn_fused": FLOATING,
-    "add_layer_norm": FLOATING,
-    "sigmoid_focal_loss": FLOATING,
+    file.name: FLOATING[:3] if file.name in WITHOUT_FLOAT64 else FLOATING
+    for file in pkgutil.iter_modules([os.path.dirname(__file__)])
 }
-"""What each op's kernels take. An op that is not here has none."""
+"""What each op's kernels take. An op without a file here has none."""
 WIDEST = {4: ("D", 128), 3: ("R and G", 64)}
 """By their dimensions, the widest rows of routed attention's tensors that registers and shared memory hold."""
 

@@ -45,6 +45,7 @@ OF_WORKERS = dict(queries=200)
 MANY = dict(batch=131_200, queries=64, channels=256)
 MANY_GIGABYTES = 30
 FLOAT32_UNDER_AUTOCAST = True
+FLOP_OF_AN_ELEMENT = ("x", 8, 13)
 BAD_INPUTS = bad_inputs(
     "add_layer_norm",
     arguments,

@@ -51,6 +51,7 @@ OF_WORKERS = dict(queries=1000)
 MANY = dict(batch=131_200, queries=64, classes=256)
 MANY_GIGABYTES = 20
 FLOAT32_UNDER_AUTOCAST = True
+FLOP_OF_AN_ELEMENT = ("logits", 17, 1)
 BAD_INPUTS = bad_inputs(
     "sigmoid_focal_loss",
     lambda: arguments(weighted=True),
