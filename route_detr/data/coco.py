@@ -48,8 +48,9 @@ class CocoDetection(Dataset):
         train: whether to augment, with ``seed``.
         masks: whether targets have masks, from the annotations' polygons or run lengths, all drawn now.
         cache: folder for decoded images, filled as they are first read; workers, ranks, runs and data sets share it.
-        check_headers: whether to compare the size in every image's header with the annotation file's now, by default
-            for up to ``HEADERS_CHECKED_UP_TO`` images; else on reading.
+
+    The size in every image's header is compared with the annotation file's now for up to ``HEADERS_CHECKED_UP_TO``
+    images, else on reading.
 
     Raises DatasetError for a file that cannot be used (see ``read_annotations``), missing or empty image files, objects
     without a mask that is asked for, and from item access for an image that cannot be decoded or has another size than
@@ -66,7 +67,6 @@ class CocoDetection(Dataset):
         seed: int = 0,
         masks: bool = False,
         cache: StrPath | None = None,
-        check_headers: bool | None = None,
     ) -> None:
         self.annotation_file, self.image_dir = Path(annotation_file), Path(image_dir)
         self.config, self.train, self.seed, self.cache = config, train, seed, None if cache is None else Path(cache)
@@ -83,7 +83,7 @@ class CocoDetection(Dataset):
         self.file_names: list[str] = [image["file_name"] for image in content.images]
         self._sizes = np.array([(i["width"], i["height"]) for i in content.images], dtype=np.int64).reshape(-1, 2)
         self._index_objects(content.annotations, masks)
-        self._check_files(len(self) <= HEADERS_CHECKED_UP_TO if check_headers is None else check_headers)
+        self._check_files(headers=len(self) <= HEADERS_CHECKED_UP_TO)
         if self.report:
             warnings.warn(f"{self.annotation_file}:\n{self.report}", DatasetWarning, stacklevel=2)
 

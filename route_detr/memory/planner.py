@@ -97,22 +97,8 @@ class Plan:
     parts: dict[str, int]
 
 
-def plan(request: Request) -> Plan:
-    """The peak of the requested step."""
-    return _step_planned(request)
-
-
-def products(request: Request) -> int:
-    """FLOPs of the step's matrix products and convolutions, those in backward and in our ops too (ops/flop.py).
-
-    A run of its own: the counter's hooks keep tensors alive.
-    """
-    counter = FlopCounterMode(display=False)
-    _step_planned(request, counter)
-    return counter.get_total_flops()
-
-
-def _step_planned(request: Request, counter: FlopCounterMode | None = None) -> Plan:
+def plan(request: Request, counter: FlopCounterMode | None = None) -> Plan:
+    """The peak of the requested step; a counter counts its FLOPs as well, whose hooks keep tensors alive."""
     ledger = Ledger()
     detector, criterion = _built(request, "meta", GPU_BACKEND)
     kernels = rk.backend("reference") if detector.config.memory == "none" else assumed(GPU_BACKEND)
@@ -140,6 +126,13 @@ def _step_planned(request: Request, counter: FlopCounterMode | None = None) -> P
         for index, part in enumerate(share):
             parts[part] += (size + len(share) - 1 - index) // len(share)
     return Plan(ledger.peak, parts)
+
+
+def products(request: Request) -> int:
+    """FLOPs of the step's matrix products and convolutions, those in backward and in our ops too (ops/flop.py)."""
+    counter = FlopCounterMode(display=False)
+    plan(request, counter)
+    return counter.get_total_flops()
 
 
 def _built(request: Request, device: str, backend: str | None = None) -> tuple[Detector, Criterion]:
