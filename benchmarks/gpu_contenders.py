@@ -109,7 +109,7 @@ def _flex(score_mod_of: Callable[[Any], ScoreMod]) -> Callable[..., Tensor]:
 
 def flex_factored(query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors) -> Tensor:
     """Factors in float32: sums by atomics in bfloat16 would be wrong."""
-    factors = rk.RoutingFactors(*(factor.float() for factor in routing[:6]), routing.limit)
+    factors = rk.RoutingFactors(*(factor.float() for factor in routing[:6]), *routing[6:])
     return _compiled_factored(query=query, key=key, value=value, captured=factors)
 
 

@@ -194,6 +194,8 @@ def kernel(op: str, direction: str, backend: str) -> Callable:
     runs, reason = can_run(op, backend)
     if not runs:
         raise BackendUnavailableError(f"{op}: backend {backend!r} was requested but cannot run: {reason}")
+    if backend in PLAIN:
+        raise ValueError(f"{op}: backend: expected one that has kernels, got {backend!r}")
     if backend == "triton":
         return getattr(importlib.import_module(f".triton.{op}", __package__), direction)
     return getattr(torch.ops.route_kernels_native, f"{op}_{direction}").default

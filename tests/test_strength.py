@@ -126,6 +126,17 @@ def test_one_strength_for_each_call_of_vmap():
     )
 
 
+@each_backend
+def test_a_strength_of_any_dtype(backend):
+    skip_unless_it_runs(backend)
+    arguments = routed_attention_arguments(**SMALL)
+    expected = attended(arguments, 0.5, 0.25, backend)
+    found = attended(arguments, torch.tensor(0.5, dtype=torch.float64, requires_grad=True), torch.tensor(0.25), backend)
+    assert found.pop("grad routing.strength").dtype == torch.float64
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_the_bias_written_out():
     routing = routed_attention_arguments(**SMALL)["routing"]
     plain = rk.routing_bias(routing._replace(limit=0.3))

@@ -20,12 +20,12 @@ import torch
 from .. import backends
 from ..precision import accumulate_dtype, autocast_dtype
 from .contract import (
+    as_rows,
     expect_choice,
     expect_floating,
     expect_same_device,
     expect_shape,
     expect_tensors,
-    last_dim_contiguous,
     may_be_differentiated,
     number,
 )
@@ -113,11 +113,6 @@ def spare_channels(weight: torch.Tensor, bias: torch.Tensor, count: int) -> torc
     return share.topk(count, largest=False, sorted=False).indices.int()
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., C] -> [T, C], each row contiguous; a copy only where the strides leave no other way."""
-    return last_dim_contiguous(x).reshape(-1, x.shape[-1])
-
-
 def _new_outputs(x, residual, weight, bias, eps, kept, dtype, backend):
     """y [..., C], rstd [...] in the dtype of sums, x^ of the kept channels [..., kept], which are int32 [kept]."""
     check(x, residual, weight, bias, eps, dtype)
@@ -134,8 +129,8 @@ def _kernel(x, residual, weight, bias, eps, kept, dtype, backend):
     channels.copy_(spare_channels(weight, bias, kept))
     if x.numel():
         backends.kernel(OP, "forward", backend)(
-            _rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), channels, eps,
-            _rows(output), rstd.view(-1), normalized.view(rstd.numel(), kept),
+            as_rows(x), as_rows(residual), weight.contiguous(), bias.contiguous(), channels, eps,
+            as_rows(output), rstd.view(-1), normalized.view(rstd.numel(), kept),
         )  # fmt: skip
     return outputs
 
@@ -153,8 +148,8 @@ def _backward_kernel(grad_output, output, rstd, normalized, channels, weight, bi
     grad_sum, sums = grads = _new_grads(grad_output, output)
     if output.numel():
         backends.kernel(OP, "backward", backend)(
-            _rows(grad_output), _rows(output), rstd.view(-1), normalized.view(rstd.numel(), channels.numel()), channels,
-            weight.contiguous(), bias.contiguous(), [_rows(grad_sum), sums],
+            as_rows(grad_output), as_rows(output), rstd.view(-1), normalized.view(rstd.numel(), channels.numel()),
+            channels, weight.contiguous(), bias.contiguous(), [as_rows(grad_sum), sums],
         )  # fmt: skip
     return grads
 

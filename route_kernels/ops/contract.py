@@ -125,6 +125,11 @@ def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., C] -> [T, C], each row contiguous; a copy only where the strides leave no other way."""
+    return last_dim_contiguous(x).reshape(-1, x.shape[-1])
+
+
 def may_be_differentiated(*tensors: torch.Tensor) -> bool:
     """Whether a gradient may be asked for. Under torch.vmap a tensor does not tell whether it requires one."""
     return torch.is_grad_enabled() and (

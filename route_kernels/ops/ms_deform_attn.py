@@ -125,7 +125,7 @@ def autocast_value(value: torch.Tensor) -> torch.Tensor:
     return value if dtype is None or not value.is_floating_point() or value.dtype == torch.float64 else value.to(dtype)
 
 
-def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+def contiguous_points(tensor: torch.Tensor) -> torch.Tensor:
     """[B, N, H, ...] whose points of one query and head lie one after the other; B, N and H have any strides."""
     return tensor if tensor.numel() == 0 or tensor[0, 0, 0].is_contiguous() else tensor.contiguous()
 
@@ -136,13 +136,13 @@ def _kernel_inputs(value, spatial_shapes, level_start_index, sampling_locations,
         points = (sampling_locations.shape[4],) * level_count(spatial_shapes)
         sampling_locations, attention_weights = _all_points(sampling_locations), _all_points(attention_weights)
     levels = packed_levels(spatial_shapes, level_starts(spatial_shapes, level_start_index), points)
-    locations, weights = contiguous_rows(sampling_locations), contiguous_rows(attention_weights)
+    locations, weights = contiguous_points(sampling_locations), contiguous_points(attention_weights)
     return last_dim_contiguous(value), levels, locations, weights
 
 
 def _all_points(tensor: torch.Tensor) -> torch.Tensor:
     """[B, N, H, L, P, ...] -> [B, N, H, K, ...], the points of one query and head one after the other."""
-    return contiguous_rows(tensor).flatten(3, 4)
+    return contiguous_points(tensor).flatten(3, 4)
 
 
 def _kernel(*inputs):

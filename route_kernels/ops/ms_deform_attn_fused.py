@@ -38,7 +38,7 @@ from .levels import (
     packed_levels,
     register_with_levels,
 )
-from .ms_deform_attn import autocast_value, contiguous_rows, not_wider_than_sums, sampling_flop
+from .ms_deform_attn import autocast_value, contiguous_points, not_wider_than_sums, sampling_flop
 from .registry import Backward
 
 OP = "ms_deform_attn_fused"
@@ -150,8 +150,8 @@ def _kernel_inputs(value, spatial_shapes, reference_points, sampling_offsets, at
         last_dim_contiguous(value),
         packed_levels(spatial_shapes, level_starts(spatial_shapes, None), counts),
         last_dim_contiguous(reference_points),
-        contiguous_rows(sampling_offsets),
-        contiguous_rows(attention_logits),
+        contiguous_points(sampling_offsets),
+        contiguous_points(attention_logits),
         value_mask,
     )
 

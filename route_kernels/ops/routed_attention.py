@@ -106,7 +106,7 @@ def routed_attention(
     if routing is not None:
         routing = _expect_factors(OP, routing)
     scale = None if scale is None else number(OP, "scale", scale)
-    chosen = backends.choose(OP, query, key, value, routing)
+    chosen = backends.choose(OP, query, key, value, (routing or ())[:6])
     plain = backends.plain(OP, chosen)
     if plain is not None:
         check(_Call(query, key, value, *_numbers_of(routing), attn_mask, key_ranges, scale))

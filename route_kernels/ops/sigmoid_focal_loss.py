@@ -17,11 +17,11 @@ import torch
 from .. import backends
 from ..precision import accumulate_dtype
 from .contract import (
+    as_rows,
     expect_choice,
     expect_floating,
     expect_same_device,
     expect_tensors,
-    last_dim_contiguous,
     may_be_differentiated,
     number,
 )
@@ -105,11 +105,6 @@ def _check_weight(weight: torch.Tensor, targets: torch.Tensor) -> None:
         )
 
 
-def _rows(logits: torch.Tensor) -> torch.Tensor:
-    """[..., N, K] -> [T, K], each row contiguous; a copy only where the strides leave no other way."""
-    return last_dim_contiguous(logits).reshape(-1, logits.shape[-1])
-
-
 def kept_scale(dtype: torch.dtype) -> float:
     """What the kept gradient is multiplied by."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
@@ -135,7 +130,7 @@ def _kernel(logits, targets, alpha, gamma, source, backend):
         loss.zero_()
         return outputs
     backends.kernel(OP, "forward", backend)(
-        _rows(logits), targets.reshape(-1).contiguous(), alpha, gamma, kept_scale(logits.dtype), loss.view(-1),
+        as_rows(logits), targets.reshape(-1).contiguous(), alpha, gamma, kept_scale(logits.dtype), loss.view(-1),
         None if source is None else grad.view(-1, logits.shape[-1]),
     )  # fmt: skip
     return outputs
@@ -149,7 +144,12 @@ def _backward_kernel(grad_output, grad, source, backend):
     grad_logits = _new_grad(grad_output, grad)
     if grad.numel():
         run = backends.kernel(OP, "backward", backend)
-        run(grad_output.reshape(-1).contiguous(), _rows(grad), 1 / kept_scale(grad.dtype), [_rows(grad_logits)])
+        run(
+            grad_output.reshape(-1).contiguous(),
+            as_rows(grad),
+            1 / kept_scale(grad.dtype),
+            [as_rows(grad_logits)],
+        )
     return grad_logits
 
 
