@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import (
     ConfigDict,
     Field,
@@ -22,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from .data.transforms import TransformConfig
 from .model.blocks import MemoryLevel
@@ -38,6 +41,14 @@ FIXED = {
 }
 """Fields of earlier versions, with the only value that they may have where a file still holds them."""
 
+SETTINGS = "detector.backbone.settings"
+NOT_THE_NETWORK = {
+    *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"),
+    *("label2id", "model_type", "num_labels", "out_features", "out_indices", "output_attentions"),
+    *("output_hidden_states", "problem_type", "return_dict", "stage_names", "transformers_version"),
+}  # fmt: skip
+"""Fields of every configuration of transformers that make no difference here, or are set here."""
+
 
 @dataclass(frozen=True, config=FORBID_OTHERS)
 class BackboneConfig:
@@ -49,6 +60,43 @@ class BackboneConfig:
     fine_tune: bool = False  # for pretrained weights: BatchNorm fixed, `frozen` parameters not trained
     frozen: tuple[str, ...] = ("embedder.", "encoder.stages.0.")  # how names of parameters begin
     weights: str | None = None  # model name or folder for `from_pretrained`; None: initialised at random
+
+    def resolved(self) -> PretrainedConfig:
+        """The configuration of transformers that is meant; it takes any setting, so that the names are checked here.
+
+        Raises ValueError for a model type without backbone, or a setting that it does not have or take.
+        """
+        if self.weights is None and self.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+            others = unknown_key(self.model, MODEL_FOR_BACKBONE_MAPPING_NAMES)
+            raise ValueError(f"detector.backbone: expected a model of transformers with an AutoBackbone: {others}")
+        configured = AutoConfig.for_model if self.weights is None else AutoConfig.from_pretrained
+        try:
+            model = configured(self.weights or self.model, **self.settings)
+        except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+            field = "settings" if self.weights is None else f"weights: {self.weights}"
+            raise ValueError(f"detector.backbone.{field}: {' '.join(str(error).split())[:300]}") from error
+        if model.model_type not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+            raise ValueError(f"detector.backbone.weights: {self.weights}: a {model.model_type} has no AutoBackbone")
+        known = setting_names(model)
+        for key in sorted(self.settings.keys() - known):
+            raise ValueError(unknown_key(f"{SETTINGS}.{key}", [f"{SETTINGS}.{name}" for name in sorted(known)]))
+        return model
+
+    def self_contained(self) -> BackboneConfig:
+        """With the model and settings of its `weights`, so that it can be built without them; raises as `resolved`."""
+        model = self.resolved()
+        if self.weights is None:
+            return self
+        return dataclasses.replace(self, model=model.model_type, settings=settings_of(model))
+
+    def known(self) -> BackboneConfig:
+        """Without settings that its model does not have: checkpoints from before that was an error, and some
+        config.json on hubs, hold some. They have never made a difference."""
+        if self.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+            return self
+        names = setting_names(AutoConfig.for_model(self.model))
+        settings = {name: value for name, value in self.settings.items() if name in names}
+        return dataclasses.replace(self, settings=settings)
 
 
 @dataclass(frozen=True, config=FORBID_OTHERS)
@@ -220,6 +268,17 @@ class Config:
         return Config.from_dict(values)
 
 
+def setting_names(model: PretrainedConfig) -> set[str]:
+    """Fields of a model type's configuration that make a difference to the network."""
+    return {*type(model)().to_dict(), *model.attribute_map} - NOT_THE_NETWORK
+
+
+def settings_of(model: PretrainedConfig) -> dict[str, Any]:
+    """The settings that make the network, where they differ from the defaults of its type."""
+    values, defaults = model.to_dict(), type(model)().to_dict()
+    return {name: values[name] for name in sorted(setting_names(model)) if values.get(name) != defaults.get(name)}
+
+
 def _without_fixed(values: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(values)
     for section, fixed in FIXED.items():
@@ -244,9 +303,9 @@ def first_error(error: ValidationError) -> str:
     return f"{key or 'config'}: {first['msg']}, got {first['input']!r}"
 
 
-def unknown_key(key: str) -> str:
-    """The error for a dotted key that is no field of `Config`; names the nearest by its last part."""
-    known = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config().to_dict())}
+def unknown_key(key: str, dotted_keys: Iterable[str] | None = None) -> str:
+    """The error for a dotted key that is none of these (the fields of `Config`); names the nearest by its last part."""
+    known = {dotted.rpartition(".")[2]: dotted for dotted in dotted_keys or _dotted_keys(Config().to_dict())}
     section, _, last = key.rpartition(".")
     nearest = difflib.get_close_matches(last, known, n=1)
     others = ", ".join(name for name, dotted in known.items() if dotted.rpartition(".")[0] == section)

@@ -6,9 +6,9 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,18 +16,15 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 import route_kernels as rk
-from route_detr.config import BackboneConfig, Config
+from route_detr.config import Config
 from route_detr.data.images import read_rgb
 from route_detr.data.report import DatasetError
 from route_detr.data.transforms import eval_view, image_pixels, normalised
 from route_detr.errors import CheckpointError
 from route_detr.evaluation import coco_results, detections
 from route_detr.files import SOFTWARE, check_replaceable, remove_abandoned, write_atomically, write_text
-from route_detr.model.backbone import setting_names
 from route_detr.model.boxes import corners
 from route_detr.model.detector import Detector
 from route_detr.run import load_checkpoint
@@ -35,6 +32,36 @@ from route_detr.run import load_checkpoint
 PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
 PREDICTIONS = "predictions.json"
 MASK_OPACITY = 100  # of 255
+
+
+class RoutedLayerView(NamedTuple):
+    """What a routed layer's bias is made of, for inspection."""
+
+    factors: rk.RoutingFactors  # at strength 1
+    boxes: Tensor  # [B, N, 4] reference boxes that enter the layer
+    confidence: Tensor  # [B, N] highest class probability of the layer before; 0 in the first layer
+
+
+@torch.no_grad()
+def routing_factors(
+    detector: Detector, images: Tensor, padding_mask: Tensor | None = None
+) -> dict[int, RoutedLayerView]:
+    """What each routed layer has learned, seen on the main branch's queries in eval mode; {} without routing."""
+    was_training = detector.training
+    detector.eval()
+    try:
+        memory = detector.encoded(detector.checked_features(images, padding_mask), padding_mask)
+        return {
+            index: RoutedLayerView(
+                detector.decoder.routing(index, queries, strength=1.0, route_type="gated"),
+                queries.box_logits[:, 0].sigmoid(),
+                queries.confidence[:, 0],
+            )
+            for index, (queries, _) in enumerate(detector.decoder.steps(detector.proposals(memory)[1], memory))
+            if index in detector.config.routed_layer_indices
+        }
+    finally:
+        detector.train(was_training)
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,7 @@ class Trained:
         """For each routed layer bias and gate [N, N] (strength 1), boxes [N, 4] xyxy in pixels, confidence [N]."""
         size = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
         layers = {}
-        for layer, view in self.detector.routing_factors(self.input_of(image), None).items():
+        for layer, view in routing_factors(self.detector, self.input_of(image)).items():
             gate = (view.factors.gate_q @ view.factors.gate_k.transpose(-1, -2)).sigmoid()
             bias = rk.routing_bias(view.factors)
             if not bias.isfinite().all():
@@ -107,18 +134,9 @@ def stored_config(state: dict[str, Any], path: str | Path) -> Config:
     """
     try:
         config = Config.from_dict(state["config"])
-        return config.updated({"detector.backbone": vars(known_settings(config.detector.backbone))})
+        return config.updated({"detector.backbone": vars(config.detector.backbone.known())})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this version of the detector: {error}") from error
-
-
-def known_settings(config: BackboneConfig) -> BackboneConfig:
-    """The backbone without settings that its model does not have: checkpoints from before that was an error, and some
-    config.json on hubs, hold some. They have never made a difference."""
-    if config.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
-        return config
-    known = setting_names(AutoConfig.for_model(config.model))
-    return replace(config, settings={name: value for name, value in config.settings.items() if name in known})
 
 
 def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from route_detr.config import BackboneConfig, Config, TrainConfig
+from route_detr.config import Config, TrainConfig
 from route_detr.data.batches import batch_loader, epoch_batches, killed_worker, micro_batches
 from route_detr.data.coco import CocoDetection, coco_layout, open_splits
 from route_detr.data.images import image_file
 from route_detr.data.report import DatasetError
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunFailed, WriteError
 from route_detr.evaluation import evaluate, in_words
-from route_detr.model.backbone import resolved, settings_of
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
 from route_detr.model.schedule import routing_values
@@ -279,17 +278,6 @@ def parameter_groups(detector: Detector, config: TrainConfig, weights_follow: bo
     ]
 
 
-def self_contained(config: BackboneConfig) -> BackboneConfig:
-    """The backbone with the model and the settings of its `weights`, so that it can be built without them.
-
-    Raises ValueError as `Backbone` for a model or a setting that does not exist.
-    """
-    model = resolved(config)
-    if config.weights is None:
-        return config
-    return replace(config, model=model.model_type, settings=settings_of(model))
-
-
 class Training:
     """Everything a run holds in memory, on one of its ranks.
 
@@ -312,7 +300,7 @@ class Training:
         weights_follow: bool = False,
     ) -> None:
         if not weights_follow:
-            backbone = self_contained(config.detector.backbone)
+            backbone = config.detector.backbone.self_contained()
             config = replace(config, detector=replace(config.detector, backbone=backbone))
         accelerator.gradient_accumulation_steps = accumulation(config.train.accumulate)
         shares = accelerator.num_processes, accelerator.gradient_accumulation_steps

@@ -14,6 +14,7 @@ from route_detr.model.boxes import corners, generalized_iou
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
 from route_detr.model.encoder import flatten_levels
+from route_detr.predict import routing_factors
 from route_detr.train import parameter_groups
 
 
@@ -153,14 +154,14 @@ def test_bad_input_is_a_clear_error(images, padding_mask, message):
 def test_routing_factors_of_each_routed_layer():
     detector = small_detector(routed_layers=(0, 2)).train()
     images, padding_mask, _ = small_batch()
-    views = detector.routing_factors(images, padding_mask)
+    views = routing_factors(detector, images, padding_mask)
     assert detector.training and list(views) == [0, 2]
     bias = rk.routing_bias(views[2].factors)
     assert bias.shape == (2, 7, 7) and 0 < bias.abs().max() <= 5
     assert views[0].confidence.abs().max() == 0 and views[2].confidence.min() > 0
     output = detector.eval()(images, padding_mask)
     assert torch.equal(views[2].boxes, output.layers[1].boxes[:, 0])
-    assert small_detector(route=False).routing_factors(images) == {}
+    assert routing_factors(small_detector(route=False), images) == {}
 
 
 def test_detections_are_sorted_pixels_of_the_main_branch():

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 import route_kernels as rk
 from route_detr.config import TrainConfig
 from route_detr.model.criterion import Criterion
+from route_detr.predict import routing_factors
 from route_kernels.nn import MSDeformAttn, QueryRouter, RoutedSelfAttention
 
 
@@ -59,7 +60,7 @@ def test_each_routed_layer_has_its_own_strength(strengths, fork):
 def test_a_fixed_route_type_is_that_product_alone(route_type, other):
     detector = small_detector(routed_layers=(1,))
     images, padding_mask, _ = batch = small_batch()
-    factors = detector.routing_factors(images, padding_mask)[1].factors
+    factors = routing_factors(detector, images, padding_mask)[1].factors
     memory = detector.eval().encoded(detector.backbone(images), padding_mask)
     queries, _ = list(detector.decoder.steps(detector.proposals(memory)[1], memory))[1]
     fixed = detector.decoder.routing(1, queries, 1.0, route_type)

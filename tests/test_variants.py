@@ -15,7 +15,7 @@ from route_detr.model.detector import Detector
 from route_detr.model.matcher import padded_targets
 from route_detr.predict import stored_config
 from route_detr.tools.digits import write_digits
-from route_detr.train import parameter_groups, self_contained
+from route_detr.train import parameter_groups
 
 CONTENTS = {content: {"query_content": content} for content in ("encoded", "box", "joint")}
 ALL = {**VARIANTS, **CONTENTS}
@@ -126,11 +126,11 @@ def test_a_backbone_of_given_weights_can_be_built_without_them(tmp_path):
     config = ResNetConfig(**resnet(4, [4, 8, 8]), hidden_act="gelu", id2label={0: "x"})
     ResNetModel(config).save_pretrained(tmp_path)
     given = BackboneConfig(weights=str(tmp_path), used_stages=2)
-    alone = dataclasses.replace(self_contained(given), weights=None)
+    alone = dataclasses.replace(given.self_contained(), weights=None)
     assert alone.settings == {**resnet(4, [4, 8, 8]), "hidden_act": "gelu"}
     shapes = [{n: p.shape for n, p in Backbone(each, 2).state_dict().items()} for each in (given, alone)]
     assert shapes[0] == shapes[1]
-    assert self_contained(alone) is alone
+    assert alone.self_contained() is alone
 
 
 def test_a_setting_that_never_was_is_left_out_of_an_old_checkpoint(tmp_path):

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_FOR_BACKBONE_MAPPING_NAMES
+from transformers import AutoBackbone, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 if TYPE_CHECKING:
     from ..config import BackboneConfig
-
-SETTINGS = "detector.backbone.settings"
-NOT_THE_NETWORK = {
-    *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"),
-    *("label2id", "model_type", "num_labels", "out_features", "out_indices", "output_attentions"),
-    *("output_hidden_states", "problem_type", "return_dict", "stage_names", "transformers_version"),
-}  # fmt: skip
-"""Fields of every configuration of transformers that make no difference here, or are set here."""
 
 
 class FrozenBatchNorm(nn.Module):
@@ -51,7 +40,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, stages: int) -> None:
         super().__init__()
-        model = resolved(config)
+        model = config.resolved()
         names = [name for name in model.stage_names if name != "stem"]
         if stages > len(names):
             raise ValueError(f"used_stages: expected at most {len(names)} for {model.model_type}, got {stages}")
@@ -61,49 +50,14 @@ class Backbone(nn.Module):
             self.body = AutoBackbone.from_config(model) if fresh else _pretrained(model, config.weights)
             self.channels = list(self.body.channels)
         except (LookupError, TypeError, ArithmeticError) as error:  # numbers that no layer can be made of
-            raise ValueError(f"{SETTINGS}: no {model.model_type} can be built of {config.settings}: {error}") from error
+            found = f"no {model.model_type} can be built of {config.settings}: {error}"
+            raise ValueError(f"detector.backbone.settings: {found}") from error
         self.body.to(memory_format=torch.channels_last)
         if config.fine_tune:
             _freeze(self.body, config.frozen)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return list(self.body(images.contiguous(memory_format=torch.channels_last)).feature_maps)
-
-
-def resolved(config: BackboneConfig) -> PretrainedConfig:
-    """The configuration of transformers that is meant; it takes any setting, so that the names are checked here."""
-    if config.weights is None and config.model not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
-        others = _unknown(config.model, MODEL_FOR_BACKBONE_MAPPING_NAMES)
-        raise ValueError(f"detector.backbone: expected a model of transformers with an AutoBackbone: {others}")
-    configured = AutoConfig.for_model if config.weights is None else AutoConfig.from_pretrained
-    try:
-        model = configured(config.weights or config.model, **config.settings)
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
-        field = "settings" if config.weights is None else f"weights: {config.weights}"
-        raise ValueError(f"detector.backbone.{field}: {' '.join(str(error).split())[:300]}") from error
-    if model.model_type not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
-        raise ValueError(f"detector.backbone.weights: {config.weights}: a {model.model_type} has no AutoBackbone")
-    known = setting_names(model)
-    for key in sorted(config.settings.keys() - known):
-        raise ValueError(_unknown(key, known, f"{SETTINGS}."))
-    return model
-
-
-def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
-    nearest = get_close_matches(name, known, n=1)
-    hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else f"keys there: {', '.join(sorted(known))}"
-    return f"unknown key {prefix + name!r}; {hint}"
-
-
-def setting_names(model: PretrainedConfig) -> set[str]:
-    """Fields of a model type's configuration that make a difference to the network."""
-    return {*type(model)().to_dict(), *model.attribute_map} - NOT_THE_NETWORK
-
-
-def settings_of(model: PretrainedConfig) -> dict[str, Any]:
-    """The settings that make the network, where they differ from the defaults of its type."""
-    values, defaults = model.to_dict(), type(model)().to_dict()
-    return {name: values[name] for name in sorted(setting_names(model)) if values.get(name) != defaults.get(name)}
 
 
 def _freeze(body: nn.Module, prefixes: tuple[str, ...]) -> None:

@@ -23,11 +23,10 @@ from .structures import (
     DetectorOutput,
     Memory,
     PaddedTargets,
-    RoutedLayerView,
     RouteType,
     Routing,
     RoutingValues,
-)
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from ..config import DetectorConfig
@@ -113,7 +112,7 @@ class Detector(nn.Module):
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence | None = None
     ) -> DetectorOutput:
         """targets (objects with boxes [T, 4] and labels [T], one an image) are what denoising queries start from."""
-        features, padded = self._features(images, padding_mask), None
+        features, padded = self.checked_features(images, padding_mask), None
         if self.training and self.denoising is not None:
             if targets is None:
                 raise ValueError("targets: expected those of the images, to train with denoising queries, got none")
@@ -138,7 +137,7 @@ class Detector(nn.Module):
         pixels = None if self.pixel_embedding is None else self.pixel_embedding(features[0], memory)
         return DetectorOutput(layers, proposals, aux_weight, denoised, pixels)
 
-    def _features(self, images: Tensor, padding_mask: Tensor | None) -> list[Tensor]:
+    def checked_features(self, images: Tensor, padding_mask: Tensor | None) -> list[Tensor]:
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images: expected a floating-point tensor [B, 3, H, W], got {got}")
@@ -152,22 +151,3 @@ class Detector(nn.Module):
         """The backbone's feature maps, encoded."""
         config, levels = self.config, self.feature_levels(features[-self.config.backbone.used_stages :])
         return self.encoder(*flatten_levels(levels, padding_mask, config.position_temperature, config.position_offset))
-
-    @torch.no_grad()
-    def routing_factors(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[int, RoutedLayerView]:
-        """What each routed layer has learned, seen on the main branch's queries in eval mode; {} without routing."""
-        was_training = self.training
-        self.eval()
-        try:
-            memory = self.encoded(self._features(images, padding_mask), padding_mask)
-            return {
-                index: RoutedLayerView(
-                    self.decoder.routing(index, queries, strength=1.0, route_type="gated"),
-                    queries.box_logits[:, 0].sigmoid(),
-                    queries.confidence[:, 0],
-                )
-                for index, (queries, _) in enumerate(self.decoder.steps(self.proposals(memory)[1], memory))
-                if index in self.config.routed_layer_indices
-            }
-        finally:
-            self.train(was_training)

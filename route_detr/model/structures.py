@@ -12,8 +12,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from route_kernels import RoutingFactors
-
 RouteType = Literal["gated", "suppressor", "delegator"]
 ROUTE_TYPES: tuple[RouteType, ...] = ("gated", "suppressor", "delegator")
 
@@ -173,11 +171,3 @@ class Matches(NamedTuple):
     query: Tensor  # [G, M]
     target: Tensor  # [G, M]
     counts: list[int]  # pairs of each image, which stand together
-
-
-class RoutedLayerView(NamedTuple):
-    """What a routed layer's bias is made of, for inspection."""
-
-    factors: RoutingFactors  # at strength 1
-    boxes: Tensor  # [B, N, 4] reference boxes that enter the layer
-    confidence: Tensor  # [B, N] highest class probability of the layer before; 0 in the first layer

@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeformableDetrConfig, PretrainedConfig
 
-from route_detr.config import Config, preset
-from route_detr.model.backbone import settings_of
+from route_detr.config import Config, preset, settings_of
 from route_detr.model.detector import Detector
 from route_detr.run import why_unreadable
 
