@@ -90,7 +90,7 @@ def test_a_number_with_a_tangent_is_an_error():
 
 @pytest.mark.parametrize("kept", [("routed_atention",), "routed_attention", ("routed_attention", None), ["linear"]])
 def test_recomputed_names_what_it_does_not_know(kept):
-    with pytest.raises(ValueError, match=r"^recomputed: kept: expected names out of routed_attention, .*linear, got"):
+    with pytest.raises(ValueError, match=r"^recomputed: kept: expected names out of .*routed_attention, .*linear, got"):
         rk.recomputed(torch.relu, torch.ones(2, requires_grad=True), kept=kept)
 
 

@@ -101,7 +101,7 @@ def test_cases_are_those_that_the_targets_speak_of():
     for case in cases:
         assert case.contenders[0].name == OURS
         assert {target.against for target in case.targets} <= {contender.name for contender in case.contenders[1:]}
-    headline = cases[0]
+    headline = next(case for case in cases if case.op == "routed_attention")
     assert (headline.op, headline.name, headline.backward) == ("routed_attention", "B 16 N 1100 bf16", True)
     assert [(target.against, target.at_most) for target in headline.targets] == [
         ("public code", 1 / 8),
@@ -113,7 +113,7 @@ def test_cases_are_those_that_the_targets_speak_of():
 
 
 def test_headline_arguments():
-    arguments = gpu_cases()[0].make_arguments()
+    arguments = next(case for case in gpu_cases() if case.op == "routed_attention").make_arguments()
     sizes = {"B": 16, "H": 8, "N": 1100, "M": 1100, "D": 32, "R": 16, "G": 3}
     assert sizes_of("routed_attention", arguments) == sizes
     assert arguments["query"].dtype == arguments["routing"].sup_q.dtype == torch.bfloat16
