@@ -133,7 +133,8 @@ class Decoder(nn.Module):
             similarity=similarity,
             confidence=queries.confidence[:, -1],
             geometry=queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1).clamp_min(MIN_AREA).log(),
-        )._replace(strength=strength)
+            strength=strength,
+        )
         if known is not None and self.config.routed_queries != "both":
             denoising = torch.arange(content.shape[1], device=content.device) >= queries.matching
             routed = (denoising if self.config.routed_queries == "denoising" else ~denoising)[:, None]
