@@ -108,6 +108,7 @@ SPILLED = {
     ("attention_backward_queries", "sm120", torch.bfloat16, 128, 32, True): 24,
     ("attention_backward_queries", "sm86", torch.float32, 16, 16, True): 8,
     ("attention_backward_queries", "sm86", torch.float32, 16, 32, True): 8,
+    ("attention_backward_queries", "sm80", torch.bfloat16, 32, 16, "strength"): 8,
     ("attention_forward", "sm80", torch.float32, 64, 32, True): 8,
     ("attention_forward", "sm80", torch.float32, 128, 32, True): 8,
     ("attention_forward", "sm86", torch.float32, 64, 32, True): 8,
@@ -124,7 +125,8 @@ SPILLED = {
     ("attention_backward_keys", "gfx942", torch.float32, 128, 32, True): 20,
     ("attention_backward_keys", "gfx942", torch.float32, 128, 64, True): 8,
 }
-"""By kernel, chip, dtype, D, R and whether masked: bytes a lane that are known. docs/triton.md says more of them.
+"""By kernel, chip, dtype, D, R and whether masked, or with the gradient of a strength: bytes a lane that are known.
 
-On gfx942 they are scalar registers, kept in lanes of vector registers: no instruction goes to memory.
+docs/triton.md says more of them. On gfx942 they are scalar registers, kept in lanes of vector registers: no instruction
+goes to memory.
 """

@@ -178,6 +178,6 @@ def _kernel_calls(
     mask = empty(queries, queries).expand(batch, heads, -1, -1) if masked else None
     ranges = empty(batch, queries, 2, 2, dtype=torch.int32) if masked else None
     call = (query, key, value, routing, mask, ranges, (1.0, 1.0, 5.0))
-    label, family = f"{name_of(dtype)} {label}", (dtype, channels, rank or 16, masked)
+    label, family = f"{name_of(dtype)} {label}", (dtype, channels, rank or 16, "strength" if controlled else masked)
     yield KernelCall("forward", label, (*call, output, lse), family)
     yield KernelCall("backward", label, (output, output, lse, *call, grads), family)
