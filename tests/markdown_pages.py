@@ -66,6 +66,6 @@ def names_of_the_reader(code):
 
 def dead_links(page):
     """The links of a page, given by its path, to files that do not exist."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     return [t for t in targets if not t.startswith("https://") and not (page.parent / t).exists()]

@@ -1,4 +1,4 @@
-"""What benchmarks need of `add_layer_norm`: the norm of a sum against PyTorch's sum and norm."""
+"""Benchmarks of `add_layer_norm`: the norm of a sum against PyTorch's sum and norm."""
 
 from __future__ import annotations
 

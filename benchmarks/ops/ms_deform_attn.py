@@ -1,4 +1,4 @@
-"""What benchmarks need of `ms_deform_attn`: sampling near and anywhere, and what it shares with `ms_deform_attn_fused`.
+"""Benchmarks of `ms_deform_attn`: sampling near and anywhere, and what it shares with `ms_deform_attn_fused`.
 
 ms_deform_attn, with T = B N H K samples; in brackets what the fused form adds
 

@@ -1,4 +1,4 @@
-"""What benchmarks need of `ms_deform_attn_fused`: the sampling of `ms_deform_attn`, against its parts apart."""
+"""Benchmarks of `ms_deform_attn_fused`: the sampling of `ms_deform_attn`, against its parts apart."""
 
 from __future__ import annotations
 

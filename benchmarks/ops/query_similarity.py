@@ -1,4 +1,4 @@
-"""What benchmarks need of `query_similarity`: similarities against an N x N matrix that is written out.
+"""Benchmarks of `query_similarity`: similarities against an N x N matrix that is written out.
 
 query_similarity, "relu": each unordered pair once; "mean": sums only
 

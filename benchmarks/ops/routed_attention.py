@@ -1,4 +1,4 @@
-"""What benchmarks need of `routed_attention`: a decoder's, against plain SDPA, public code and FlexAttention.
+"""Benchmarks of `routed_attention`: a decoder's, against plain SDPA, public code and FlexAttention.
 
 routed_attention, with B N M pairs of a query and a key and H heads
 

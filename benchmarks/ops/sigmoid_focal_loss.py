@@ -1,4 +1,4 @@
-"""What benchmarks need of `sigmoid_focal_loss`: the loss of a detector's logits against one-hot targets."""
+"""Benchmarks of `sigmoid_focal_loss`: the loss of a detector's logits against one-hot targets."""
 
 from __future__ import annotations
 

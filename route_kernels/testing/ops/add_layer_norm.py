@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `add_layer_norm`."""
+"""Inputs of `add_layer_norm` for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `add_linear`."""
+"""Inputs of `add_linear` for tests and benchmarks."""
 
 from __future__ import annotations
 

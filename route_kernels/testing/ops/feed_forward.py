@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `feed_forward`."""
+"""Inputs of `feed_forward` for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `ms_deform_attn`."""
+"""Inputs of `ms_deform_attn` for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `ms_deform_attn_fused`."""
+"""Inputs of `ms_deform_attn_fused` for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `query_similarity`."""
+"""Inputs of `query_similarity` for tests and benchmarks."""
 
 from __future__ import annotations
 

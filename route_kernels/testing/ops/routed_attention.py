@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `routed_attention`."""
+"""Inputs of `routed_attention` for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks give to `sigmoid_focal_loss`."""
+"""Inputs of `sigmoid_focal_loss` for tests and benchmarks."""
 
 from __future__ import annotations
 
