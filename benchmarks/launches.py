@@ -1,4 +1,4 @@
-"""What the host code of the Triton kernels launches, seen from outside: noted instead of run, or with other settings.
+"""Launches of the Triton kernels' host code, seen from outside: noted instead of run, or with other settings.
 
 The context managers replace functions of `route_kernels.triton` in the whole process while they are open.
 """
@@ -38,7 +38,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What `block_sizes.config` was asked."""
+    """A question that `block_sizes.config` was asked."""
 
     kernel_name: str
     dtype: torch.dtype

@@ -253,7 +253,7 @@ def row(variant: Variant) -> Row:
 
 
 def counts(code: MachineCode, chip: str, shared: int, num_warps: int) -> dict[str, Any]:
-    """What a row has of its machine code, and how many such programs a multiprocessor holds."""
+    """Columns of a row: counts of its machine code, and how many such programs a multiprocessor holds."""
     processor, occupied = PROCESSORS[chip], (code.registers, shared, num_warps)
     return {
         "registers": code.registers,

@@ -162,7 +162,7 @@ def test_unknown_backends(name):
 
 
 def test_unknown_ops():
-    message = "op: expected one of add_layer_norm, .*, routed_attention, .*, got 'attention'"
+    message = "op: expected one of add_layer_norm, .*, routed_attention, sigmoid_focal_loss, got 'attention'"
     with pytest.raises(ValueError, match=message):
         rk.available_backends("attention")
     with pytest.raises(ValueError, match=message):

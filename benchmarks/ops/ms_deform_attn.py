@@ -228,7 +228,7 @@ COUNTED = {OP: Counted(partial(sampling_work, fused=False), R50_SIZES)}
 
 
 def sampled_sizes(value: Tensor, places: Tensor) -> dict[str, int]:
-    """Of value [B, S, H, D] and locations or offsets [B, N, H, ..., 2]."""
+    """Sizes of value [B, S, H, D] and locations or offsets [B, N, H, ..., 2]."""
     batch, positions, heads, channels = value.shape
     queries, samples = places.shape[1], places.shape[3:-1].numel()
     return {"B": batch, "H": heads, "N": queries, "S": positions, "K": samples, "D": channels}

@@ -41,7 +41,7 @@ def _widths_and_heights(spatial_shapes: Levels, dtype: torch.dtype, device: torc
 
 
 def _apart(value, spatial_shapes, reference_points, sampling_offsets, attention_logits) -> Tensor:
-    """What `ms_deform_attn_fused` does in one pass, one after the other."""
+    """The steps that `ms_deform_attn_fused` takes in one pass, one after the other."""
     levels = len(spatial_shapes)
     weights = attention_logits.softmax(-1).unflatten(-1, (levels, -1))
     sizes = _widths_and_heights(tuple(spatial_shapes), sampling_offsets.dtype, sampling_offsets.device)
