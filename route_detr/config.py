@@ -206,8 +206,10 @@ class TrainConfig:
     drop_at: Annotated[float, Field(gt=0, le=1)] = 10 / 12  # fraction of the run after which the rate is x0.1
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 2
-    time_budget: Positive | None = None  # seconds after which training ends, whatever `epochs` says
+    steps: PositiveInt | None = None  # after which training ends, in place of `epochs`
+    time_budget: Positive | None = None  # seconds after which training ends, whatever `epochs` and `steps` say
     eval_every: PositiveInt = 1  # epochs
+    eval_steps: PositiveInt | None = None  # an evaluation inside an epoch after so many steps, too; None: none
     log_every: PositiveInt = 20  # steps
     checkpoint_every: PositiveInt = 200  # steps; and at the end of each epoch
     top_k: PositiveInt = 100  # detections of an image
@@ -217,6 +219,10 @@ class TrainConfig:
     mask_weight: NonNegative = 5.0  # of masks (Mask2Former's), for a detector that has them
     dice_weight: NonNegative = 5.0
     mask_points: PositiveInt = 12544  # at which a mask is compared
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of a run that no time budget ends before."""
+        return self.steps or self.epochs * steps_per_epoch
 
 
 @dataclass(frozen=True, config=FORBID_OTHERS)

@@ -124,13 +124,20 @@ class Run:
         return records
 
     def rewind(self, epoch: int, step: int) -> None:
-        """Drop what was recorded after a checkpoint of ``step`` steps and ``epoch`` finished epochs."""
+        """Drop what was recorded after a checkpoint of ``step`` steps and ``epoch`` finished epochs.
+
+        An evaluation inside an epoch comes after the checkpoint of its step.
+        """
         if not self.writes:
             return
         kept = [
             json.dumps(record) + "\n"
             for record in self.records()
-            if (record["epoch"] < epoch if record["kind"] == "epoch" else record["step"] <= step)
+            if (
+                record["epoch"] < epoch
+                if record["kind"] == "epoch"
+                else record["step"] < step + (record["kind"] == "step")
+            )
         ]
         write_text(self.metrics_file, "".join(kept))
         with writing(self.folder):
@@ -265,16 +272,3 @@ def why_unreadable(error: Exception) -> str:
     if named is None and (cause := re.search(r"WeightsUnpickler error:\s+(.+)", text)):
         return cause[1]
     return named[0] if named else text.partition("\n")[0] or f"{type(error).__name__}, the file may be empty"
-
-
-def random_state() -> dict[str, Any]:
-    """The states of PyTorch's random number generators, as tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to a ``random_state()``; CUDA states apply where as many devices are visible."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

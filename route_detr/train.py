@@ -33,11 +33,10 @@ from route_detr.evaluation import evaluate, in_words
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
 from route_detr.model.schedule import routing_values
-from route_detr.run import Run, load_checkpoint, not_finite, random_state, restore_random_state
+from route_detr.run import Run, load_checkpoint, not_finite
 from route_detr.scale_out import (
     accumulation,
     average_gradients,
-    everybodys,
     is_lost_connection,
     load_model,
     load_optimizer,
@@ -60,6 +59,7 @@ class Progress:
     skipped: int = 0  # of these steps, those whose float16 gradients overflowed
     skipped_in_a_row: int = 0  # the latest of them
     elapsed: float = 0.0  # seconds of training and evaluation, over all resumptions
+    trained: float = 0.0  # those of training alone
     metrics: dict[str, float | None] = field(default_factory=dict)  # of the latest evaluation
     best: dict[str, float | None] = field(default_factory=dict)  # of the best one, with its "epoch"
 
@@ -72,17 +72,20 @@ class Progress:
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
         self.step_in_epoch += 1
         self.elapsed += seconds
+        self.trained += seconds
 
     def finish_epoch(self) -> None:
         self.epoch += 1
         self.step_in_epoch = 0
 
-    def out_of_time(self, config: TrainConfig) -> bool:
-        return config.time_budget is not None and self.elapsed >= config.time_budget
+    def done(self, steps_per_epoch: int, config: TrainConfig) -> bool:
+        """Whether the run's last step has been made, by their number or by the time budget."""
+        out_of_time = config.time_budget is not None and self.elapsed >= config.time_budget
+        return out_of_time or self.step >= config.total_steps(steps_per_epoch)
 
     def fraction(self, steps_per_epoch: int, config: TrainConfig) -> float:
         """Share of the run that is done: by steps, or by seconds where a time budget will end it sooner."""
-        by_steps = self.step / (config.epochs * steps_per_epoch)
+        by_steps = self.step / config.total_steps(steps_per_epoch)
         return by_steps if config.time_budget is None else max(by_steps, self.elapsed / config.time_budget)
 
     def learning_rate_factor(self, steps_per_epoch: int, config: TrainConfig) -> float:
@@ -162,8 +165,9 @@ def train_one_epoch(
 ) -> Iterator[Step]:
     """Train from ``progress`` to the end of its epoch; yields after each step, which the caller counts.
 
-    The steps depend on the weights, the optimizer, ``progress`` and the random generators' states only, so a run
-    continued from a checkpoint repeats the uninterrupted one. Losses are divided by the boxes of the global batch.
+    The steps depend on the weights, the optimizer and ``progress`` only, so a run continued from a checkpoint repeats
+    the uninterrupted one: what a step draws depends on the seed, its number and the rank, in every detector alike.
+    Losses are divided by the boxes of the global batch.
 
     Raises:
         NonFiniteLoss: the weights may be spoilt by then, but no step that was read is.
@@ -177,6 +181,7 @@ def train_one_epoch(
     model.train()
     step = None
     while micros := list(islice(loader, pieces)):
+        torch.manual_seed((train.seed * 1_000_003 + progress.step) * share[1] + share[0])
         factor = progress.learning_rate_factor(len(batches), train)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -322,7 +327,6 @@ class Training:
             group["initial_lr"] = group["lr"]
         self.shapes = {name: value.shape for name, value in self.detector.state_dict().items()}
         self.model, self.optimizer = prepared(accelerator, self.detector, optimizer, config.train)
-        torch.manual_seed(config.train.seed + accelerator.process_index)
         self.progress, self.sums = Progress(), self._loss_sums()
         self.stop = StopSignal()
         several = accelerator.num_processes > 1
@@ -336,6 +340,11 @@ class Training:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_set) / self.config.train.batch_size)
 
+    @property
+    def epochs(self) -> int:
+        """Those of the run, the last one perhaps cut short."""
+        return math.ceil(self.config.train.total_steps(self.steps_per_epoch) / self.steps_per_epoch)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: tensors and plain containers, nothing of how the ranks share them."""
         return {
@@ -346,7 +355,6 @@ class Training:
             "progress": self.progress.to_dict(),
             "loss_sums": self.sums.read(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "random": everybodys(random_state()),
         }
 
     def _finite_weights(self) -> dict[str, Any]:
@@ -417,8 +425,6 @@ class Training:
             self.sums = self._loss_sums(state["loss_sums"])
             if self.accelerator.scaler is not None and state.get("scaler"):
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            if len(state["random"]) == self.accelerator.num_processes:
-                restore_random_state(state["random"][self.accelerator.process_index])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.run.last}: does not fit this run: {error}") from error
         self.accelerator.wait_for_everyone()
@@ -449,7 +455,7 @@ class Training:
         """
         progress, config = self.progress, self.config.train
         bar = tqdm(
-            total=config.epochs * self.steps_per_epoch,
+            total=config.total_steps(self.steps_per_epoch),
             initial=progress.step,
             unit="step",
             smoothing=0.05,
@@ -460,7 +466,7 @@ class Training:
         with self.stop.watched(), bar:
             try:
                 while not self.finished:
-                    bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}", refresh=False)
+                    bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
                     self._finish_steps(bar)
                     self._finish_epoch(bar)
             except (NonFiniteLoss, FloatingPointError) as error:
@@ -483,16 +489,15 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        at_epoch_end = self.progress.step_in_epoch == 0
-        return at_epoch_end and (
-            self.progress.epoch >= self.config.train.epochs or self.progress.out_of_time(self.config.train)
-        )
+        return self.progress.step_in_epoch == 0 and self.progress.done(self.steps_per_epoch, self.config.train)
 
     def _finish_steps(self, bar: tqdm) -> None:
         """The epoch's remaining steps; the last of them is followed by a checkpoint, before the evaluation."""
         progress, config = self.progress, self.config.train
-        if progress.step_in_epoch == self.steps_per_epoch or progress.out_of_time(config):
+        if progress.step_in_epoch == self.steps_per_epoch or progress.done(self.steps_per_epoch, config):
             return
+        if self.evaluates_now:  # as it would have done, had it not been stopped
+            self._evaluate_inside(bar)
         started = perf_counter()
         steps = train_one_epoch(
             *(self.model, self.criterion, self.optimizer, self.train_set, progress, self.config, self.accelerator)
@@ -505,12 +510,16 @@ class Training:
             if progress.skipped_in_a_row >= SKIPPED_AT_MOST:
                 steps = f"of {SKIPPED_AT_MOST} steps in a row, up to step {progress.step}"
                 raise NonFiniteLoss(f"the float16 gradients {steps}, are not finite at any scale")
-            ends = progress.step_in_epoch == self.steps_per_epoch or progress.out_of_time(config)
-            self._note(step, bar, save=ends or stop or progress.step % config.checkpoint_every == 0)
+            ends = progress.step_in_epoch == self.steps_per_epoch or progress.done(self.steps_per_epoch, config)
+            due = ends or self.evaluates_now or progress.step % config.checkpoint_every == 0
+            self._note(step, bar, save=due or stop)
             if stop:
                 raise Interrupted(int(stop), progress.step)
             if ends:
                 return
+            if self.evaluates_now:
+                self._evaluate_inside(bar)
+                started = perf_counter()
 
     def _note(self, step: Step, bar: tqdm, save: bool) -> None:
         """Log and save what is due after a step; only then is anything read back from the device."""
@@ -524,36 +533,55 @@ class Training:
             bar.set_postfix(shown, refresh=False)
         if log:
             where = {"kind": "step", "epoch": progress.epoch, "step": progress.step}
-            self.run.record({**where, **values, "seconds": round(progress.elapsed, 3)})
+            self.run.record({**where, **values, **self._seconds()})
         if save:
             self.run.save(self.state())
         if config.time_budget:
             affordable = int(progress.step * config.time_budget / progress.elapsed)
-            bar.total = min(config.epochs * self.steps_per_epoch, max(progress.step, affordable))
+            bar.total = min(config.total_steps(self.steps_per_epoch), max(progress.step, affordable))
         bar.update()
+
+    def _seconds(self) -> dict[str, float]:
+        return {"seconds": round(self.progress.elapsed, 3), "train_seconds": round(self.progress.trained, 3)}
+
+    @property
+    def evaluates_now(self) -> bool:
+        """Whether an evaluation inside the epoch is due after this very step."""
+        progress, every = self.progress, self.config.train.eval_steps
+        return every is not None and progress.step_in_epoch > 0 and progress.step % every == 0
+
+    def _evaluated(self, bar: tqdm) -> dict[str, float | None]:
+        """The metrics now; the seconds that they take are counted. The model trains on."""
+        progress, started = self.progress, perf_counter()
+        bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}, evaluating")
+        metrics = evaluate(
+            *(self.model, self.val_set, self.config.train, self.accelerator),
+            after_batch=lambda images: self._stop_if_asked(),
+        )
+        self.model.train()
+        progress.elapsed += self._agreed(perf_counter() - started)[0]
+        return metrics
+
+    def _evaluate_inside(self, bar: tqdm) -> None:
+        """One line more of the learning curve; the best checkpoint is that of an epoch's end."""
+        where = {"kind": "evaluation", "epoch": self.progress.epoch, "step": self.progress.step}
+        self.run.record({**where, **self._evaluated(bar), **self._seconds()})
 
     def _finish_epoch(self, bar: tqdm) -> None:
         progress, config = self.progress, self.config.train
-        started = perf_counter()
-        last = progress.epoch + 1 >= config.epochs or progress.out_of_time(config)
+        last = progress.done(self.steps_per_epoch, config)
         evaluated = last or (progress.epoch + 1) % config.eval_every == 0
-        metrics: dict[str, float | None] = {}
-        if evaluated:
-            bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}, evaluating")
-            metrics = evaluate(
-                *(self.model, self.val_set, config, self.accelerator), after_batch=lambda images: self._stop_if_asked()
-            )
+        metrics = self._evaluated(bar) if evaluated else {}
         losses = {name: total / progress.step_in_epoch for name, total in self.sums.read().items()}
         line = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step, **losses, **metrics}
         best = evaluated and metrics["AP"] > progress.best.get("AP", -1.0)
-        progress.elapsed += self._agreed(perf_counter() - started)[0]
         progress.finish_epoch()
         self.sums = self._loss_sums()
         if evaluated:
             progress.metrics = {**metrics, "epoch": progress.epoch}
         if best:
             progress.best = progress.metrics
-        self.run.record({**line, "seconds": round(progress.elapsed, 3)})
+        self.run.record({**line, **self._seconds()})
         self.run.save(self.state(), best=best)
         if evaluated and perf_counter() - self.drawn > CURVES_EVERY_SECONDS and self.accelerator.is_main_process:
             self.run.draw("curves.png", lambda path: plot_curves(self.run.records(), path))
@@ -561,7 +589,7 @@ class Training:
         scores = f"  {in_words(metrics)}" if evaluated else ""
         if self.accelerator.is_main_process:
             with suppress(OSError):  # the terminal has gone: SIGHUP comes, and stops the run after a step
-                bar.write(f"epoch {progress.epoch}/{config.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
+                bar.write(f"epoch {progress.epoch}/{self.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
 
     def _agreed(self, *values: float) -> list[float]:
         """The maximum over the ranks of what they may see differently, without waiting for a device."""

@@ -15,7 +15,7 @@ import torch
 
 from route_detr.errors import CheckpointError, WriteError
 from route_detr.files import remove_abandoned, write_atomically, write_text
-from route_detr.run import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from route_detr.run import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STATE = {"config": {"a": 1}, "categories": [{"id": 3, "name": "x"}], "model": {"w": torch.arange(3.0)}, "step": 5}
@@ -215,13 +215,3 @@ def test_a_full_disk_is_named_and_what_stands(tmp_path, full_disk):
 def test_a_folder_that_is_not_there_is_named_and_not_the_temporary_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"eval.json: cannot be written, there is no folder .*nodir$"):
         write_text(tmp_path / "nodir" / "eval.json", "{}")
-
-
-def test_random_state_survives_a_file(tmp_path):
-    torch.manual_seed(3)
-    torch.rand(5)
-    save_checkpoint(tmp_path / "r.pt", {**STATE, "random": random_state()})
-    expected = torch.rand(4)
-    torch.manual_seed(99)
-    restore_random_state(load_checkpoint(tmp_path / "r.pt")["random"])
-    assert torch.equal(torch.rand(4), expected)

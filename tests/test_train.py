@@ -60,7 +60,7 @@ def resumed(folder, data, changes=None):
 
 
 def timeless(run):
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in run.records()]
+    return [{name: value for name, value in record.items() if "seconds" not in name} for record in run.records()]
 
 
 def assert_same_tensors(one, other):
@@ -107,6 +107,22 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing between the place where it strikes and the test may catch it."""
 
 
+def strike_at(call, owner, function, work, monkeypatch):
+    """Do `work`, which is killed when it calls `function` of `owner` for the `call`-th time."""
+    original, calls = getattr(owner, function), []
+
+    def strike(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, strike)
+        with pytest.raises(Killed):
+            work()
+
+
 PLACES = {
     "after the very first step": ("record", 1),
     "before a checkpoint within an epoch": ("save", 1),
@@ -124,19 +140,7 @@ def test_a_run_killed_anywhere_continues_bit_for_bit(place, tmp_path, data, unin
     function, call = PLACES[place]
     training = new_training(tmp_path / "run", data)
     owner = {"record": Run, "save": Run, "save_checkpoint": run_module}.get(function, training_module)
-    original = getattr(owner, function)
-    calls = []
-
-    def strike(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, function, strike)
-        with pytest.raises(Killed):
-            training.fit()
+    strike_at(call, owner, function, training.fit, monkeypatch)
     with open(training.run.metrics_file, "a") as stream:
         stream.write('{"kind": "step", "epo')  # a line torn by the kill
     torch.manual_seed(12345)
@@ -452,6 +456,34 @@ def test_evaluation_may_be_rarer_and_always_ends_the_run(tmp_path, data):
     training = new_training(tmp_path / "run", data, {"train.eval_every": 2, "train.epochs": 3})
     training.fit()
     assert ["AP" in r for r in training.run.records() if r["kind"] == "epoch"] == [False, True, True]
+
+
+INSIDE = {"train.steps": 6, "train.eval_steps": 2, "train.checkpoint_every": 100}
+
+
+def test_a_number_of_steps_ends_the_run_and_evaluations_come_inside_an_epoch(tmp_path, data):
+    training = new_training(tmp_path / "run", data, {**INSIDE, "train.epochs": 1, "train.drop_at": 0.5})
+    training.fit()
+    records = training.run.records()
+    scored = [(record["kind"], record["step"]) for record in records if "AP" in record]
+    assert scored == [("evaluation", 2), ("epoch", 4), ("epoch", 6)] and training.epochs == 2
+    rates = [record["learning_rate"] for record in records if record["kind"] == "step"]
+    assert rates == pytest.approx([1e-3 * (n + 1) / 50 * (0.1 if n >= 3 else 1) for n in range(6)])
+    for before, after in pairwise(records):
+        assert after["seconds"] > before["seconds"]
+        assert (after["kind"] != "step") == (after["train_seconds"] == before["train_seconds"])
+
+
+@pytest.mark.parametrize(("function", "call"), [("evaluate", 1), ("record", 3), ("record", 4)])
+def test_a_run_killed_around_an_evaluation_inside_an_epoch_continues(tmp_path, data, monkeypatch, function, call):
+    whole = new_training(tmp_path / "whole", data, INSIDE)
+    whole.fit()
+    training = new_training(tmp_path / "run", data, INSIDE)
+    strike_at(call, Run if function == "record" else training_module, function, training.fit, monkeypatch)
+    again = resumed(tmp_path / "run", data, INSIDE)
+    assert [record["kind"] for record in again.run.records()] == ["step", "step"]
+    again.fit()
+    assert_same_run(again, whole)
 
 
 def test_one_epoch_without_routing_leaves_lambda_and_alpha_at_zero(tmp_path, data):

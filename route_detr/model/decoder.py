@@ -78,7 +78,9 @@ class Decoder(nn.Module):
         self.anchor = mlp(2 * dim, dim, dim) if config.query_position != "proposal" else None
         self.anchor_scale = mlp(dim, dim, dim) if config.query_position == "scaled_anchor" else None
         form = {"rank": config.router_rank, "limit": config.router_limit, "nonnegative": config.router_nonnegative}
-        self.routers = nn.ModuleDict({str(index): QueryRouter(dim, **form) for index in config.routed_layer_indices})
+        with torch.random.fork_rng([]):  # a router begins alike whichever others there are, and shifts nobody's numbers
+            routers = [QueryRouter(dim, **form) for _ in self.layers][::-1]  # drawn from the last layer's on
+        self.routers = nn.ModuleDict({str(index): routers[index] for index in config.routed_layer_indices})
 
     def forward(self, queries: Queries, memory: Memory, routing: Routing | None = None) -> list[Predictions]:
         """Main branch alone (routing None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""

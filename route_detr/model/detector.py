@@ -17,16 +17,7 @@ from .encoder import Encoder, flatten_levels
 from .masks import PixelEmbedding
 from .matcher import padded_targets
 from .proposals import Proposals
-from .structures import (
-    ROUTE_TYPES,
-    Denoised,
-    DetectorOutput,
-    Memory,
-    PaddedTargets,
-    RouteType,
-    Routing,
-    RoutingValues,
-)  # fmt: skip
+from .structures import ROUTE_TYPES, Denoised, DetectorOutput, Memory, PaddedTargets, RouteType, Routing, RoutingValues
 
 if TYPE_CHECKING:
     from ..config import DetectorConfig
@@ -82,7 +73,8 @@ class Detector(nn.Module):
         self.encoder = Encoder(config)
         self.proposals = Proposals(config)
         self.decoder = Decoder(config)
-        self.denoising = Denoising(config) if config.denoising_pairs else None
+        with torch.random.fork_rng([]):  # what begins at random after it begins as it would without it
+            self.denoising = Denoising(config) if config.denoising_pairs else None
         self.pixel_embedding = PixelEmbedding(config, self.backbone.channels[0]) if config.masks else None
         self.routing = RoutingState(config.decoder_layers, config.routed_layer_indices)
         self.blocks = Blocks(config)

@@ -37,7 +37,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Loss, average precision, learning rate and routing schedule of a run from the lines of its metrics.jsonl."""
     steps = [record for record in records if record["kind"] == "step"]
     epochs = [record for record in records if record["kind"] == "epoch"]
-    scored = [record for record in epochs if "AP" in record]
+    scored = [record for record in records if "AP" in record]
     figure = Figure(figsize=(11, 7), layout="constrained")
     loss, precision, rate, schedule = figure.subplots(2, 2).flat
 
@@ -47,7 +47,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     draw(loss, steps, "loss", "step", color=BLUE, lw=0.7, alpha=0.5)
     draw(loss, epochs, "loss", "mean of the epoch", color=BLUE, lw=2, marker="o", ms=3)
     _style(loss, "Training loss (main + weighted auxiliary branch)", "step")
-    best = max(scored, key=lambda record: record["AP"], default=None)
+    best = max((record for record in epochs if "AP" in record), key=lambda record: record["AP"], default=None)
     for kind, line in (("", "-"), ("mask_", "--")):
         for name, color in ((f"{kind}AP50", ORANGE), (f"{kind}AP", BLUE), (f"{kind}AP75", GREEN)):
             if best is not None and name in best:
@@ -67,7 +67,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 def sampled_schedule(config: Config, steps_per_epoch: int, samples: int = 400) -> list[tuple[float, RoutingValues]]:
     """(epoch, values) at about so many of a run's steps, evenly spread, for a plot."""
-    total = config.train.epochs * steps_per_epoch
+    total = config.train.total_steps(steps_per_epoch)
     steps = sorted({round(index * total / samples) for index in range(samples + 1)})
     return [(step / steps_per_epoch, routing_values(config, step, steps_per_epoch)) for step in steps]
 
@@ -88,7 +88,8 @@ def plot_schedule(config: Config, steps_per_epoch: int, path: str | Path) -> Non
         if any(stage):
             axes.fill_between(when, 0, 1, stage, transform=axes.get_xaxis_transform(), color=color, alpha=0.15)
             axes.plot([], [], color=color, lw=6, alpha=0.3, label=f"{kind} alone")
-    axes.axvline(config.train.drop_at * config.train.epochs, color=GREEN, lw=1, ls=":", label="learning rate × 0.1")
+    dropped = config.train.drop_at * config.train.total_steps(steps_per_epoch) / steps_per_epoch
+    axes.axvline(dropped, color=GREEN, lw=1, ls=":", label="learning rate × 0.1")
     axes.set_ylim(bottom=0)
     _style(axes, "Dual-branch schedule: L = L_main + α(t) L_aux, bias λ(t) B", "epoch")
     save_figure(figure, path)
