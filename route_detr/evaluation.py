@@ -165,20 +165,32 @@ def average_precision(
             raise DatasetError(f"ground truth of masks: {faults}")
     metrics: dict[str, float | None] = {}
     for kind, names in (("bbox", METRICS), ("segm", MASK_METRICS))[: 1 + masks]:
-        areas = (
-            each["bbox"][2] * each["bbox"][3] if kind == "bbox" else float(rle.area(each["segmentation"]))
-            for each in results
-        )
-        found = [{**each, "area": area, "iscrowd": 0} for each, area in zip(results, areas, strict=True)]
+        evaluation = matched(ground_truth, truth, results, image_ids, kind)
         with contextlib.redirect_stdout(io.StringIO()):
-            sets = (_numbered(ground_truth, entries, image_ids) for entries in (truth, found))
-            evaluation = COCOeval(*sets, kind)
-            evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         values = map(float, evaluation.stats[: len(names)])
         metrics |= {name: value if value >= 0 else None for name, value in zip(names, values, strict=True)}
     return metrics
+
+
+def matched(
+    ground_truth: COCO,
+    truth: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
+    image_ids: Sequence[int],
+    kind: str = "bbox",
+) -> COCOeval:
+    """An evaluation of pycocotools, "bbox" or "segm", of results and true annotations with all their matching done."""
+    areas = (
+        each["bbox"][2] * each["bbox"][3] if kind == "bbox" else float(rle.area(each["segmentation"]))
+        for each in results
+    )
+    found = [{**each, "area": area, "iscrowd": 0} for each, area in zip(results, areas, strict=True)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(*(_numbered(ground_truth, entries, image_ids) for entries in (truth, found)), kind)
+        evaluation.evaluate()
+    return evaluation
 
 
 def in_words(metrics: Mapping[str, float | None], separator: str = "  ") -> str:
