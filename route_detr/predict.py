@@ -54,7 +54,7 @@ def routing_factors(
         return {
             index: RoutedLayerView(
                 detector.decoder.routing(index, queries, strength=1.0, route_type="gated"),
-                queries.box_logits[:, 0].sigmoid(),
+                queries.boxes[:, 0],
                 queries.confidence[:, 0],
             )
             for index, (queries, _) in enumerate(detector.decoder.steps(detector.proposals(memory)[1], memory))

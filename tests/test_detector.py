@@ -13,7 +13,6 @@ from route_detr.model.backbone import FrozenBatchNorm
 from route_detr.model.boxes import corners, generalized_iou
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
-from route_detr.model.encoder import flatten_levels
 from route_detr.predict import routing_factors
 from route_detr.train import parameter_groups
 
@@ -62,6 +61,7 @@ def test_decoder_is_equivariant_to_the_order_of_queries():
         content=queries.content[:, :, order],
         position=queries.position[:, :, order],
         box_logits=queries.box_logits[:, :, order],
+        boxes=queries.boxes[:, :, order],
     )
     pairs = zip(detector.decoder(permuted, memory, values), detector.decoder(queries, memory, values), strict=True)
     for shuffled, ordered in pairs:
@@ -89,11 +89,11 @@ def test_content_of_the_padding_is_not_seen_beyond_the_convolutions():
     detector = small_detector().eval()
     images, padding_mask, _ = small_batch()
     features = detector.feature_levels(detector.backbone(images))
-    memory, embedding = flatten_levels(features, padding_mask)
+    memory, embedding = detector.encoder.flattened(features, padding_mask)
     noise = torch.randn_like(memory.features) * memory.padding[..., None]
     outputs = []
     for start in (memory, memory._replace(features=memory.features + noise)):
-        encoded = detector.encoder(start, embedding)
+        encoded = detector.encoder.encoded(start, embedding)
         _, queries = detector.proposals(encoded)
         outputs.append(detector.decoder(queries, encoded)[-1].boxes)
     assert_close(outputs[0], outputs[1], 1e-9)
@@ -127,7 +127,7 @@ def test_encoded_content_is_the_feature_of_the_best_proposals():
     assert not queries.content.requires_grad
     for image, index in enumerate(best):
         assert torch.allclose(queries.content[image, 0, 0], features[image, index])
-        assert torch.allclose(queries.box_logits[image, 0, 0].sigmoid(), proposals.boxes[image, 0, index])
+        assert torch.allclose(queries.boxes[image, 0, 0], proposals.boxes[image, 0, index])
 
 
 @pytest.mark.parametrize("query_content", ["learned", "encoded"])

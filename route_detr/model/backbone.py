@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,30 @@ if TYPE_CHECKING:
 
 
 class FrozenBatchNorm(nn.Module):
-    """BatchNorm2d with fixed statistics and affine map, buffers under its names: [B, C, H, W], in the input's dtype."""
+    """BatchNorm2d with fixed statistics and affine map, buffers under its names: [B, C, H, W], in the input's dtype.
+
+    One operator: the buffers are folded into a scale and a shift when they are loaded.
+    """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
         self.eps = norm.eps
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, getattr(norm, name).detach().clone())
+        for name in ("scale", "shift"):
+            self.register_buffer(name, None, persistent=False)
+        self._fold()
+
+    def _fold(self) -> None:
+        self.scale = (self.weight * (self.running_var + self.eps).rsqrt())[:, None, None]
+        self.shift = self.bias[:, None, None] - self.running_mean[:, None, None] * self.scale
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._fold()
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
 
 
 class Backbone(nn.Module):

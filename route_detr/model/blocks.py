@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import route_kernels as rk
 from route_kernels.nn import AddLayerNorm, FeedForward, MSDeformAttn, RoutedSelfAttention
@@ -31,14 +32,20 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def sine_embedding(coordinates: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+class SineEmbedding(nn.Module):
     """[..., k] in [0, 1] -> [..., k dim]: of each coordinate sin and cos of 2 pi x, in turn, at dim / 2 wavelengths.
 
     DETR's for image positions (arXiv 2005.12872), Deformable DETR's for boxes (arXiv 2010.04159).
     """
-    exponents = torch.arange(dim // 2, dtype=coordinates.dtype, device=coordinates.device) * (2 / dim)
-    angles = coordinates[..., None] * (2 * math.pi * temperature**-exponents)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
+
+    def __init__(self, dim: int, temperature: float = 10000.0) -> None:
+        super().__init__()
+        frequencies = 2 * math.pi * temperature ** -(torch.arange(dim // 2) * (2 / dim))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        angles = coordinates[..., None] * self.frequencies
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
 
 class PredictionHead(nn.Module):
@@ -57,7 +64,7 @@ class PredictionHead(nn.Module):
 
     def refined(self, content: Tensor, reference: Tensor) -> Tensor:
         """The reference box, corrected: logits [..., 4]."""
-        return (reference + self.refine(content)).clamp(-BOX_LOGIT_LIMIT, BOX_LOGIT_LIMIT)
+        return functional.hardtanh(reference + self.refine(content), -BOX_LOGIT_LIMIT, BOX_LOGIT_LIMIT)
 
 
 class AddNorm(nn.LayerNorm):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import route_kernels as rk
 from route_kernels.nn import QueryRouter
 
-from .blocks import Blocks, PredictionHead, mlp, sine_embedding
+from .blocks import Blocks, PredictionHead, SineEmbedding, mlp
 from .denoising import group_similarity
 from .structures import Memory, Predictions, Queries, RouteType, Routing, side_by_side
 
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         # All branches side by side on the query axis: the value is projected once.
         attended = self.cross_attention(
             (x + queries.position).flatten(1, 2),
-            memory.sampling_reference(queries.box_logits.sigmoid().expand(*x.shape[:3], 4).flatten(1, 2)),
+            memory.sampling_reference(queries.boxes.expand(*x.shape[:3], 4).flatten(1, 2)),
             memory.features,
             memory.spatial_shapes,
             padding_mask=memory.padding,
@@ -77,6 +77,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim) if config.decoder_norm else None
         self.anchor = mlp(2 * dim, dim, dim) if config.query_position != "proposal" else None
         self.anchor_scale = mlp(dim, dim, dim) if config.query_position == "scaled_anchor" else None
+        self.sine = SineEmbedding(dim // 2)
         form = {"rank": config.router_rank, "limit": config.router_limit, "nonnegative": config.router_nonnegative}
         with torch.random.fork_rng([]):  # a router begins alike whichever others there are, and shifts nobody's numbers
             routers = [QueryRouter(dim, **form) for _ in self.layers][::-1]  # drawn from the last layer's on
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
         """What enters each layer, and what it predicts."""
         for index, layer in enumerate(self.layers):
             if self.anchor is not None:
-                position = self.anchor(sine_embedding(queries.box_logits.sigmoid(), queries.content.shape[-1] // 2))
+                position = self.anchor(self.sine(queries.boxes))
                 if self.anchor_scale is not None and index > 0:
                     position = position * self.anchor_scale(queries.content)  # DAB, arXiv 2201.12329
                 queries = queries._replace(position=position)
@@ -108,13 +109,18 @@ class Decoder(nn.Module):
             features = content if self.norm is None else self.norm(content)
             logits, box_logits = head(features, queries.box_logits if queries.attached is None else queries.attached)
             masks = None if self.mask_head is None else self.mask_head(features + queries.position)
-            yield queries, Predictions(logits, box_logits.sigmoid(), masks)
+            boxes = box_logits.sigmoid()
+            yield queries, Predictions(logits, boxes, masks)
             if index + 1 < len(self.layers):
-                # DINO refines the reference by the content before the norm.
-                after = box_logits if self.norm is None else head.refined(content, queries.box_logits)
-                attached = after if self.config.look_forward_twice else None
+                if self.norm is not None:  # DINO refines the reference by the content before the norm
+                    box_logits = head.refined(content, queries.box_logits)
+                    boxes = box_logits.detach().sigmoid()
                 queries = queries._replace(
-                    content=content, box_logits=after.detach(), logits=logits.detach(), attached=attached
+                    content=content,
+                    box_logits=box_logits.detach(),
+                    boxes=boxes.detach(),
+                    logits=logits.detach(),
+                    attached=box_logits if self.config.look_forward_twice else None,
                 )
 
     def routing(
@@ -134,7 +140,7 @@ class Decoder(nn.Module):
             content + queries.position[:, -1],
             similarity=similarity,
             confidence=queries.confidence[:, -1],
-            geometry=queries.box_logits[:, -1, :, 2:].sigmoid().prod(-1).clamp_min(MIN_AREA).log(),
+            geometry=queries.boxes[:, -1, :, 2:].prod(-1).clamp_min(MIN_AREA).log(),
             strength=strength,
         )
         if known is not None and self.config.routed_queries != "both":

@@ -44,9 +44,11 @@ class Denoising(nn.Module):
         known = DenoisingTargets(target * present, positive, present, groups)
         content = self.content(self._noisy_labels(targets.labels.gather(1, known.target)))
         boxes = self._noisy_boxes(targets.boxes.gather(1, known.target[..., None].expand(-1, -1, 4)), ~positive)
+        logits = inverse_sigmoid(boxes)[:, None].to(queries.box_logits.dtype)
         return queries._replace(
             content=torch.cat([queries.content, content[:, None].to(queries.content.dtype)], 2),
-            box_logits=torch.cat([queries.box_logits, inverse_sigmoid(boxes)[:, None].to(queries.box_logits.dtype)], 2),
+            box_logits=torch.cat([queries.box_logits, logits], 2),
+            boxes=torch.cat([queries.boxes, logits.sigmoid()], 2),
             key_ranges=key_ranges(queries.content.shape[2], known),
             denoising=known,
         )

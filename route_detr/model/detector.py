@@ -13,7 +13,7 @@ from .backbone import Backbone, FeatureLevels
 from .blocks import Blocks
 from .decoder import Decoder
 from .denoising import Denoising
-from .encoder import Encoder, flatten_levels
+from .encoder import Encoder
 from .masks import PixelEmbedding
 from .matcher import padded_targets
 from .proposals import Proposals
@@ -141,5 +141,4 @@ class Detector(nn.Module):
 
     def encoded(self, features: list[Tensor], padding_mask: Tensor | None) -> Memory:
         """The backbone's feature maps, encoded."""
-        config, levels = self.config, self.feature_levels(features[-self.config.backbone.used_stages :])
-        return self.encoder(*flatten_levels(levels, padding_mask, config.position_temperature, config.position_offset))
+        return self.encoder(self.feature_levels(features[-self.config.backbone.used_stages :]), padding_mask)

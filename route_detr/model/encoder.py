@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import Blocks, sine_embedding
+from .blocks import Blocks, SineEmbedding
 from .structures import Memory
 
 if TYPE_CHECKING:
     from ..config import DetectorConfig
 
 
-def flatten_levels(
-    levels: list[Tensor], padding_mask: Tensor | None, temperature: float = 10000.0, offset: float = 0.5
-) -> tuple[Memory, Tensor]:
-    """Levels [B, C, h, w] and the images' padding [B, H, W] or None -> memory, sine embedding [B or 1, S, C].
+class Grid(NamedTuple):
+    """The S positions of the flattened levels of images of one size."""
 
-    The embedding's halves are of y and x, as in DETR, of pixels at `offset`; the memory's positions are pixel centres.
-    """
-    shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
-    features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
-    centres, embedded, paddings, ratios = [], [], [], []
-    for height, width in shapes:
-        if padding_mask is None:
-            padding = torch.zeros(1, height, width, dtype=torch.bool, device=features.device)
-        else:
-            padding = functional.interpolate(padding_mask[:, None].float(), size=(height, width))[:, 0] > 0.5
-        columns, rows = (~padding[:, 0]).sum(-1).clamp_min(1), (~padding[:, :, 0]).sum(-1).clamp_min(1)
-        extent = torch.stack([columns, rows], -1).to(features.dtype)[:, None]  # [B or 1, 1, 2]
-        x, y = (torch.arange(side, dtype=features.dtype, device=features.device) for side in (width, height))
-        pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-        centres.append((pixels + 0.5) / extent)
-        embedded.append((pixels + offset) / extent)
-        paddings.append(padding.flatten(1))
-        ratios.append(torch.cat([extent[..., :1] / width, extent[..., 1:] / height], -1))
-    memory = Memory(features, torch.cat(centres, 1), shapes)
-    if padding_mask is not None:
-        memory = memory._replace(padding=torch.cat(paddings, 1), valid_ratios=torch.cat(ratios, 1))
-    return memory, sine_embedding(torch.cat(embedded, 1).flip(-1), features.shape[-1] // 2, temperature)
+    pixels: Tensor  # [S, 2] (x, y) within the level
+    sides: Tensor  # [L, 2] (w, h)
+    level: Tensor  # [S] int64
+    source: Tensor  # [S] int64: the nearest pixel of the flattened image
+    edges: Tensor  # [S, L, 2] bool: in the first row of a level, in its first column
+
+
+def grid_of(shapes: list[tuple[int, int]], image: tuple[int, int], device: torch.device) -> Grid:
+    """shapes: (h, w) of each level; image: (H, W)."""
+    pixels, level, source, edges = [], [], [], []
+    for index, (height, width) in enumerate(shapes):
+        y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in (height, width)), indexing="ij")
+        pixels.append(torch.stack([x, y], -1).flatten(0, 1))
+        level.append(torch.full_like(pixels[-1][:, 0], index))
+        source.append((y * image[0] // height * image[1] + x * image[1] // width).flatten())
+        edges.append(functional.pad(pixels[-1].flip(-1)[:, None] == 0, (0, 0, index, len(shapes) - 1 - index)))
+    sides = torch.tensor(shapes, device=device).flip(-1)
+    return Grid(torch.cat(pixels), sides, torch.cat(level), torch.cat(source), torch.cat(edges))
 
 
 class EncoderLayer(nn.Module):
@@ -63,15 +57,51 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Memory -> memory with encoded features; adds one learned embedding a level to the sine embedding."""
+    """Feature levels -> memory with encoded features; adds one learned embedding a level to the sine embedding."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, config.embed_dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.blocks = Blocks(config)
+        self.blocks, self.offset = Blocks(config), config.position_offset
+        self.sine = SineEmbedding(config.embed_dim // 2, config.position_temperature)
+        self._last_grid: tuple[object, Grid | None] = None, None
 
-    def forward(self, memory: Memory, embedding: Tensor) -> Memory:
+    def forward(self, levels: list[Tensor], padding_mask: Tensor | None = None) -> Memory:
+        """Levels [B, C, h, w] and the images' padding [B, H, W] or None."""
+        return self.encoded(*self.flattened(levels, padding_mask))
+
+    def flattened(self, levels: list[Tensor], padding_mask: Tensor | None = None) -> tuple[Memory, Tensor]:
+        """The memory before the first layer, its sine embedding [B or 1, S, C].
+
+        The embedding's halves are of y and x, as in DETR, of pixels at `position_offset`; the memory's positions are
+        pixel centres.
+        """
+        shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
+        features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
+        grid = self._grid(shapes, (0, 0) if padding_mask is None else padding_mask.shape[1:], features.device)
+        padding = valid_ratios = None
+        extent = grid.sides[None]  # [B or 1, L, 2]: (w, h) of each level without padding
+        if padding_mask is not None:
+            padding = padding_mask.flatten(1)[:, grid.source]
+            extent = (~padding[..., None, None] & grid.edges).sum(1).clamp_min(1)
+            valid_ratios = extent.to(features.dtype) / grid.sides
+        extent = extent.to(features.dtype)[:, grid.level]
+        embedded = ((grid.pixels + self.offset) / extent).flip(-1)
+        memory = Memory(features, (grid.pixels + 0.5) / extent, shapes, padding, valid_ratios)
+        return memory, self.sine(embedded)
+
+    def _grid(self, shapes: list[tuple[int, int]], image: tuple[int, int], device: torch.device) -> Grid:
+        """That of the last call again where the sizes are the same."""
+        if torch.compiler.is_compiling():
+            return grid_of(shapes, image, device)
+        sizes = shapes, tuple(image), device
+        if self._last_grid[0] != sizes:
+            with torch.inference_mode(False):
+                self._last_grid = sizes, grid_of(shapes, image, device)
+        return self._last_grid[1]
+
+    def encoded(self, memory: Memory, embedding: Tensor) -> Memory:
         rows = zip(self.level_embedding, memory.spatial_shapes, strict=True)
         position = embedding + torch.cat([row.expand(height * width, -1) for row, (height, width) in rows])
         reference = memory.sampling_reference(memory.positions.expand(memory.features.shape[0], -1, -1))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import sine_embedding
+from .blocks import SineEmbedding
 from .structures import MaskTargets, Memory
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class PixelEmbedding(nn.Module):
 
     def __init__(self, config: DetectorConfig, channels: int) -> None:
         super().__init__()
-        dim, self.temperature = config.embed_dim, config.position_temperature
+        dim = config.embed_dim
+        self.sine = SineEmbedding(dim // 2, config.position_temperature)
         groups = math.gcd(32, dim // 4)
         self.lateral = nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(groups, dim))
         self.project = nn.Sequential(
@@ -44,7 +45,7 @@ class PixelEmbedding(nn.Module):
     def forward(self, fine: Tensor, memory: Memory) -> Tensor:
         height, width = memory.spatial_shapes[0]
         finest, positions = (x[:, : height * width] for x in (memory.features, memory.positions))
-        placed = finest + sine_embedding(positions.flip(-1), finest.shape[-1] // 2, self.temperature)
+        placed = finest + self.sine(positions.flip(-1))
         encoded = placed.mT.unflatten(2, (height, width))
         encoded = functional.interpolate(encoded, size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return self.project(self.lateral(fine) + encoded)

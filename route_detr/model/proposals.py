@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .blocks import Blocks, PredictionHead, sine_embedding
+from .blocks import Blocks, PredictionHead, SineEmbedding
 from .boxes import inverse_sigmoid
 from .structures import Memory, Predictions, Queries
 
@@ -32,6 +32,7 @@ class Proposals(nn.Module):
         dim, self.query_content, self.num_queries = config.embed_dim, config.query_content, config.num_queries
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.head = PredictionHead(dim, 1 if config.proposal_classes == "agnostic" else config.num_classes)
+        self.sine = SineEmbedding(dim // 2)
         self.blocks = Blocks(config)
         self.content = self.position = None
         if self.query_content == "learned":
@@ -49,7 +50,8 @@ class Proposals(nn.Module):
         ranking = scores.detach().amax(-1).masked_fill(~usable, -torch.inf)
         best = ranking.topk(min(self.num_queries, size), dim=1).indices[..., None]
         start = box_logits.detach().gather(1, best.expand(-1, -1, 4))
-        embedding = sine_embedding(start.sigmoid(), dim // 2)
+        boxes = start.sigmoid()
+        embedding = self.sine(boxes)
         position = None if self.position is None else self.position(embedding)
         if self.query_content == "learned":
             content = self.content[: best.shape[1]].expand(batch, -1, -1)
@@ -59,7 +61,8 @@ class Proposals(nn.Module):
             content = self.content(embedding)
         else:
             position, content = self.content(embedding).chunk(2, -1)
-        queries = Queries(content[:, None], None if position is None else position[:, None], start[:, None])
+        position = None if position is None else position[:, None]
+        queries = Queries(content[:, None], position, start[:, None], boxes[:, None])
         return Predictions(scores[:, None], box_logits.sigmoid()[:, None]), queries
 
     def _scored(self, memory: Tensor, usable: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,6 +100,7 @@ class Queries(NamedTuple):
     content: Tensor  # [B, G, N, C]
     position: Tensor | None  # [B, 1 or G, N, C]; None: the decoder makes it from the boxes
     box_logits: Tensor  # [B, G, N, 4] inverse sigmoid of the reference boxes, detached
+    boxes: Tensor  # [B, G, N, 4] the reference boxes (cx, cy, w, h) in [0, 1], detached
     logits: Tensor | None = None  # [B, G, N, K] class logits of the layer before; None before the first
     attached: Tensor | None = None  # box_logits with the gradient to the layer before, to look forward twice
     key_ranges: Tensor | None = None  # [B, N, 2, 2] int32: which queries each may see; None: all

@@ -82,9 +82,10 @@ class RoutedSelfAttention(nn.Module):
         if query_pos is None:
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
-            weights, biases = self.in_proj_weight, self.in_proj_bias
-            q, k = add_linear(query, query_pos, weights[: 2 * channels], biases[: 2 * channels]).chunk(2, dim=-1)
-            v = F.linear(query, weights[2 * channels :], biases[2 * channels :])
+            weight_qk, weight_v = self.in_proj_weight.split([2 * channels, channels])
+            bias_qk, bias_v = self.in_proj_bias.split([2 * channels, channels])
+            q, k = add_linear(query, query_pos, weight_qk, bias_qk).chunk(2, dim=-1)
+            v = F.linear(query, weight_v, bias_v)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D] views
         return routed_attention(q, k, v, routing, attn_mask=attn_mask, key_ranges=key_ranges)
 

@@ -85,7 +85,7 @@ def add_layer_norm(
 
 
 def _output_dtype(x: torch.Tensor, residual: torch.Tensor) -> torch.dtype:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
+    dtype = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     return dtype if autocast_dtype(x.device) is None else accumulate_dtype(dtype)
 
 
