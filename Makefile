@@ -22,7 +22,7 @@ demo: $(SET_UP)
 	    echo "== going on with $(DEMO_RUN) (to start again: rm -r $(DEMO_RUN))"; \
 	    $(BIN)/route-detr train --out $(DEMO_RUN) --resume; \
 	else $(BIN)/route-detr train --out $(DEMO_RUN) $(DEMO_TRAINING); fi
-	@$(BIN)/python -m benchmarks.train_step --run $(DEMO_RUN)
+	@$(BIN)/python -m benchmarks train-step --run $(DEMO_RUN)
 
 test: $(SET_UP)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -32,16 +32,16 @@ bench: $(SET_UP)
 	    echo "== installing the packages to compare with (benchmarks/requirements.txt)"; \
 	    $(PIP_INSTALL) --quiet --no-build-isolation -r benchmarks/requirements.txt || \
 	    echo "== they could not be installed: their rows will say so"; }
-	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
-	$(BIN)/python -m benchmarks.train_step
-	$(if $(filter --quick,$(BENCH_FLAGS)),,$(BIN)/python -m benchmarks.memory_levels)
-	$(BIN)/python -m benchmarks.drop_ins $(filter --quick,$(BENCH_FLAGS))
+	$(BIN)/python -m benchmarks ops $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks train-step
+	$(if $(filter --quick,$(BENCH_FLAGS)),,$(BIN)/python -m benchmarks memory-levels)
+	$(BIN)/python -m benchmarks drop-ins $(filter --quick,$(BENCH_FLAGS))
 
 # With the PyTorch, Triton and Python that are there: a machine lent for ten minutes has no time for a set-up.
 gpu-report:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { \
 	    echo "gpu-report: no PyTorch in '$(PYTHON)'; try make gpu-report PYTHON=/path/to/python" >&2; exit 2; }
-	@$(PYTHON) -m benchmarks.gpu_report $(GPU_REPORT_FLAGS)
+	@$(PYTHON) -m benchmarks gpu-report $(GPU_REPORT_FLAGS)
 
 lint: $(SET_UP)
 	$(BIN)/ruff check .

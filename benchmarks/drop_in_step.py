@@ -1,13 +1,13 @@
-"""One side of a drop-in in a process of its own, see `benchmarks.worker`: every step gives its seconds, loss and calls.
+"""One side of a drop-in in a process of its own, see `worker.py`: every step gives its seconds, loss and calls.
 
-For `benchmarks.drop_ins`.
+For `drop-ins`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from time import perf_counter
@@ -37,15 +37,12 @@ def step(model: nn.Module, arguments: tuple | Mapping[str, Any]) -> dict[str, An
     return {"seconds": seconds, "loss": loss.item(), "calls": dict(calls)}
 
 
-def main() -> None:
-    choices: dict[str, Any] = json.loads(sys.argv[1])
+def main(argv: Sequence[str]) -> int:
+    choices: dict[str, Any] = json.loads(argv[0])
     torch.set_num_threads(choices["threads"])
     codebase, after, answers = CODEBASES[choices["key"]], choices["after"], sys.stdout
     with redirect_stdout(sys.stderr):  # what foreign packages print is no answer
         model, arguments = codebase.built(choices["side"])
         with applied([] if after is None else codebase.afters[after](model)):
             serve(partial(step, model, arguments), answers)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

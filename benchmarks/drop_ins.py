@@ -1,6 +1,6 @@
 """Time and peak memory of a training step of other people's code, before and after an `apply()`.
 
-    python -m benchmarks.drop_ins [--quick] [--only transformers_rt_detr]
+    python -m benchmarks drop-ins [--quick] [--only transformers_rt_detr]
 
 Before any is timed, outputs and the gradient of every parameter of both sides must agree in float64, and our ops must
 have run after it alone. Then each side takes its steps (forward, loss, backward) in a process of its own, in turns.
@@ -112,7 +112,7 @@ def measured(key: str, side: int, seconds: float) -> dict[str, Any]:
     sides = [(BEFORE, None), *zip(codebase.afters, codebase.afters, strict=True)]
     choices = {name: {"key": key, "after": after, "side": side} for name, after in sides}
     disagree = partial(disagreement, agreed=row["agreement"])
-    row["failure"], samples, found = steps_in_turns("benchmarks.drop_in_step", choices, disagree, seconds)
+    row["failure"], samples, found = steps_in_turns("drop-in-step", choices, disagree, seconds)
     for name, each in found.items():
         over = ratio(samples[name], samples[BEFORE])
         row["contenders"][name] = {
@@ -123,7 +123,7 @@ def measured(key: str, side: int, seconds: float) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 when two sides that should agree do not."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.drop_ins", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks drop-ins", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small images, few rounds; nothing is written")
     parser.add_argument("--only", choices=CODEBASES, action="append", help="this codebase alone (may be repeated)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
@@ -145,7 +145,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         (folder / "drop_ins.json").write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {folder}/drop_ins.json")
     return int(any(row["failure"] for row in results["codebases"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""One profile of each kernel against its roofline: `python -m benchmarks.gpu_profile`.
+"""One profile of each kernel against its roofline: `python -m benchmarks gpu-profile`.
 
 Prints a line of JSON for each row: what this GPU reaches in a copy and in a matrix product, then for every op and pass
 at its headline size the GPU time of each of our kernels (L2 cache cold) and the floor.
@@ -6,9 +6,9 @@ at its headline size the GPU time of each of our kernels (L2 cache cold) and the
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -136,7 +136,8 @@ def profile_row(
     return row | {"kernels": list(kernels), "floor": floor, "floor_over_time": share}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m benchmarks gpu-profile", description=__doc__).parse_args(argv)
     for row in ceilings(DEVICE):
         print(json.dumps(row), flush=True)
     for case in headline_cases():
@@ -144,7 +145,3 @@ def main() -> int:
         for row in profile_rows(case, DEVICE):
             print(json.dumps(row), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Everything for whoever holds a GPU for ten minutes: `make gpu-report`, or `python -m benchmarks.gpu_report`.
+"""Everything for whoever holds a GPU for ten minutes: `make gpu-report`, or `python -m benchmarks gpu-report`.
 
 Builds what it can, runs the GPU tests, the headline benchmarks, and a profile of each kernel against its roofline, with
 the torch, Triton and Python that are there. Every part is a process with a time limit; what a part has not used the
@@ -26,19 +26,19 @@ from typing import Any, TextIO
 
 import torch
 
-from . import gpu_tables, ops
+from . import gpu_tables
 from .device import RESULTS, ROOT, circumstances
 from .gpu_run import LAUNCH
+from .registry import by_value
 from .registry import parts as speed_parts
 
 NO_GPU = 2
 SECONDS_TO_END = 2.0  # between the request to end and the kill
 SECONDS_BETWEEN_WRITES = 1.0
 MOST_WORKERS = 8
-_OPS = sorted(map(ops.declaration, ops.NAMES), key=lambda op: -op.GPU_SECONDS)
 SHARES = {
     "build": 85, "tests": 180,
-    **{op.gpu_cases()[0].part: op.GPU_SECONDS for op in _OPS},
+    **{op.gpu_cases()[0].part: op.GPU_SECONDS for op in by_value()},
     LAUNCH: 8, "profile": 30, "flex": 45,
 }  # fmt: skip
 """Seconds of each part, in order, 525 in all; last what compiles longest, with all that the others have left."""
@@ -64,8 +64,8 @@ def the_parts() -> list[Part]:
             python, "-m", "pytest", "-m", "gpu", "-p", "benchmarks.outcome_lines", "-q", "--no-header", "--tb=short",
             *_workers(), "tests/test_gpu_cuda.py", "tests/test_gpu.py",
         ],
-        **{name: [python, "-m", "benchmarks.gpu_run", name] for name in (*speed_parts(), LAUNCH)},
-        "profile": [python, "-m", "benchmarks.gpu_profile"],
+        **{name: [python, "-m", "benchmarks", "gpu-run", name] for name in (*speed_parts(), LAUNCH)},
+        "profile": [python, "-m", "benchmarks", "gpu-profile"],
     }  # fmt: skip
     return [Part(name, commands[name], seconds) for name, seconds in SHARES.items()]
 
@@ -221,7 +221,7 @@ def folder_name(name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-report", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of gpu.json and gpu.log (default: benchmarks/results/GPU)")
     parser.add_argument("--part", choices=SHARES, action="append", help="only these, may be given several times")
     args = parser.parse_args(argv)
@@ -238,7 +238,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(gpu_tables.text(report.results))
     print(f"written: {folder}/gpu.json, gpu.log")
     return int(gpu_tables.failed(report.results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The speed and the memory of one part's cases on a GPU: `python -m benchmarks.gpu_run attention`.
+"""The speed and the memory of one part's cases on a GPU: `python -m benchmarks gpu-run attention`.
 
 Prints a line of JSON for each row as it comes. Verified first; a contender that is wrong or fails has no time. For
 `benchmarks.gpu_report`, which gives every part a process and a time limit of its own.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -178,13 +177,9 @@ def rows(part: str, device: torch.device) -> Iterator[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-run", description=__doc__)
     parser.add_argument("part", choices=[*parts(), LAUNCH])
     args = parser.parse_args(argv)
     for row in rows(args.part, DEVICE):
         print(json.dumps(row), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,9 @@
-"""The results of a GPU report as tables: `python -m benchmarks.gpu_tables RESULTS.json [--markdown]`."""
+"""The results of a GPU report as tables: `python -m benchmarks gpu-tables RESULTS.json [--markdown]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,13 +157,9 @@ def failed(results: Row) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tables", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-tables", description=__doc__)
     parser.add_argument("results", type=Path, help="a gpu.json")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args(argv)
     print(text(json.loads(args.results.read_text()), markdown if args.markdown else aligned))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Routed attention's bias computed once for a group of heads: `python -m benchmarks.static_report --heads`.
+"""Routed attention's bias computed once for a group of heads: `python -m benchmarks static-report --heads`.
 
 The tiles are those of the table of block sizes, the heads of a program 1, 2, 4 and 8; counts are instructions of the
 loop over tiles, for one pair of query and key and one head. More heads share a bias, and keep more rows in registers.

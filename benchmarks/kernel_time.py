@@ -1,4 +1,4 @@
-"""How much of a call on a CPU is its kernel: `python -m benchmarks.kernel_time`.
+"""How much of a call on a CPU is its kernel: `python -m benchmarks kernel-time`.
 
 The native library is compiled once more, with a clock around each kernel, as a Python module (pybind11) that takes the
 place of the one that ships: what a call takes beyond its kernels is Python, autograd, the dispatcher and memory.
@@ -78,7 +78,7 @@ def rows(op: str | None, repeat: int, take_seconds: Callable[[], float]) -> Iter
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each case."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_time", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kernel-time", description=__doc__)
     parser.add_argument("--op", help="only the cases of this op")
     parser.add_argument("--repeat", type=int, default=20, help="calls of each case")
     args = parser.parse_args(argv)
@@ -87,7 +87,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     for op, case, call, kernels in rows(args.op, args.repeat, take_seconds):
         print(f"{op:20} {case:50} {call:12.1f} {kernels:12.1f} {call - kernels:10.1f}", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

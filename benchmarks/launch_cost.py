@@ -1,4 +1,4 @@
-"""What a call of a Triton op costs the host once it is compiled: `python -m benchmarks.launch_cost`.
+"""What a call of a Triton op costs the host once it is compiled: `python -m benchmarks launch-cost`.
 
 Measured without a GPU: the wrappers, the torch op, Triton's own launch path (argument types, cache lookup) are real;
 the last step, Triton's C launcher and the driver's launch call, is replaced by a function that does nothing, and the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -153,7 +152,7 @@ def table(found: Sequence[Cost]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table."""
     os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_cost", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks launch-cost", description=__doc__)
     parser.add_argument("--op", action="append", choices=rk.backends.OPS, help="may be repeated [all]")
     parser.add_argument("--repeat", type=int, default=400, metavar="N", help="timed batches [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -165,7 +164,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         content: Mapping[str, Any] = {**circumstances(), "costs": [asdict(cost) for cost in found]}
         args.json.write_text(json.dumps(content, indent=1))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Images a second that training data come at: DETR's augmentation of COCO-like photographs, no model.
 
-    python -m benchmarks.loader [--workers 0 2] [--images 64]
+    python -m benchmarks loader [--workers 0 2] [--images 64]
 
 A step of training waits for its data where this is less than the images a second that the GPUs take. Half of the
 photographs are upright, so that batches in plain random order need padding that batches by orientation do not.
@@ -108,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables and writes loader.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks loader", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[0, os.cpu_count() or 1], help="numbers (default: 0 and all CPUs)"
     )
@@ -129,7 +129,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loader.json").write_text(json.dumps(results, indent=1) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

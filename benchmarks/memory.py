@@ -1,6 +1,6 @@
 """Peak memory of one call, forward and backward, in a process of its own.
 
-    python -m benchmarks.memory fused 16384
+    python -m benchmarks peak fused 16384
 
 prints JSON. The peak is VmHWM: ru_maxrss would count what the parent process had when it started this one.
 """
@@ -12,7 +12,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -103,7 +103,7 @@ def measure(key: str, queries: int) -> dict[str, Any]:
 
 def measured_apart(case: MemoryCase) -> dict[str, Any]:
     """A row of the results, measured in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", case.key, str(case.queries)]
+    command = [sys.executable, "-m", "benchmarks", "peak", case.key, str(case.queries)]
     command += ["--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0:
@@ -118,15 +118,12 @@ def measured_apart(case: MemoryCase) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks peak", description=__doc__)
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("queries", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(json.dumps(measure(args.contender, args.queries)))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

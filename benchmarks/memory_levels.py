@@ -1,6 +1,6 @@
 """What each level of `detector.memory` costs: time and peak memory of a training step, all levels in one run.
 
-    python -m benchmarks.memory_levels [--preset dino-r50 --batch 1 --image 400x667]
+    python -m benchmarks memory-levels [--preset dino-r50 --batch 1 --image 400x667]
 
 The levels compute the same (the first steps must agree before any is timed); each lives in a process of its own, and
 they take steps in turns. Routing acts on the last two decoder layers, at the end of its schedule. The targets are for
@@ -29,7 +29,7 @@ from .worker import steps_in_turns
 BASE = "fused"
 IMAGES = ((400, 667), (320, 448))
 TARGETS = {"lean": 1.05, "tight": 1.2}  # at most, time over that of `fused`
-TIMED = tuple(level for level in LEVELS if level != "none")  # eager operators: benchmarks.train_step has them
+TIMED = tuple(level for level in LEVELS if level != "none")  # eager operators: train_step.py has them
 
 
 def disagreement(first: Mapping[str, Mapping[str, float]]) -> str | None:
@@ -49,7 +49,7 @@ def measured(name: str, batch: int, image: tuple[int, int], seconds: float) -> d
     choices["queries"] = preset(name).detector.num_queries
     result = {**choices, "failure": None, "levels": {}}
     by_level = {level: {**choices, "memory": level} for level in TIMED}
-    wrong, samples, found = steps_in_turns("benchmarks.stepper", by_level, disagreement, seconds)
+    wrong, samples, found = steps_in_turns("stepper", by_level, disagreement, seconds)
     for level, each in found.items():
         over = ratio(samples[level], samples[BASE])
         target = TARGETS.get(level) if image == IMAGES[0] else None
@@ -87,7 +87,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 when levels that should agree do not."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_levels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks memory-levels", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="dino-r50", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")
     parser.add_argument(
@@ -114,7 +114,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory_levels.json").write_text(json.dumps(results, indent=1) + "\n")
     return int(any(result["failure"] for result in results["settings"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

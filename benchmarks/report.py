@@ -1,11 +1,10 @@
-"""Results as tables and pictures: `python -m benchmarks.report RESULTS.json [--readme README.md]`."""
+"""Results as tables and pictures: `python -m benchmarks tables RESULTS.json [--readme README.md]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 def is_of_drop_ins(results: Row) -> bool:
-    """Whether these are the results of `benchmarks.drop_ins`, not those of `benchmarks.run`."""
+    """Whether these are the results of `drop-ins`, not those of `ops`."""
     return "codebases" in results
 
 
@@ -230,18 +229,14 @@ def draw(results: Row, folder: Path) -> None:
     figure.savefig(folder / PICTURES[1], dpi=130)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks tables", description=__doc__)
     parser.add_argument("results", type=Path, help="an ops.json or drop_ins.json")
     parser.add_argument("--readme", type=Path, help="page whose marked section is filled in")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     results = json.loads(args.results.read_text())
     print(text(results))
     if args.readme is not None:
         link = Path(os.path.relpath(args.results.resolve(), args.readme.resolve().parent)).as_posix()
         args.readme.write_text(fill(args.readme.read_text(), readme_section(results, link)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

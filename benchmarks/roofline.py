@@ -1,6 +1,6 @@
 """The least work of each op and pass, and the least time that a chip needs for it.
 
-    python -m benchmarks.roofline --op routed_attention --chip H100 --dtype bfloat16 --shape B=16 N=1100
+    python -m benchmarks roofline --op routed_attention --chip H100 --dtype bfloat16 --shape B=16 N=1100
 
 Five resources work side by side, so the floor is the largest of five times, and names what bounds it:
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -168,7 +167,7 @@ def _size(text: str) -> tuple[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; without options every op at its headline shape on every chip."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--op", choices=OPS, action="append", help="may be given several times [all]")
     parser.add_argument("--chip", choices=CHIPS, action="append", help="may be given several times [all]")
@@ -193,7 +192,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(rows))
         print("\n".join(f"{chip.name}: {chip.source}" for chip in chips))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Verify every contender, then time them in turns: `python -m benchmarks.run` (`make bench`)."""
+"""Verify every contender, then time them in turns: `python -m benchmarks ops` (`make bench`)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def verdicts(targets: Sequence[Target], contenders: Mapping[str, Mapping[str, An
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each row as it comes, then the tables; returns 1 when a row failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks ops", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the small cases, few rounds; nothing is written")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--op", help="only the rows of this op")
@@ -94,7 +94,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.draw(results, folder)
         print(f"written: {folder}/ops.json, {', '.join(report.PICTURES)}")
     return int(any(row["failure"] for row in results["speed"] + results["memory"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What every Triton and CUDA kernel compiles to, for chips that need not be here: `python -m benchmarks.static_report`.
+"""What every Triton and CUDA kernel compiles to, for chips that need not be here: `python -m benchmarks static-report`.
 
 Counts from the machine code and the code that Triton makes it from; nothing is run and nothing here is a time.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import cuda_machine_code
     from .ops import NAMES
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks static-report", description=__doc__)
     parser.add_argument("--op", action="append", choices=sorted(NAMES), help="may be repeated [all]")
     parser.add_argument("--chip", action="append", choices=sorted(PROCESSORS), help="may be repeated [%(default)s]")
     parser.add_argument("--backend", choices=("triton", "cuda"), help="only its kernels [both]")
@@ -142,7 +141,3 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
     import triton
 
     file.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,13 @@
-"""One detector in a process of its own, see `benchmarks.worker`: every step gives its seconds, loss and gradient norm.
+"""One detector in a process of its own, see `worker.py`: every step gives its seconds, loss and gradient norm.
 
-For `benchmarks.train_step` and `benchmarks.memory_levels`.
+For `train-step` and `memory-levels`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -75,11 +76,8 @@ class Stepper:
         return {"seconds": perf_counter() - started, "loss": losses["loss"].item(), "gradient_norm": norm.item()}
 
 
-def main() -> None:
-    settings: dict[str, Any] = json.loads(sys.argv[1])
+def main(argv: Sequence[str]) -> int:
+    settings: dict[str, Any] = json.loads(argv[0])
     torch.set_num_threads(settings.pop("threads"))
     serve(Stepper(**settings).step, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

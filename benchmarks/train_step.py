@@ -1,6 +1,6 @@
 """What routing costs: time and peak memory of a training step, plain and routed, public eager formulation and ours.
 
-    python -m benchmarks.train_step [--run runs/demo] [--preset tiny --preset deformable-detr-pp-r50]
+    python -m benchmarks train-step [--run runs/demo] [--preset tiny --preset deformable-detr-pp-r50]
 
 Routing acts on the last two decoder layers, at the end of its schedule. Each contender lives in a process of its own;
 they take steps in turns. Those that should compute the same start from the same weights, and their first steps must
@@ -90,7 +90,7 @@ def measured(setting: Setting, seconds: float) -> dict[str, Any]:
     result["planned_bytes"] = planned_bytes(setting)
     choices = {name: value for name, value in asdict(setting).items() if name != "target"}
     by_name = {name: {**choice, **choices} for name, choice in CONTENDERS.items()}
-    wrong, samples, found = steps_in_turns("benchmarks.stepper", by_name, disagreement, seconds)
+    wrong, samples, found = steps_in_turns("stepper", by_name, disagreement, seconds)
     if wrong is not None:
         return result | {"failure": wrong}
     for name, each in found.items():
@@ -144,7 +144,7 @@ def precision(run: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns 1 when contenders that should agree do not."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks train-step", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--run", type=Path,
         help="folder of a run: its precision comes first, presets are measured only as they train, results go there",
@@ -175,7 +175,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train_step.json").write_text(json.dumps(results, indent=1) + "\n")
     return int(any(result["failure"] for result in results["settings"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -204,7 +204,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(report(case, choices)), flush=True)
     print(f"kept in {block_sizes.tuned_path(device)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

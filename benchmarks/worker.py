@@ -18,11 +18,12 @@ from .timing import spread, time_in_turns
 
 
 class Worker:
-    """The process of one contender: `python -m MODULE` with its choices, and the number of threads, as JSON."""
+    """The process of one contender: `python -m benchmarks COMMAND`, its choices and the number of threads as JSON."""
 
-    def __init__(self, module: str, choices: Mapping[str, Any]) -> None:
-        command = [sys.executable, "-m", module, json.dumps({**choices, "threads": torch.get_num_threads()})]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, command: str, choices: Mapping[str, Any]) -> None:
+        described = json.dumps({**choices, "threads": torch.get_num_threads()})
+        words = [sys.executable, "-m", "benchmarks", command, described]
+        self.process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Worker:
         return self
@@ -51,7 +52,7 @@ class Worker:
 
 
 def steps_in_turns(
-    module: str,
+    command: str,
     choices: Mapping[str, Mapping[str, Any]],
     disagreement: Callable[[dict[str, dict[str, Any]]], str | None],
     seconds: float,
@@ -63,7 +64,7 @@ def steps_in_turns(
         spread in milliseconds, the rounds and the memory before the first step and at the peak.
     """
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(module, each)) for name, each in choices.items()}
+        workers = {name: stack.enter_context(Worker(command, each)) for name, each in choices.items()}
         first = {name: worker.answer() for name, worker in workers.items()}
         wrong = disagreement(first)
         if wrong is not None:

@@ -49,14 +49,14 @@ def info() -> Iterator[str]:
             yield f"{name:9}  {reason}" + ("" if len(ops) == len(OPS) else f" ({', '.join(ops)})")
 
 
-def of_checkout(module: str, purpose: str, options: Sequence[str]) -> int:
-    """Run a module of the checkout that this package is installed from; these are no part of the wheel."""
-    if not (CHECKOUT / "benchmarks" / "run.py").exists():
+def of_checkout(command: str, purpose: str, options: Sequence[str]) -> int:
+    """Run a benchmark of the checkout that this package is installed from; they are no part of the wheel."""
+    if not (CHECKOUT / "benchmarks" / "__main__.py").exists():
         print(
             f"route-kernels: the benchmarks are part of the repository: clone it and run `{purpose}`", file=sys.stderr
         )
         return 1
-    return subprocess.call([sys.executable, "-m", module, *options], cwd=CHECKOUT)
+    return subprocess.call([sys.executable, "-m", "benchmarks", command, *options], cwd=CHECKOUT)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | doctor | tune")
     commands.add_parser("info", help="what is installed, and which backend runs each op")
     commands.add_parser(
-        "bench", help="verify, then time; options as benchmarks/run.py, for one --quick", add_help=False
+        "bench", help="verify, then time; options as `python -m benchmarks ops`, for one --quick", add_help=False
     )
     examine = commands.add_parser(
         "doctor",
@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("memory", add_help=False)  # it was here until it became a command of the detector
     args, options = parser.parse_known_args(argv)
     if args.command == "bench":
-        return of_checkout("benchmarks.run", "make bench", options)
+        return of_checkout("ops", "make bench", options)
     if args.command == "tune":
-        return of_checkout("benchmarks.tune", "route-kernels tune", options)
+        return of_checkout("tune", "route-kernels tune", options)
     if args.command == "memory":
         print(
             "route-kernels memory: it is now `route-detr memory` (pip install 'route-kernels[detr]')", file=sys.stderr

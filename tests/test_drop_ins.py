@@ -31,7 +31,7 @@ class InThisProcess:
     """A `Worker` that takes its steps here."""
 
     def __init__(self, module, choices):
-        assert module == "benchmarks.drop_in_step"
+        assert module == "drop-in-step"
         codebase = CODEBASES[choices["key"]]
         self.model, self.arguments = codebase.built(choices["side"])
         self.appliers = [] if choices["after"] is None else codebase.afters[choices["after"]](self.model)
@@ -172,7 +172,7 @@ def test_codebase_takes_the_same_step_before_and_after(key):
 
 def test_worker_is_a_process_of_its_own():
     choices = {"key": "research_code", "after": "route_kernels.shim", "side": 32}
-    with worker.Worker("benchmarks.drop_in_step", choices) as process:
+    with worker.Worker("drop-in-step", choices) as process:
         first, second, peak = process.answer(), process.ask("step"), process.ask("peak")
         assert first["calls"] == second["calls"] == {"ms_deform_attn": 12}
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
@@ -182,7 +182,7 @@ def test_worker_is_a_process_of_its_own():
 
 
 def test_process_that_ends_is_an_error():
-    with worker.Worker("benchmarks.no_such_module", {}) as process, pytest.raises(RuntimeError, match="ended with 1"):
+    with worker.Worker("no-such-command", {}) as process, pytest.raises(RuntimeError, match="ended with 2"):
         process.answer()
 
 

@@ -174,10 +174,10 @@ def test_a_few_variants_reach_every_chip_dtype_and_entry():
     assert {place for one in few for _, place in one.entries} == set(places)
 
 
-def without_interpreter(module, *options):
+def without_interpreter(*options):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", module, *options], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks", *options], cwd=ROOT, env=environment, capture_output=True, text=True
     )
 
 
@@ -185,7 +185,7 @@ def test_the_command_prints_a_table_and_writes_every_count(tmp_path):
     pytest.importorskip("triton")
     file = tmp_path / "report.json"
     finished = without_interpreter(
-        "benchmarks.static_report", "--op", "query_similarity", "--chip", "sm90", "--match", "norms bfloat16 C=32",
+        "static-report", "--op", "query_similarity", "--chip", "sm90", "--match", "norms bfloat16 C=32",
         "--json", str(file),
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -201,7 +201,7 @@ def test_heads_that_share_a_bias_take_fewer_instructions(tmp_path):
     pytest.importorskip("triton")
     file = tmp_path / "heads.json"
     finished = without_interpreter(
-        "benchmarks.static_report", "--heads", "--chip", "sm90", "--match", "forward D=32", "--json", str(file)
+        "static-report", "--heads", "--chip", "sm90", "--match", "forward D=32", "--json", str(file)
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     groups = {row["heads"]: row for row in json.loads(file.read_text())["rows"]}
@@ -214,9 +214,7 @@ def test_heads_that_share_a_bias_take_fewer_instructions(tmp_path):
 def test_the_cost_of_a_launch_is_measured_without_a_gpu(tmp_path):
     pytest.importorskip("triton")
     file = tmp_path / "cost.json"
-    finished = without_interpreter(
-        "benchmarks.launch_cost", "--op", "query_similarity", "--repeat", "1", "--json", str(file)
-    )
+    finished = without_interpreter("launch-cost", "--op", "query_similarity", "--repeat", "1", "--json", str(file))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (cost,) = json.loads(file.read_text())["costs"]
     assert (cost["op"], cost["direction"], cost["launches"]) == ("query_similarity", "forward", 2)

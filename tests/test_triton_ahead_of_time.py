@@ -24,7 +24,17 @@ def compiled_rows(folder, *options):
     """The report's rows, or the error."""
     file = folder / "report.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.static_report", "--backend", "triton", "--json", str(file), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "static-report",
+        "--backend",
+        "triton",
+        "--json",
+        str(file),
+        *options,
+    ]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert file.exists(), f"{finished.stdout[-2000:]}{finished.stderr[-4000:]}"
     return json.loads(file.read_text())["rows"]

@@ -150,4 +150,4 @@ def test_the_command_runs_the_tuner_of_the_checkout(monkeypatch):
     called = []
     monkeypatch.setattr(cli.subprocess, "call", lambda command, cwd: called.append((command[1:], cwd)) or 0)
     assert cli.main(["tune", "--op", "query_similarity"]) == 0
-    assert called == [(["-m", "benchmarks.tune", "--op", "query_similarity"], cli.CHECKOUT)]
+    assert called == [(["-m", "benchmarks", "tune", "--op", "query_similarity"], cli.CHECKOUT)]
