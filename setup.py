@@ -50,7 +50,7 @@ def nvcc():
 
 
 def architectures(listed, capabilities, supported):
-    """What is listed, else the GPUs that are there, else what nvcc supports of the usual: [("compute_90", "sm_90")]."""
+    """The listed ones, else those of the GPUs here, else the usual that nvcc supports: [("compute_90", "sm_90")]."""
     here = ";".join(f"{major}.{minor}" for major, minor in sorted(set(capabilities)))
     usual = [name for name in ("8.0", "9.0", "10.0+PTX") if "sm_" + re.sub(r"\D", "", name) in supported]
     listed = listed or (here + "+PTX" if here else ";".join(usual))

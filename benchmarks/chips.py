@@ -34,7 +34,7 @@ class Chip:
         return self.processors * self.l1_bytes * self.clock_hz
 
     def matrix_flop_per_s(self, dtype: str) -> float:
-        """Of matrix products in "bfloat16", "float16", "tf32" or "float32" (without TF32: multiply-adds of the lanes).
+        """FLOP/s of matrix products in "bfloat16", "float16", "tf32" or "float32" (lanes' multiply-adds, no TF32).
 
         Raises:
             KeyError: another dtype.

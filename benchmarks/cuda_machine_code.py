@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, for chips that need not be here: registers, spills and instructions of each.
+"""Registers, spills and instructions of each CUDA kernel as nvcc compiles it, for chips that need not be here.
 
 Compiled exactly as setup.py compiles them, and once for their content: what was compiled before lies in build/cubins.
 """
@@ -90,7 +90,7 @@ def _instantiation(symbol: str) -> tuple[str, tuple[int, ...]]:
 
 
 def rows(chips: Iterable[str], matching: str = "", few: bool = False) -> Iterator[Row]:
-    """Of every kernel whose name has `matching` in it, or only of those that store bfloat16: for the static report."""
+    """Rows of the static report: kernels whose name has `matching` in it; with `few` those that store bfloat16."""
     if build().nvcc() is None:
         print("no CUDA kernels in this report: there is no nvcc", file=sys.stderr)
         return

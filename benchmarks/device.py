@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def circumstances() -> dict[str, Any]:
-    """What every result file begins with. `dirty`: something but the results differs from the commit."""
+    """The beginning of every result file. `dirty`: something but the results differs from the commit."""
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
         "commit": _git("rev-parse", "HEAD"),

@@ -39,7 +39,7 @@ SECONDS_A_CODEBASE, SECONDS_QUICK = 14.0, 0.0
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What a model makes without naming a dtype is of this one."""
+    """A model makes its tensors in this dtype where it names none."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -83,7 +83,7 @@ def verified(codebase: Codebase, side: int) -> dict[str, dict[str, Any]]:
 
 
 def disagreement(first: Mapping[str, Mapping[str, Any]], agreed: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What is wrong with the first steps of the processes that are to be timed, or None."""
+    """The first fault in the first steps of the processes that are to be timed, or None."""
     expected = first[BEFORE]["loss"]
     for name, answer in first.items():
         calls = agreed[name]["calls"] if name in agreed else {}

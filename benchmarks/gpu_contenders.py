@@ -49,7 +49,7 @@ def on_backend(op: str, backend: str) -> Contender:
 
 
 def public_code(query: Tensor, key: Tensor, value: Tensor, routing: rk.RoutingFactors) -> Tensor:
-    """As Dual-R-DETR's QueryRouter and nn.MultiheadAttention do it: the bias repeated for every head."""
+    """The form of Dual-R-DETR's QueryRouter and nn.MultiheadAttention: the bias repeated for every head."""
     bias = _bias(routing).to(query.dtype)
     repeated = bias.repeat_interleave(query.shape[1], dim=0)  # [B H, N, M]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=repeated.unflatten(0, query.shape[:2]))

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 class KernelEvent(Protocol):
-    """What is read of an event of torch.profiler."""
+    """The attributes that are read of an event of torch.profiler."""
 
     name: str
     time_range: Any  # elapsed_us()
@@ -53,7 +53,7 @@ def matrix_rate(timer: EventTimer) -> float:
 
 
 def ceilings(device: torch.device) -> Iterator[Row]:
-    """What this GPU reaches, to hold the listed peaks against."""
+    """The rates that this GPU reaches, to hold the listed peaks against."""
     timer = EventTimer(device)
     for _ in range(2):  # the first time warms up
         rates = {COPY: copy_rate(timer), "bfloat16 matrix product, FLOP a second": matrix_rate(timer)}
@@ -61,7 +61,7 @@ def ceilings(device: torch.device) -> Iterator[Row]:
 
 
 def kernel_times(profiles: Sequence[Iterable[KernelEvent]]) -> list[Row]:
-    """Of each kernel the median over the profiles of its microseconds in one, and how often it ran; longest first."""
+    """Each kernel's median over the profiles of its microseconds in one, and how often it ran; longest first."""
     found: dict[str, list[float]] = {}
     calls: dict[str, int] = {}
     for events in profiles:

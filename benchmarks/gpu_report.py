@@ -56,7 +56,7 @@ class Part:
 
 
 def the_parts() -> list[Part]:
-    """What a report consists of, in order."""
+    """The parts of a report, in order."""
     python = sys.executable
     commands = {
         "build": [python, "setup.py", "build_ext", "--inplace"],
@@ -190,7 +190,7 @@ def run_parts(parts: Sequence[Part], report: Report, log: TextIO) -> None:
 
 
 def gpu() -> dict[str, Any]:
-    """What the report ran on."""
+    """The GPU that the report ran on."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,

@@ -144,7 +144,7 @@ def collect(device: torch.device) -> None:
 def launch_rows(
     device: torch.device, seconds_of: Callable[[Call, torch.device], float] = host_seconds
 ) -> Iterator[Row]:
-    """What the CPU does to queue one op, on inputs so small that the GPU is never waited for."""
+    """The CPU's time to queue one op, on inputs so small that the CPU never waits for the GPU."""
     for op in backends.OPS:
         arguments = next(iter(sample_arguments(op, queries=16).values()))
         arguments = map_tensors(arguments, lambda x: x.detach().to(device).requires_grad_(x.requires_grad))
@@ -159,7 +159,7 @@ def launch_rows(
 
 
 def rows(part: str, device: torch.device) -> Iterator[Row]:
-    """Of one part, one after the other; a case that runs out of memory is a row without times."""
+    """The rows of one part, one after the other; a case that runs out of memory is a row without times."""
     if part == LAUNCH:
         yield from launch_rows(device)
         return

@@ -52,7 +52,7 @@ def count_test(tests: dict[str, Any], row: Row) -> None:
 
 
 def speed_cells(rows: Sequence[Row], copy_rate: float | None = None) -> list[list[str]]:
-    """As `SPEED_HEAD`: a line for each contender; ours has the floor and the targets of memory.
+    """Cells under `SPEED_HEAD`: a line for each contender; ours has the floor and the targets of memory.
 
     "of a copy": the bytes that must be moved at least, over the time, as a share of what a copy reaches on this GPU.
     """
@@ -98,7 +98,7 @@ def _first_line(text: str) -> str:
 
 
 def profile_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """As `PROFILE_HEAD`."""
+    """Cells under `PROFILE_HEAD`."""
     table = []
     for row in rows:
         floor, share = row["floor"], row["floor_over_time"]
@@ -110,7 +110,7 @@ def profile_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def launch_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """As `LAUNCH_HEAD`."""
+    """Cells under `LAUNCH_HEAD`."""
     return [[row["op"], row["pass"], row["backend"], f"{row['host_microseconds']:.1f}"] for row in rows]
 
 

@@ -33,7 +33,7 @@ class Group:
 
 
 def groups(chips: Iterable[str], matching: str = "") -> Iterator[Group]:
-    """Of every kernel, in bfloat16 with R 16 and G 3, whose name has `matching` in it."""
+    """Groups of each kernel whose name has `matching` in it, in bfloat16 with R 16 and G 3."""
     from .launches import forced
 
     for chip in chips:

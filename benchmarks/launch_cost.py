@@ -1,4 +1,4 @@
-"""What a call of a Triton op costs the host once it is compiled: `python -m benchmarks launch-cost`.
+"""The host's time for a call of a Triton op that is compiled: `python -m benchmarks launch-cost`.
 
 Measured without a GPU: the wrappers, the torch op, Triton's own launch path (argument types, cache lookup) are real;
 the last step, Triton's C launcher and the driver's launch call, is replaced by a function that does nothing, and the
@@ -31,7 +31,7 @@ BATCH = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call in microseconds, the least mean of a batch."""
+    """Cost of one call in microseconds, the least mean of a batch."""
 
     op: str
     direction: str

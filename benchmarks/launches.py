@@ -29,7 +29,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches for an architecture that need not be here: noted, not run. Of tensors on the meta device."""
+    """Launches for an architecture that need not be here: noted, not run. Their tensors are on the meta device."""
 
     architecture: str
     launches: list[Launch] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a compiled Triton kernel is made of: registers, spills, and its instructions, read from the machine code."""
+"""Registers, spills and instructions of a compiled Triton kernel, read from its machine code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _JUMP_TARGET = re.compile(r"(\.L\w+)")
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Of one kernel. Instructions by their full mnemonic, once each however often they run."""
+    """Machine code of one kernel. Instructions by their full mnemonic, once each however often they run."""
 
     registers: int  # of a lane
     spilled_bytes: int  # of a lane, in local memory
@@ -54,7 +54,7 @@ class MachineCode:
 
 
 def machine_code(compiled: Any) -> MachineCode:
-    """Of a `triton.compile` result for any target; takes NVIDIA's tools from the Triton package."""
+    """Read a `triton.compile` result for any target; takes NVIDIA's tools from the Triton package."""
     if "hsaco" in compiled.asm:
         return _of_amd(compiled.asm["amdgcn"])
     return _of_nvidia(compiled.asm["cubin"])
@@ -69,7 +69,7 @@ def _of_nvidia(cubin: bytes) -> MachineCode:
 
 
 def nvidia_machine_code(cubin: str | Path) -> dict[str, MachineCode]:
-    """Of every kernel of a cubin, by its symbol; takes NVIDIA's tools from the Triton package."""
+    """Read every kernel of a cubin, by its symbol; takes NVIDIA's tools from the Triton package."""
     from triton import knobs
 
     usage = _output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin))
@@ -164,7 +164,7 @@ def _with_loop_depth(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def _bytes_of(line: str) -> int:
-    """Of the tile in a load's or store's type, `tensor<64x32x!tt.ptr<bf16>>`, or a single element, `!tt.ptr<f32>`."""
+    """Bytes of a load's or store's tile, `tensor<64x32x!tt.ptr<bf16>>`, or of its single element, `!tt.ptr<f32>`."""
     tile = re.search(r"tensor<((?:\d+x)*)!tt\.ptr<[a-z]+(\d+)", line)
     if tile is None:
         single = re.search(r"!tt\.ptr<[a-z]+(\d+)", line)

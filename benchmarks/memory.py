@@ -62,12 +62,12 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """What is resident now."""
+    """Bytes that are resident now."""
     return _status_bytes("VmRSS")
 
 
 def wrong_rows(found: Results, arguments: Arguments, grad_output: Tensor, call: Callable[..., Tensor]) -> str | None:
-    """What is wrong with `CHECKED_ROWS` rows of the output and of the query side's gradients, or None.
+    """The first fault in `CHECKED_ROWS` rows of the output and of the query side's gradients, or None.
 
     Those rows need all keys and values but no other row, so that the exact result is small enough to compute.
     """

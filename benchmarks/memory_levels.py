@@ -1,4 +1,4 @@
-"""What each level of `detector.memory` costs: time and peak memory of a training step, all levels in one run.
+"""Time and peak memory of a training step at each level of `detector.memory`, all levels in one run.
 
     python -m benchmarks memory-levels [--preset dino-r50 --batch 1 --image 400x667]
 
@@ -33,7 +33,7 @@ TIMED = tuple(level for level in LEVELS if level != "none")  # eager operators: 
 
 
 def disagreement(first: Mapping[str, Mapping[str, float]]) -> str | None:
-    """What of a level's first step differs from that of `fused`, or None."""
+    """The first difference between a level's first step and that of `fused`, or None."""
     for level, answer in first.items():
         for quantity in ("loss", "gradient_norm"):
             expected = first[BASE][quantity]

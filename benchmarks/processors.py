@@ -1,4 +1,4 @@
-"""What one multiprocessor (NVIDIA) or compute unit (AMD) holds: the limits that decide how many programs share it."""
+"""Limits of one multiprocessor (NVIDIA) or compute unit (AMD), which decide how many programs share it."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ PROCESSORS = {
 """By the names of `route_kernels.triton.block_sizes.ARCHITECTURES`."""
 
 TENSOR_MEMORY_COLUMNS = 512
-"""Of a multiprocessor of sm100; `tcgen05.alloc` in the PTX instruction set reference."""
+"""Columns in a multiprocessor of sm100; `tcgen05.alloc` in the PTX instruction set reference."""

@@ -1,4 +1,4 @@
-"""What is measured: cases with their arguments, contenders and targets. Each op's are in its file in `ops`."""
+"""Cases to measure, with their arguments, contenders and targets. Each op's are in its file in `ops`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def gpu_cases() -> list[GpuCase]:
 
 
 def parts() -> list[str]:
-    """What is measured on a GPU in a process of its own, by value."""
+    """Parts of the measurements on a GPU, each for a process of its own, by value."""
     return list(dict.fromkeys(case.part for case in gpu_cases()))
 
 

@@ -106,7 +106,7 @@ def _step_megabytes(contender: Row) -> str:
 
 
 def drop_in_cells(rows: Iterable[Row]) -> list[list[str]]:
-    """As `DROP_INS_HEAD`: a line for each way to apply; one for a codebase that is missing or failed."""
+    """Cells under `DROP_INS_HEAD`: a line for each way to apply; one for a codebase that is missing or failed."""
     table = []
     for row in rows:
         start = [row["codebase"], row["model"], row["inputs"]]
@@ -162,9 +162,9 @@ def text(results: Row) -> str:
 
 
 def readme_section(results: Row, link: str) -> str:
-    """What stands between the marks of the README, the marks included, and a link to the JSON.
+    """The README's text between the marks, the marks included, and a link to the JSON.
 
-    Of the ops the rows that have a target or failed, of the drop-ins those that are installed.
+    It shows the ops' rows that have a target or failed, and the drop-ins that are installed.
     """
     if is_of_drop_ins(results):
         return _drop_ins_section(results, link)

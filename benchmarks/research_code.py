@@ -18,7 +18,7 @@ STRENGTH = 0.3  # lambda at the end of its schedule
 
 
 class MSDeformAttn(published.MSDeformAttn):
-    """Of Mask2Former and others: the extension if it is there, else `grid_sample`."""
+    """The module of Mask2Former and others: the extension if it is there, else `grid_sample`."""
 
     def sample(self, value, shapes, starts, locations, weights):
         if published.EXTENSION in sys.modules:

@@ -1,6 +1,6 @@
 """The public modules of research code, written anew from the papers: their names, arguments and calling conventions.
 
-What they compute is spelled out in plain PyTorch, apart from ours: bias and similarity are written out as N x N.
+Plain PyTorch spells out their formulas, apart from ours: bias and similarity are written out as N x N.
 """
 
 import math
@@ -62,7 +62,7 @@ class MSDeformAttnFunction(Function):
 
 
 class DeformableModule(nn.Module):
-    """Between the linear layers: masked value, locations, softmaxed weights. What samples is the subclass's."""
+    """Between the linear layers: masked value, locations, softmaxed weights. A subclass samples."""
 
     def __init__(self, channels, levels, heads, points):
         super().__init__()
@@ -91,7 +91,7 @@ class DeformableModule(nn.Module):
 
 
 class MSDeformAttn(DeformableModule):
-    """Of Deformable-DETR."""
+    """The module of Deformable-DETR."""
 
     def __init__(self, d_model=256, n_levels=4, n_heads=8, n_points=4):
         super().__init__(d_model, n_levels, n_heads, n_points)
@@ -117,7 +117,7 @@ class MSDeformAttn(DeformableModule):
 
 
 class MultiScaleDeformableAttention(DeformableModule):
-    """Of Relation-, Salience- and Dual-R-DETR; it finds what samples in its module, `BRICKS`."""
+    """The module of Relation-, Salience- and Dual-R-DETR; it looks up its sampler in its module, `BRICKS`."""
 
     def __init__(self, embed_dim=256, num_levels=4, num_heads=8, num_points=4, img2col_step=64):
         super().__init__(embed_dim, num_levels, num_heads, num_points)
@@ -154,7 +154,7 @@ def bricks_module(extension=None):
 
 
 class QueryRouter(nn.Module):
-    """Of Dual-R-DETR: the bias [B H, N, N], equations of arXiv 2512.13876."""
+    """The router of Dual-R-DETR: the bias [B H, N, N], equations of arXiv 2512.13876."""
 
     clamp = 5.0
 
@@ -186,7 +186,7 @@ class QueryRouter(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Of Dual-R-DETR: routed self-attention, then cross-attention and the feed-forward network."""
+    """The layer of Dual-R-DETR: routed self-attention, then cross-attention and the feed-forward network."""
 
     def __init__(self, embed_dim=256, d_ffn=1024, n_heads=8, dropout=0.0, n_levels=4, n_points=4):
         super().__init__()
@@ -248,7 +248,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Of Dual-R-DETR: lambda is an attribute, and the last layers are routed."""
+    """The decoder of Dual-R-DETR: lambda is an attribute, and the last layers are routed."""
 
     def __init__(self, layers=3, classes=5, **layer):
         super().__init__()

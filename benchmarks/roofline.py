@@ -10,7 +10,7 @@ Five resources work side by side, so the floor is the largest of five times, and
     lanes     other float32 operations (a multiply-add is one); in float32 they come on top of the matrix products
     special   exponentials, tanh, reciprocals, logarithms: the special-function units
 
-What is counted is in `ops/<op>.py`, beside the formulas (`COUNTED`).
+Each `ops/<op>.py` says beside its formulas what they count (`COUNTED`).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def sizes_of(op: str, arguments: Mapping[str, Any]) -> dict[str, int]:
 
 
 def dtypes_of(op: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
-    """Of the main inputs, and of factors, locations or offsets."""
+    """Dtypes of the main inputs, and of factors, locations or offsets."""
     main, factor = (str(x.dtype).removeprefix("torch.") for x in ops.declaration(op).main_and_factor(arguments))
     return main, factor
 

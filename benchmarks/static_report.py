@@ -1,4 +1,4 @@
-"""What every Triton and CUDA kernel compiles to, for chips that need not be here: `python -m benchmarks static-report`.
+"""The code of every Triton and CUDA kernel, for chips that need not be here: `python -m benchmarks static-report`.
 
 Counts from the machine code and the code that Triton makes it from; nothing is run and nothing here is a time.
 """
@@ -27,7 +27,7 @@ CHIPS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
 
 
 def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool = False) -> Iterator[Row]:
-    """Of every variant of these ops on these chips whose name has `matching` in it, or a `few` of them."""
+    """Rows of every variant of these ops on these chips whose name has `matching` in it, or of a `few`."""
     from . import variants
 
     found = [variant for chip in chips for op in ops for variant in variants.of_op(op, chip)]
@@ -40,7 +40,7 @@ def rows(ops: Iterable[str], chips: Iterable[str], matching: str = "", few: bool
 
 
 def covering(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """As few as reach every kernel on every chip, and every dtype of a kernel and entry of the table on some chip."""
+    """The fewest that reach every kernel on every chip, and every dtype of a kernel and table entry on some chip."""
     kernels = [variant.kernel.fn.__name__ for variant in variants]
     reached = [
         {(kernel, variant.architecture), (kernel, _dtype(variant)), *variant.entries}
@@ -54,7 +54,7 @@ def covering(variants: Sequence[Variant]) -> Iterator[Variant]:
 
 
 def _dtype(variant: Variant) -> str:
-    """Of the first tensor: "bf16"."""
+    """Dtype of the first tensor: "bf16"."""
     return next(kind[1:] for kind in variant.signature.values() if str(kind).startswith("*"))
 
 

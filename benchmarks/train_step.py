@@ -1,4 +1,4 @@
-"""What routing costs: time and peak memory of a training step, plain and routed, public eager formulation and ours.
+"""Time and peak memory of a training step, plain and routed, in the public eager formulation and in ours.
 
     python -m benchmarks train-step [--run runs/demo] [--preset tiny --preset deformable-detr-pp-r50]
 
@@ -58,7 +58,7 @@ class Setting:
 
 
 def settings_of(name: str) -> list[Setting]:
-    """What a preset is measured at: the tiny ones as they train and with 300 queries, the others at 600 x 800."""
+    """Sizes for a preset: the tiny ones as they train and with 300 queries, the others at 600 x 800."""
     queries = preset(name).detector.num_queries
     if name.startswith("tiny"):
         return [Setting(name, 8, 128, 128, queries, 1.4), Setting(name, 2, 256, 256, 300, 1.4)]
@@ -73,7 +73,7 @@ def planned_bytes(setting: Setting) -> dict[str, int]:
 
 
 def disagreement(first: dict[str, dict[str, float]]) -> str | None:
-    """What differs between the first steps of the fused and the eager form of one detector, or None."""
+    """The first difference between the first steps of a detector's fused and eager form, or None."""
     for route in (False, True):
         eager, fused = (first[name] for name, choice in CONTENDERS.items() if choice["route"] == route)
         for quantity in ("loss", "gradient_norm"):

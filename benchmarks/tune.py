@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Choice:
-    """What won for one kernel, and the milliseconds of the whole step with it and before."""
+    """The settings that won for one kernel, and the milliseconds of the whole step with them and before."""
 
     key: str
     settings: Settings
@@ -124,7 +124,7 @@ def _fastest(step, timer: Timer, best, name: str, candidates, settings, least: f
 
 
 def _time(step: Callable[[], object], timer: Timer, settings_of: Mapping[str, Settings]) -> float:
-    """Of the step with these settings, by kernel name."""
+    """Time of the step with these settings, by kernel name."""
     with ExitStack() as stack:
         for name, settings in settings_of.items():
             stack.enter_context(forced(name, settings))

@@ -25,7 +25,7 @@ def yardstick(
 
 
 def complaint(found: Results, rounded: Results, exact: Results) -> str | None:
-    """What is wrong with the results of a contender, or None."""
+    """The first fault in the results of a contender, or None."""
     if found.keys() != exact.keys():
         return f"gives {', '.join(found)} instead of {', '.join(exact)}"
     for name, expected in exact.items():

@@ -19,7 +19,7 @@ R50_POSITIONS = 22223  # of an 800 x 1333 image, four levels
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass must do at least."""
+    """The least work of one pass."""
 
     memory_bytes: int
     l1_bytes: int

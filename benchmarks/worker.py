@@ -60,7 +60,7 @@ def steps_in_turns(
     """A worker for each contender's choices, whose steps are taken in turns once the first ones agree.
 
     Returns:
-        What `disagreement` says of the first steps (then the rest is empty); the seconds of each step; and their
+        The answer of `disagreement` to the first steps (then the rest is empty); the seconds of each step; and their
         spread in milliseconds, the rounds and the memory before the first step and at the peak.
     """
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def steps_in_turns(
 
 
 def serve(step: Callable[[], dict[str, Any]], answers: IO[str]) -> None:
-    """What the process of a `Worker` does: it answers, a line of JSON each.
+    """The loop of a `Worker`'s process: it answers, a line of JSON each.
 
     First with a step and what was resident before it; then each line `step` on the standard input with another step,
     and `peak` with the greatest resident size.

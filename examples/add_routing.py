@@ -44,7 +44,7 @@ class DualBranch(nn.Module):
         self.routing = rk.integrations.add_routing(detector, "model.decoder.layers.[12].self_attn")  # the last 2 of 3
 
     def forward(self, images: Tensor, labels: list[dict], strength: float) -> tuple[Any, Any]:
-        """What the detector returns, loss included, for the main and for the auxiliary branch."""
+        """The detector's outputs, loss included, of the main and of the auxiliary branch."""
         base, decoder = self.detector.model, self.detector.model.decoder
         with recorded(base) as base_calls, recorded(decoder) as decoder_calls:
             main = self.detector(images, labels=labels)
