@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 def info() -> Iterator[str]:
-    """What is installed, and for each op which backend can run and why another cannot, line by line."""
+    """The installation, and for each op which backend can run and why another cannot, line by line."""
     yield f"route-kernels {rk.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
     yield f"machine         {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
     if native.load_error is None:

@@ -13,7 +13,7 @@ from .graphs import constant_in_graphs
 from .precision import FLOATING
 
 OPS = ("ms_deform_attn", "ms_deform_attn_fused")
-"""What has CUDA kernels."""
+"""The ops that have CUDA kernels."""
 
 OLDEST_CAPABILITY = (8, 0)
 

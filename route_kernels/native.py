@@ -53,7 +53,7 @@ def simd_level() -> str | None:
 
 
 def cuda_build() -> str | None:
-    """What the CUDA kernels were compiled for and by, "sm_80 sm_90 compute_90, nvcc 13.0", or None where not loaded."""
+    """Targets and compiler of the CUDA kernels, "sm_80 sm_90 compute_90, nvcc 13.0", or None where not loaded."""
     return None if cuda_load_error is not None else torch.ops.route_kernels_native.cuda_build()
 
 

@@ -28,7 +28,7 @@ def recomputed(function: Callable[..., Any], *inputs: Any, kept: Sequence[str] =
             synchronises a GPU.
 
     Returns:
-        What the function returns; the gradients are the same. On backend `eager`, the baseline, nothing is computed
+        The function's result; the gradients are the same. On backend `eager`, the baseline, nothing is computed
         again: it keeps what PyTorch keeps.
     """
     unknown = [kept] if isinstance(kept, str) else [name for name in kept if name not in _OPS]

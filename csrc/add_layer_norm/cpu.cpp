@@ -24,7 +24,7 @@ T unit_roundoff(DType dtype) {
 
 constexpr int64_t ROWS_OF_WORKER = 7;
 
-// What one worker needs, each row padded with zeros to whole vectors.
+// The rows of one worker, each padded with zeros to whole vectors.
 template <typename T>
 struct Rows {
   int64_t width;

@@ -27,7 +27,7 @@ class CudaStream {
   cudaStream_t stream_;
 };
 
-// What a launch returned.
+// `error` is the result of a launch.
 inline void expect_launched(int error) {
   STD_TORCH_CHECK(
       error == cudaSuccess,

@@ -1,5 +1,5 @@
 #pragma once
-// Workers, the one way in which kernels share work among threads. What a worker does is a function of (shapes, worker,
+// Workers, the one way in which kernels share work among threads. A worker's task is a function of (shapes, worker,
 // workers) alone, so results repeat for a given thread count.
 
 #include <stdint.h>

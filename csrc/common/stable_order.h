@@ -30,7 +30,7 @@ inline Tensor range(const Tensor& like, int64_t count) {
   return torch::stable::detail::to<Tensor>(cumsum[0]);
 }
 
-// Of `keys` [n], int32 or int64, in [0, count).
+// The stable order of `keys` [n], int32 or int64, in [0, count).
 inline Ordered ordered_by(const Tensor& keys, int64_t count) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;

@@ -122,7 +122,7 @@ __device__ __forceinline__ void write_vector(void* data, int64_t at, const T (&f
       pack<STORAGE, COUNT>(from));
 }
 
-// Calls call(Storage) with a dtype that is known at run time only. What is accumulated in float holds no float64.
+// Calls call(Storage) with a dtype that is known at run time only. A sum in float holds no float64.
 template <DType STORAGE>
 struct Storage {
   static constexpr DType dtype = STORAGE;

@@ -1,5 +1,5 @@
 #pragma once
-// What the kernels of multi-scale deformable attention are told. B batch, S flattened feature positions, H heads,
+// The arguments of the kernels of multi-scale deformable attention. B batch, S flattened feature positions, H heads,
 // D channels of one head, N queries, L levels, K points over all levels. The plain op has locations and weights, the
 // fused op reference points, offsets and logits.
 

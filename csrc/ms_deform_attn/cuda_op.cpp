@@ -18,7 +18,7 @@ int64_t at_most(int64_t most, const char* name, int64_t size) {
   return size;
 }
 
-// What both ops have.
+// The arguments that both ops have.
 DeviceArgs arguments(const Tensor& value, const Ints& levels, const Tensor& places, const Tensor& weights) {
   DeviceArgs a{};
   a.B = value.size(0), a.H = value.size(2), a.D = value.size(3), a.N = weights.size(1);

@@ -1,6 +1,6 @@
 #pragma once
-// What the CUDA kernels of multi-scale deformable attention are told, by value: no memory of the host is read by the
-// device. Dimensions as in args.h; "accumulate" is float64 for a float64 value and float32 for any other.
+// The arguments of the CUDA kernels of multi-scale deformable attention, by value: the device reads no memory of the
+// host. Dimensions as in args.h; "accumulate" is float64 for a float64 value and float32 for any other.
 
 #include "../common/view.h"
 

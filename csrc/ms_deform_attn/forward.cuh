@@ -6,7 +6,7 @@
 
 namespace rk::ms_deform_attn {
 
-// As the lane that located a point tells the others.
+// A point in the form that the lane which located it tells the others.
 template <typename T>
 struct LocatedPoint {
   int64_t row;  // of the first corner, in bytes

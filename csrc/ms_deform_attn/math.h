@@ -82,7 +82,7 @@ RK_HOST_DEVICE Cell<T> cell_of(T x, T y, int32_t height, int32_t width) {
       bool(inside & (column < width - 1))};
 }
 
-// What the four corners weigh in a sample of the given weight.
+// The weights of the four corners in a sample of the given weight.
 template <typename T>
 struct CornerWeights {
   T top_left, top_right, bottom_left, bottom_right;

@@ -5,7 +5,7 @@
 namespace rk::ms_deform_attn {
 namespace {
 
-// What both ops have; `levels` must outlive the result.
+// The arguments that both ops have; `levels` must outlive the result.
 Args arguments(const Tensor& value, const Ints& levels, const Tensor& places, const Tensor& weights) {
   Args a{};
   a.B = value.size(0), a.S = value.size(1), a.H = value.size(2), a.D = value.size(3);

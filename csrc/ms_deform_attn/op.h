@@ -1,5 +1,5 @@
 #pragma once
-// What op.cpp defines in the CPU library and cuda_op.cpp in the CUDA library. Sums are made in a fixed order by the
+// op.cpp defines these for the CPU library and cuda_op.cpp for the CUDA library. Sums are made in a fixed order by the
 // former always, by the latter where `deterministic`.
 //
 // levels: (h_1, w_1, ..., h_L, w_L, start_1, ..., start_L, points_1, ..., points_L)

@@ -91,7 +91,7 @@ __device__ __forceinline__ Level<T> level_of(const DeviceArgs& args, const Work&
   return level;
 }
 
-// As the lane that located it knows it.
+// A point in the form that the lane which located it knows.
 template <typename T>
 struct Point {
   bool exists;

@@ -20,7 +20,7 @@ constexpr int64_t BLOCK = 16;   // points: loops of fixed length, which the comp
 constexpr int64_t CORNERS = 4;  // (row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)
 constexpr int64_t QUERIES = 4;  // planned together, so that the latency of one hides behind the others
 
-// Of the level that a point samples. A padding point is in a level without pixels, so it has no corner.
+// The level that each point samples. A padding point is in a level without pixels, so it has no corner.
 template <typename T>
 struct LevelBlock {
   int32_t height[BLOCK], width[BLOCK], level[BLOCK], exists[BLOCK];
@@ -28,7 +28,7 @@ struct LevelBlock {
   T half_step[BLOCK];                         // 0.5 / P
 };
 
-// Of one query and head.
+// The points of one query and head.
 template <typename T>
 struct PointBlock {
   T x[BLOCK], y[BLOCK], weight[BLOCK];  // in pixels of the level; attention weight

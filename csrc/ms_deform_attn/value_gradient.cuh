@@ -8,7 +8,7 @@
 
 namespace rk::ms_deform_attn {
 
-// What a warp knows of a point.
+// A point in the form that all lanes of a warp read.
 template <typename T>
 struct alignas(16) SharedPoint {
   T weight[CORNERS];
@@ -56,7 +56,7 @@ struct SumRows {
 
 // The lanes of a warp share the corners and channels of one query after the other: a place is a corner and COUNT
 // channels, and each lane has SLOTS of them. Where there are fewer places than lanes, SETS of lanes take OWN queries
-// each. As long as the next query falls into the same cell, nothing is added but to the lane's sums.
+// each. While the next query falls into the same cell, nothing is added but to the lane's sums.
 template <DType STORAGE, int VEC, int LANES>
 struct Adder {
   using T = AccumulateOf<STORAGE>;

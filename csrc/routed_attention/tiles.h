@@ -153,7 +153,7 @@ struct FactorTile {
   }
 };
 
-// What is added to the logits of one tile, [BLOCK_M, BLOCK_N], times log2(e), and what backward needs of it.
+// The summand of one tile's logits, [BLOCK_M, BLOCK_N], times log2(e), and what backward needs of it.
 template <typename T>
 struct BiasTile {
   FactorTile<T> sup;    // for backward its products become sup - del
@@ -184,7 +184,7 @@ struct BiasTile {
     if (a.attn_mask.data != nullptr && !mask_differs_by_head(a)) add_mask(a, at, 0, shared);
   }
 
-  // What is added to the logits of head h, or null where nothing is.
+  // The summand of the logits of head h, or null where there is none.
   const T* of_head(const Args& a, const Place& at, int64_t h) const {
     if (a.attn_mask.data == nullptr || !mask_differs_by_head(a)) return filled ? shared : nullptr;
     memcpy(of_one_head, shared, size_t(at.count * BLOCK_N) * sizeof(T));

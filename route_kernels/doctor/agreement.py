@@ -240,7 +240,7 @@ def borrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What a step writes into buffers (running statistics) is taken back."""
+    """Restore the buffers (running statistics) that a step writes into."""
     own = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()

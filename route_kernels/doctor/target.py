@@ -20,7 +20,7 @@ Inputs = tuple | Mapping[str, Any]
 
 
 class UsageError(Exception):
-    """What was given does not work; the message is one line that names what was expected."""
+    """The given target does not work; the message is one line that names what was expected."""
 
 
 @contextmanager

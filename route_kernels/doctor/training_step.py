@@ -94,9 +94,9 @@ def tensors_in(structure: Any, path: str = "") -> Iterator[tuple[str, torch.Tens
 def relative_errors(found: Step, expected: Step) -> dict[str, float]:
     """For each result of `expected`, and each that only `found` has, the largest error over the largest number.
 
-    A gradient counts as at least 1e-4 of the largest of all: one that cancels to zero is nothing but rounding. What is
-    missing, of another shape, not finite where expected is, or (integers) not equal, is infinitely wrong. A gradient
-    of zeros where none is expected is right.
+    A gradient counts as at least 1e-4 of the largest of all: one that cancels to zero is nothing but rounding. A
+    missing result, one of another shape, not finite where expected is, or (integers) not equal is infinitely wrong. A
+    gradient of zeros where none is expected is right.
     """
     largest = max((_largest(x) for name, x in expected.items() if x is not None and "grad" in name), default=0.0)
     errors = {}
@@ -177,7 +177,7 @@ def loss_of(output: Any) -> torch.Tensor:
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of one run; a GPU is waited for."""
+    """Seconds of one run, until a GPU has finished it."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()

@@ -102,7 +102,7 @@ class Report:
     def replace(self, owner: Any, attribute: str, replacement: Any, *, name: str, op: str) -> None:
         """Set `owner.attribute` to `replacement`, remembering the original; what is ours already is left.
 
-        Of a dictionary (`sys.modules`) it is the item. A replacement of None (`inside_decorators` found no way) leaves
+        In a dictionary (`sys.modules`) it is the item. A replacement of None (`inside_decorators` found no way) leaves
         the original, too.
         """
         if replacement is None:
@@ -383,7 +383,7 @@ class Package:
             verbose: print the report.
 
         Returns:
-            What was replaced, what was left and why; it reverts, also as a context manager.
+            The report of what was replaced, what was left and why; it reverts, also as a context manager.
 
         Raises:
             ImportError: the package is not installed, or was imported before without its extension.

@@ -31,7 +31,7 @@ LINEAR_LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_
 EXAMPLE_LEVELS = ((4, 5), (3, 2), (2, 3), (1, 2))
 BATCH, QUERIES = 2, 3
 TOLERANCE = 1e-9
-"""Of float64 results that differ in the order of their sums alone."""
+"""The most that float64 results differ by where only the order of their sums does."""
 
 AUTOCAST_FACTOR, AUTOCAST_FLOOR = 4.0, 1e-5
 """Under autocast ours may err by so many times what theirs does, and by so much of the result's size: a lost cast of

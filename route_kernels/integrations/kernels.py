@@ -50,7 +50,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 @dataclass(frozen=True)
 class LayerRepository:
-    """What a mapping of `kernels` names for a device; it loads without a network or a file."""
+    """The repository that a mapping of `kernels` names for a device; it loads without a network or a file."""
 
     @property
     def layer_name(self) -> str:

@@ -39,7 +39,7 @@ class RoutedSelfAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention: Xavier-uniform projections, zero biases."""
+        """Initialise as nn.MultiheadAttention does: Xavier-uniform projections, zero biases."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
         nn.init.zeros_(self.out_proj.bias)

@@ -136,7 +136,7 @@ def _kernel(x, residual, weight, bias, eps, kept, dtype, backend):
 
 
 def _new_grads(grad_output, output, *others) -> list[torch.Tensor]:
-    """Of s [..., C], and of weight and bias summed over each part of the tokens: [parts, 2, C]."""
+    """The gradient of s [..., C], and those of weight and bias over each part of the tokens: [parts, 2, C]."""
     channels = output.shape[-1]
     tokens = output.numel() // max(channels, 1)
     parts = torch.sym_min(SUMS, -(-tokens // TOKENS_OF_SUM))
@@ -176,12 +176,12 @@ register(
 
 
 def _flop(x, *_, **__) -> int:
-    """Of an element: the sum t, its share of the mean, t - mean, its square added; x^ = that rstd; w x^ + b."""
+    """An element has the sum t, its share of the mean, t - mean, its square added; x^ = that rstd; w x^ + b."""
     return 8 * math.prod(x)
 
 
 def _backward_flop(grad_output, *_, **__) -> int:
-    """Of an element: x^ from y, dx^ = dy w; its shares of two means, dw and db; rstd (dx^ - mean - x^ mean)."""
+    """An element has x^ from y, dx^ = dy w; its shares of two means, dw and db; rstd (dx^ - mean - x^ mean)."""
     return 13 * math.prod(grad_output)
 
 

@@ -1,4 +1,4 @@
-"""What our ops cost, for PyTorch's own counters: `FlopCounterMode`, and `activation_memory_budget` of its compiler.
+"""Cost of our ops for PyTorch's own counters: `FlopCounterMode`, and `activation_memory_budget` of its compiler.
 
 PyTorch counts the products of matrices, a multiply-add as two, and takes everything else for free. So are our ops
 counted, those that are computed again in backward included; masks hide nothing. An op that has none counts what it does

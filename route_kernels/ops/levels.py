@@ -28,7 +28,7 @@ PointCounts = torch.Tensor | Sequence[int] | None
 
 
 _SHAPES = {"spatial_shapes": "[L, 2]", "level_start_index": "[L]", "points": "[L]"}
-"""Of the arguments that are levels, as tensors."""
+"""Shapes of the arguments that are levels, as tensors."""
 
 
 def level_arguments(
@@ -176,7 +176,7 @@ def check_levels(
 
 
 def packed_levels(spatial_shapes: Sequence[int], starts: Sequence[int], points: Sequence[int]) -> tuple[int, ...]:
-    """What kernels take: (h_1, w_1, ..., h_L, w_L, start_1, ..., start_L, points_1, ..., points_L)."""
+    """The levels that kernels take: (h_1, w_1, ..., h_L, w_L, start_1, ..., start_L, points_1, ..., points_L)."""
     return (*spatial_shapes, *starts, *points)
 
 

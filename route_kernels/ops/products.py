@@ -1,4 +1,4 @@
-"""What ops of PyTorch's own matrix products share: rows in chunks, products in a dtype, sums in a longer one.
+"""Parts of ops made of PyTorch's own matrix products: rows in chunks, products in a dtype, sums in a longer one.
 
 Such an op runs on every device. It is an op and not a composition so that a compiler cannot keep what it recomputes.
 Its scratch memory is one tensor, in parts; the op returns it as one more output, so that fake tensors count what real

@@ -101,7 +101,7 @@ class _Arguments:
 def _formula(
     overload: torch._ops.OpOverload, of_backward: torch._ops.OpOverload, gradients: Callable
 ) -> tuple[Callable, Callable]:
-    """What autograd calls after the op, setup(ctx, inputs, outputs), and backward(ctx, *grads)."""
+    """The functions that autograd calls: setup(ctx, inputs, outputs) after the op, and backward(ctx, *grads)."""
     arguments = _Arguments(overload)
     names = [argument.name for argument in of_backward._schema.arguments]
     known = [*arguments.names, *(output.name for output in overload._schema.returns)]

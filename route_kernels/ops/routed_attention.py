@@ -35,7 +35,7 @@ OP = "routed_attention"
 
 
 class RoutingFactors(NamedTuple):
-    """What the pairwise bias is made of: b = strength clamp(p sup + (1 - p) del), p = sigmoid(gate).
+    """Factors of the pairwise bias b = strength clamp(p sup + (1 - p) del), p = sigmoid(gate).
 
     Sign and 1/sqrt(R) are already folded into the suppressor and delegator factors.
     All six have one dtype: the query's, or the dtype it is accumulated in (float32; float64 for float64).
@@ -262,7 +262,7 @@ def _new_outputs(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _new_grads(call: _Call, of_strength: bool) -> list[torch.Tensor]:
-    """Of query, key, value and factors, and rows [B, N] of the strength's, which sum to it."""
+    """Gradients of query, key, value and factors, and rows [B, N] that sum to the strength's."""
     grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value, *call.routing[:6])]
     if of_strength and len(call.routing) > 6:
         grads.append(call.routing[6].new_empty(call.query.shape[0], call.query.shape[2]))
@@ -270,7 +270,7 @@ def _new_grads(call: _Call, of_strength: bool) -> list[torch.Tensor]:
 
 
 def _kernel_inputs(call: _Call) -> tuple:
-    """What the kernels read: contiguous rows, masks as strided views over [B, H, N, M] and [B, N, 2, 2] (no copies)."""
+    """Inputs of the kernels: contiguous rows, masks as strided views over [B, H, N, M] and [B, N, 2, 2] (no copies)."""
     query, key, value, routing, strength, limit, attn_mask, key_ranges, scale = call
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])

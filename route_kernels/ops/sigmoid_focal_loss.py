@@ -31,7 +31,7 @@ from .registry import Backward, register
 OP = "sigmoid_focal_loss"
 REDUCTIONS = ("sum", "none")
 FLOAT16_SCALE = 4096.0
-"""Of the kept gradient in float16: it is at most about 1 + gamma / e, and often below the smallest float16."""
+"""Scales the kept gradient in float16: it is at most about 1 + gamma / e, and often below the smallest float16."""
 
 
 def sigmoid_focal_loss(
@@ -106,7 +106,7 @@ def _check_weight(weight: torch.Tensor, targets: torch.Tensor) -> None:
 
 
 def kept_scale(dtype: torch.dtype) -> float:
-    """What the kept gradient is multiplied by."""
+    """The factor that the kept gradient is multiplied by."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
@@ -168,7 +168,7 @@ register(
 
 
 def _flop(logits, *_, **__) -> int:
-    """Of a logit: an exponential, a logarithm and a power, and 14 operations around them; its gradient comes along."""
+    """A logit has an exponential, a logarithm and a power, and 14 operations around them; its gradient comes along."""
     return 17 * math.prod(logits)
 
 

@@ -20,7 +20,7 @@ DTYPES = {
     file.name: FLOATING[:3] if file.name in WITHOUT_FLOAT64 else FLOATING
     for file in pkgutil.iter_modules([os.path.dirname(__file__)])
 }
-"""What each op's kernels take. An op without a file here has none."""
+"""The dtypes that each op's kernels take. An op without a file here has none."""
 WIDEST = {4: ("D", 128), 3: ("R and G", 64)}
 """By their dimensions, the widest rows of routed attention's tensors that registers and shared memory hold."""
 

@@ -86,9 +86,9 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_tile(4, 3, BLOCK_N=64, BLOCK_C=64), at_most={"ODD": 0}),
         Entry(_tile(8, 2, BLOCK_N=64, BLOCK_C=32)),
     ),
-    # R is the widest rank (0: plain), MASKED 2 with a mask and 1 without, F the bytes of a factor's element. As many
-    # heads a program as spill no register: on sm90, D 32, forward takes 15 instructions a pair and head with 4, 27 with
-    # one.
+    # R is the widest rank (0: plain), MASKED 2 with a mask and 1 without, F the bytes of a factor's element. A program
+    # has as many heads as spill no register: on sm90, D 32, forward takes 15 instructions a pair and head with 4, 27
+    # with one.
     "routed_attention_forward": (
         Entry(_attention(16, 16, 2), architectures=(INTERPRETER,)),
         Entry(_attention(64, 64, 1), NVIDIA, HALF, {"D": 64, "R": 0, "MASKED": 1}),
@@ -280,7 +280,7 @@ def tuned_path(device: torch.device) -> Path:
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What must be the same for settings to be used again."""
+    """Versions and devices that must be the same for settings to be used again."""
     import triton
 
     from .. import __version__

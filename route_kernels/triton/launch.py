@@ -74,7 +74,7 @@ def _run(function: Any, grid: Grid, device: int | None, arguments: tuple[Any, ..
 def kept(make: Callable[..., Plan], tensors: Sequence[torch.Tensor | None], *others: Any) -> Plan:
     """`make(tensors, *others)`: what an op launches, made once for tensors of these shapes, strides and dtypes.
 
-    others: all else that it depends on, hashable. What `make` returns must not hold on to the tensors.
+    others: all else that it depends on, hashable. The plan must not hold on to the tensors.
     """
     known = [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
     seen = (make, tensors[0].device, others, *known)
@@ -93,7 +93,7 @@ def _finds_again() -> bool:
 
 
 def input_precision() -> str:
-    """Of `tl.dot` between float32 tiles: "tf32" only where PyTorch's own products may use it."""
+    """The precision of `tl.dot` on float32 tiles: "tf32" only where PyTorch's own products may use it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

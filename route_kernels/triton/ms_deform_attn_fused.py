@@ -49,7 +49,7 @@ def _grids(tensors: Sequence[torch.Tensor | None], levels: tuple[int, ...]) -> t
 
 
 def softmax_grid(logits: torch.Tensor, accumulate: torch.dtype) -> Grid:
-    """Of `softmax_adjoint`, for logits [B, N, H, K]."""
+    """The grid of `softmax_adjoint`, for logits [B, N, H, K]."""
     batch, queries, heads, samples = logits.shape
     rows, block_k = batch * queries * heads, min(power_of_two(samples), 128)
     settings = dict(config("softmax_adjoint", logits.device, accumulate))

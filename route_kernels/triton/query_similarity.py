@@ -33,7 +33,7 @@ def _rows(x_ptr, offs_n, offs_c, stride_xn, N, C, EVEN_C: tl.constexpr):
 
 @triton.jit
 def _image_and_block(N, BLOCK_N: tl.constexpr):
-    """Of this program; one axis of the grid, as the others end at 65535."""
+    """Image and block of this program, on one axis of the grid: the others end at 65535."""
     blocks = tl.cdiv(N, BLOCK_N)
     return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
 

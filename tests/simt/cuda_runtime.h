@@ -1,5 +1,5 @@
 #pragma once
-// As much of CUDA as the kernels use, for a host compiler: threads, shuffles, barriers and memory of simt/block.h.
+// The part of CUDA that the kernels use, for a host compiler: threads, shuffles, barriers and memory of simt/block.h.
 
 #include <math.h>
 #include <stddef.h>

@@ -49,7 +49,7 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
         verbose: print the report.
 
     Returns:
-        What was replaced, what was left and why; it reverts, also as a context manager.
+        The report of what was replaced, what was left and why; it reverts, also as a context manager.
 
     Raises:
         ImportError: `models.bricks.ms_deform_attn` cannot be imported, or is another repository's.

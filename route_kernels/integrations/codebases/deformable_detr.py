@@ -53,7 +53,7 @@ def apply(model: nn.Module | None = None, *, verbose: bool = True) -> Report:
         verbose: print the report.
 
     Returns:
-        What was replaced, what was left and why; it reverts, also as a context manager.
+        The report of what was replaced, what was left and why; it reverts, also as a context manager.
 
     Raises:
         TypeError: `model` is no module.

@@ -47,7 +47,7 @@ ROUTER = (
 )
 EXAMPLE_BATCH, EXAMPLE_QUERIES = 2, 5
 EXAMPLE_NORM = 5.0
-"""Of a query, so that some of the example's bias is clamped and some is not."""
+"""The norm of a query, so that some of the example's bias is clamped and some is not."""
 
 
 def apply(model: nn.Module, *, verbose: bool = True) -> Report:
@@ -62,7 +62,7 @@ def apply(model: nn.Module, *, verbose: bool = True) -> Report:
         verbose: print the report.
 
     Returns:
-        What was replaced, what was left and why; it reverts, also as a context manager.
+        The report of what was replaced, what was left and why; it reverts, also as a context manager.
 
     Raises:
         TypeError: `model` is no module.
@@ -123,7 +123,7 @@ def _routed(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 class RoutedMask(NamedTuple):
-    """What stands for `attn_mask`: the factors of the bias, and the mask that there was."""
+    """Stands for `attn_mask`: the factors of the bias, and the mask that there was."""
 
     routing: RoutingFactors
     attn_mask: torch.Tensor | None  # [N, N] or [B * H, N, N]; bool (True may not attend) or floating (added)
@@ -177,7 +177,7 @@ def factors(router: nn.Module, query: torch.Tensor, features: torch.Tensor, stre
         strength: lambda > 0.
 
     Returns:
-        As `route_kernels.nn.routing_factors`.
+        The factors of `route_kernels.nn.routing_factors`.
     """
     return routing_factors(router, query, features, rank=router.router_rank, limit=LIMIT, strength=strength)
 
@@ -204,7 +204,7 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
 
 
 def _difference(router: nn.Module) -> str | None:
-    """What an example shows: why the factors are not the bias of `router`; None where they are."""
+    """The reason why the factors are not the bias of `router` in an example; None where they are."""
     missing = [name for name in ROUTER if not hasattr(router, name)]
     if missing:
         return f"query_router is not the published one: it has no {', '.join(missing)}"

@@ -32,11 +32,11 @@ EXTENSION = "mmcv._ext"
 def provide_extension(*, verbose: bool = True) -> Report:
     """Provide a stand-in for `mmcv._ext` where mmcv is installed without it, so that it can be imported; no more.
 
-    Of its functions those of deformable attention run; every other one raises NotImplementedError with its name when
+    Its functions of deformable attention run; every other one raises NotImplementedError with its name when
     it is called.
 
     Returns:
-        What was provided, which is nothing where `mmcv._ext` is there; it reverts, also as a context manager.
+        The report of what was provided: nothing where `mmcv._ext` is there; it reverts, also as a context manager.
     """
     with applying("mmcv", verbose=verbose) as report:
         _provide_extension(report)

@@ -41,7 +41,7 @@ DEFAULT_METHOD = "default"
 """The bilinear operator of the v2 families; others, like "discrete", are not what our ops compute."""
 
 BOX_SCALE = 0.5
-"""Of a box's width and height, which one offset of P points spans; `ms_deform_attn_fused` has it built in."""
+"""The part of a box's size that one offset of P points spans; `ms_deform_attn_fused` has it built in."""
 
 _READ = ("hidden_states", "encoder_hidden_states", "reference_points", "spatial_shapes_list", "attention_mask")
 
@@ -178,7 +178,7 @@ def apply(model_or_family: nn.Module | str | None = None, *, verbose: bool = Tru
         verbose: print the report.
 
     Returns:
-        What was replaced, what was left and why; it reverts, also as a context manager.
+        The report of what was replaced, what was left and why; it reverts, also as a context manager.
 
     Raises:
         ImportError: transformers is not installed.

@@ -19,7 +19,7 @@ from .self_attention import KINDS, SelfAttentionKind, groups_as_batch, kind_of
 
 
 class AddedRouting(Report):
-    """What `add_routing` did to a model; `revert()` takes the routers out again.
+    """The changes of `add_routing` to a model; `revert()` takes the routers out again.
 
     Attributes:
         routers: the new `QueryRouter` of each attention module, by the module's name.

@@ -11,7 +11,7 @@ import torch
 
 
 class RoutingSettings(NamedTuple):
-    """What one `with rk.routing(...)` asks for; strength 0 is plain attention."""
+    """The settings of one `with rk.routing(...)`; strength 0 is plain attention."""
 
     strength: float
     confidence: torch.Tensor | None  # [B, N]

@@ -30,7 +30,7 @@ class SelfAttentionCall(NamedTuple):
 
 
 class SelfAttentionKind:
-    """What the modules of one kind have in common.
+    """The common form of the modules of one kind.
 
     Attributes:
         description: which modules these are, for messages.

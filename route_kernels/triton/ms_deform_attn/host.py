@@ -72,14 +72,14 @@ class Points(NamedTuple):
         return sum((h + 1) * (w + 1) for h, w in zip(self.sizes[::2], self.sizes[1::2], strict=True)) + 1
 
     def strides(self) -> Strides:
-        """Of points, weights, references and mask, as the kernels' arguments end."""
+        """Strides of points, weights, references and mask, the last arguments of the kernels."""
         reference, mask = self.reference, self.value_mask
         of_reference = (0, 0, 0) if reference is None else _strides_of_reference(reference)
         of_mask = (0, 0) if mask is None else mask.stride()
         return *self.point.stride()[:3], *self.weight.stride()[:3], *of_reference, *of_mask
 
     def constants(self, channels: int) -> dict[str, int]:
-        """What a kernel is compiled for."""
+        """The constants that a kernel is compiled for."""
         every, total = self.counts[0] if len(set(self.counts)) == 1 else 0, sum(self.counts)
         return {
             "CHANNELS": channels,

@@ -122,7 +122,7 @@ def rows_at(pointers, offsets, exists, CHANNELS: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def corner_weights(fraction_x, fraction_y):
-    """Of the bilinear sample, row by row."""
+    """The weights of the bilinear sample's corners, row by row."""
     left, above = 1 - fraction_x, 1 - fraction_y
     return above * left, above * fraction_x, fraction_y * left, fraction_y * fraction_x
 

@@ -95,7 +95,7 @@ def _forward(inputs: Inputs, precision: str, statistics: bool) -> Grid:
 
 
 class _Pass(NamedTuple):
-    """Of backward: over queries, or over keys."""
+    """A pass of backward: over queries, or over keys."""
 
     grid: Grid
     groups: int  # of heads: each writes its part of the three factors' gradients
@@ -139,7 +139,7 @@ def _programs(query: torch.Tensor, rows: int, constants: dict[str, Any], block: 
 
 
 def _strides(inputs: Inputs) -> tuple[int | tuple[int, ...], ...]:
-    """Of query, key, value; of the factors of queries, and of keys; of mask and ranges. No tensor has zeros."""
+    """Strides of query, key, value; of the factors of queries, and of keys; of mask and ranges; 0 for no tensor."""
     *attended, sup_q, sup_k, del_q, del_k, gate_q, gate_k, _, attn_mask, key_ranges = inputs
 
     def of(tensors: Sequence[torch.Tensor | None], count: int) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ def _strides(inputs: Inputs) -> tuple[int | tuple[int, ...], ...]:
 
 
 def _constants(kernel_name: str, inputs: Inputs, precision: str) -> dict[str, Any]:
-    """What a kernel is compiled for, and its settings of the table, with the heads spread evenly over the programs:
+    """The constants that a kernel is compiled for, and its settings of the table, with the heads spread evenly:
     5 heads in groups of at most 4 are 3 and 2."""
     query, key, _, *factors, _, attn_mask, key_ranges = inputs
     _, heads, queries, channels = query.shape

@@ -99,7 +99,7 @@ def load_factors(
 
 @triton.jit
 def gate_zeros(ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, COLUMNS: tl.constexpr):
-    """What the gradient of a gate's factor starts from, in the form of `load_gate`."""
+    """Zeros that the gradient of a gate's factor starts from, in the form of `load_gate`."""
     if COLUMNS == 0:
         zeros = tl.zeros([ROWS, BLOCK_RANK], tl.float32)
     else:
@@ -122,7 +122,7 @@ def store_gate(pointer, rows, count, gate, RANK: tl.constexpr, BLOCK_RANK: tl.co
 
 @triton.jit
 def factor_zeros(ROWS: tl.constexpr, PADDED_RANKS: tl.constexpr, GATE_COLUMNS: tl.constexpr):
-    """What the gradients of (sup, del, gate) start from."""
+    """Zeros that the gradients of (sup, del, gate) start from."""
     return (
         tl.full([ROWS, PADDED_RANKS[0]], 0, tl.float32),
         tl.full([ROWS, PADDED_RANKS[1]], 0, tl.float32),
@@ -298,7 +298,7 @@ def tile_bias(
     RANGES: tl.constexpr, RANKS: tl.constexpr, PADDED_RANKS: tl.constexpr, GATE_COLUMNS: tl.constexpr,
     UNITS: tl.constexpr, PRECISION: tl.constexpr, FAST_SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """What is added to the logits of a tile, for all heads: UNITS b, -inf where ranges or a mask of all heads hide.
+    """The summand of a tile's logits, for all heads: UNITS b, -inf where ranges or a mask of all heads hide.
 
     Also the columns' factors and the tile's route, for backward, and the pointers to a mask.
     Columns of queries beyond the last are not hidden here: their lse is +inf.
