@@ -1,4 +1,4 @@
-"""What each command of route-detr does."""
+"""The commands of route-detr, a function each."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _processes(args: argparse.Namespace) -> Accelerator:
 
 
 def _data_paths(args: argparse.Namespace, splits: Sequence[str]) -> dict[str, str] | None:
-    """What the command line says about the data, as absolute paths; None when it says nothing."""
+    """The data's absolute paths that the command line gives; None when it gives none."""
     given = {option: getattr(args, option, None) for option in DATA_OPTIONS}
     if args.data is None and not any(given.values()):
         return None

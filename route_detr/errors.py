@@ -1,4 +1,4 @@
-"""What can go wrong for a user, each with a message of one sentence. A ValueError is bad input."""
+"""Errors that a user may meet, each with a message of one sentence. A ValueError is bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a detector finds in a batch, and its COCO average precision, by pycocotools without its printing."""
+"""A detector's detections in a batch, and their COCO average precision, by pycocotools without its printing."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def average_precision(
 ) -> dict[str, float | None]:
     """AP, AP50, AP75, APs, APm and APl of boxes (COCO protocol, at most 100 an image); with `masks` mask_AP, ... too.
 
-    No detections give 0. A size class without any object gives None. Ids are any integers. What lies in a crowd region
-    is ignored; one without a segmentation is its box.
+    No detections give 0. A size class without any object gives None. Ids are any integers. A detection in a crowd
+    region is ignored; a region without a segmentation is its box.
 
     Raises:
         NoGroundTruth: no object is annotated in these images, or one has no mask to compare with.

@@ -35,7 +35,7 @@ MASK_OPACITY = 100  # of 255
 
 
 class RoutedLayerView(NamedTuple):
-    """What a routed layer's bias is made of, for inspection."""
+    """The parts of a routed layer's bias, for inspection."""
 
     factors: rk.RoutingFactors  # at strength 1
     boxes: Tensor  # [B, N, 4] reference boxes that enter the layer
@@ -46,7 +46,7 @@ class RoutedLayerView(NamedTuple):
 def routing_factors(
     detector: Detector, images: Tensor, padding_mask: Tensor | None = None
 ) -> dict[int, RoutedLayerView]:
-    """What each routed layer has learned, seen on the main branch's queries in eval mode; {} without routing."""
+    """Each routed layer's bias, seen on the main branch's queries in eval mode; {} without routing."""
     was_training = detector.training
     detector.eval()
     try:

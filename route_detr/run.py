@@ -35,7 +35,7 @@ PICTURES = ("curves.png", "detections.png", "routing.png")
 class Run:
     """One folder. ``last.pt`` decides whether a run exists; everything else follows from it.
 
-    Of several ranks only the first ``writes``; what the others record or save goes nowhere.
+    Only the first of several ranks ``writes``; what the others record or save goes nowhere.
     """
 
     def __init__(self, folder: str | Path, writes: bool = True) -> None:

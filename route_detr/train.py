@@ -121,7 +121,7 @@ class LossSums:
 
 
 class Step(NamedTuple):
-    """What a training step has computed, on the device until it is read."""
+    """The results of a training step, on the device until they are read."""
 
     number: int
     names: tuple[str, ...]
@@ -346,7 +346,7 @@ class Training:
         return math.ceil(self.config.train.total_steps(self.steps_per_epoch) / self.steps_per_epoch)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: tensors and plain containers, nothing of how the ranks share them."""
+        """The contents of a checkpoint: tensors and plain containers, nothing of how the ranks share them."""
         return {
             "preset": self.preset,
             **self._identity(),

@@ -141,7 +141,7 @@ def interval(differences: np.ndarray, resampled: np.ndarray, images: int) -> Int
 
 
 def verdict(found: Interval, seeds: int) -> str:
-    """What an interval says, as a sentence without its full stop."""
+    """The meaning of an interval, as a sentence without its full stop."""
     with_seeds = f"with {seeds} seed{'s' * (seeds != 1)}"
     if found.low is None:
         return f"cannot tell {with_seeds}: one run of each arm says nothing of other seeds"

@@ -243,8 +243,8 @@ def compress_masks(
     """Makes each ``segmentation`` run lengths {"size": [height, width], "counts": bytes} that fill its image.
 
     ``sizes`` has the (width, height) of each image. A crowd region without a segmentation gets its box; an object of
-    whose polygons none is left becomes such a region. What cannot be drawn stays as it is and is in ``faults``; what
-    was left out or cut is in ``report``.
+    whose polygons none is left becomes such a region. Shapes that cannot be drawn stay and are in ``faults``;
+    ``report`` counts what was left out or cut.
     """
     given: list[tuple[dict, bytes]] = []
     encoded: list[dict] = []

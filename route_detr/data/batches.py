@@ -91,8 +91,8 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
 def shuffled(landscape: Sequence[bool], batch_size: int, generator: torch.Generator) -> list[int]:
     """A random order of images in which batches, cut one after another, have only wide or only high ones.
 
-    Less of such a batch is padding. What does not fill a batch of either comes last; images of one orientation are in
-    the order of a plain permutation.
+    Less of such a batch is padding. Images that fill no batch of either come last; those of one orientation are in the
+    order of a plain permutation.
     """
     order: list[int] = []
     waiting: dict[bool, list[int]] = {True: [], False: []}

@@ -1,4 +1,4 @@
-"""What the checks of a data set found: problems by kind, counted, with the first examples of each."""
+"""Findings of a data set's checks: problems by kind, counted, with the first examples of each."""
 
 from __future__ import annotations
 

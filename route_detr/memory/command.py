@@ -18,7 +18,7 @@ CARDS = {  # the total memory that `nvidia-smi` shows, in MiB
     **{"a6000-48g": 49140, "a100-80g": 81920, "h100-80g": 81559, "h200-141g": 143771, "b200-180g": 183359},
 }
 CONTEXT = 1024 * MIB
-"""Of CUDA's context, loaded kernels and cuBLAS's workspaces: an allowance, not a measurement."""
+"""Bytes of CUDA's context, loaded kernels and cuBLAS's workspaces: an allowance, not a measurement."""
 FRAGMENTATION = 0.05
 """Share of the rest that PyTorch's caching allocator may hold without using it: an allowance likewise."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -1,8 +1,8 @@
 """Every byte that is alive while a step runs, by label, and the most there ever was.
 
 Works on fake tensors (`torch._subclasses.FakeTensorMode`), whose storages have a size and no memory, and on real ones.
-A tensor counts from the operator that made it until its storage is freed; views count once. What an operator of ours
-allocates inside is added while it runs (`workspace_bytes`); what PyTorch's own operators allocate inside is not seen.
+A tensor counts from the operator that made it until its storage is freed; views count once. Memory that an operator of
+ours allocates inside is added while it runs (`workspace_bytes`); that of PyTorch's own operators is not seen.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Ledger(TorchDispatchMode):
             self.pop()
 
     def push(self, label: str) -> None:
-        """As `labelled`, for hooks: until `pop`."""
+        """Does as `labelled`, for hooks: until `pop`."""
         self._labels.append(label)
 
     def pop(self) -> None:
@@ -67,7 +67,7 @@ class Ledger(TorchDispatchMode):
         self._labels.pop()
 
     def label_calls(self, module: nn.Module, label: str) -> None:
-        """What `module` makes in its forward counts under `label`."""
+        """Count the tensors that `module` makes in its forward under `label`."""
         module.register_forward_pre_hook(lambda *_: self.push(label))
         module.register_forward_hook(lambda *_: self.pop(), always_call=True)
 

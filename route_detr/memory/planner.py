@@ -42,7 +42,7 @@ PARTS = (
     *("parameters", "gradients", "optimiser", "inputs", "backbone", "encoder", "decoder main", "decoder aux", "heads"),
     *("losses", "backward", WORKSPACES),
 )
-"""Of a peak: `backward` is what backward makes beside parameters' gradients, `workspaces` what our kernels allocate."""
+"""Parts of a peak: `backward` is made there beside parameters' gradients, our kernels allocate `workspaces`."""
 
 GPU_BACKEND = "triton"  # whose workspaces are counted
 STRENGTH, AUX_WEIGHT = 0.3, 0.5  # of a run past its warm-up: both branches run
@@ -183,7 +183,7 @@ def _inputs(
 
 
 class _Given(nn.Module):
-    """What has run already."""
+    """Stands for a module that has run already."""
 
     def __init__(self, levels: list[Tensor]) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def _target(request: Request) -> Target:
 
 
 def _adamw_with_state(detector: Detector) -> torch.optim.AdamW:
-    """As on a GPU (foreach), with the state that a first step leaves."""
+    """The optimizer of a GPU (foreach), with the state that a first step leaves."""
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, foreach=True)
     for parameter in parameters:

@@ -112,7 +112,7 @@ class PublicCriterion(Criterion):
     """The same total, one layer of one branch at a time, in the dtypes of the predictions."""
 
     def __call__(self, output: DetectorOutput, targets: Sequence) -> dict[str, Tensor]:
-        """As `Criterion`, without the parts; ValueError for a detector with masks."""
+        """Return what `Criterion` does, without the parts; ValueError for a detector with masks."""
         if output.pixel_embeddings is not None:
             raise ValueError("masks: expected False for the public formulation, which has none, got True")
         padded, losses = padded_targets(targets, like=output.boxes), []

@@ -1,4 +1,4 @@
-"""What every transformer layer is made of: embeddings, heads, and at each memory level (docs/memory.md) its blocks."""
+"""Parts of every transformer layer: embeddings, heads, and its blocks at each memory level (docs/memory.md)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Blocks:
         return FeedForward(self.config.embed_dim, self.config.ffn_dim, chunks=CHUNKS if self.saves("lean") else None)
 
     def self_attention(self) -> RoutedSelfAttention:
-        """Of queries, with a routing bias; from `lean` on q, k and v are projected again: few queries, few products."""
+        """Attention of queries with a routing bias; from `lean` on it projects q, k and v again: they are few."""
         return RoutedSelfAttention(self.config.embed_dim, self.config.num_heads, recompute=self.saves("lean"))
 
     def deformable_attention(self, in_encoder: bool) -> MSDeformAttn:

@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     def steps(
         self, queries: Queries, memory: Memory, routing: Routing | None = None, keep_main: bool = True
     ) -> Iterator[tuple[Queries, Predictions]]:
-        """What enters each layer, and what it predicts."""
+        """The queries that enter each layer, and its predictions."""
         for index, layer in enumerate(self.layers):
             if self.anchor is not None:
                 position = self.anchor(self.sine(queries.boxes))

@@ -52,7 +52,7 @@ class PixelEmbedding(nn.Module):
 
 
 def mask_targets(targets: Sequence, pixels: Tensor) -> MaskTargets:
-    """Of targets with `masks` [T, h, w] bool, on the device of the pixel embeddings [B, C, H, W].
+    """Mask targets from targets with `masks` [T, h, w] bool, on the device of the pixel embeddings [B, C, H, W].
 
     Raises ValueError for a target without masks.
     """

@@ -72,7 +72,7 @@ class PaddedTargets(NamedTuple):
 
 
 class DenoisingTargets(NamedTuple):
-    """What each of D denoising queries of an image is to find; `groups` copies of the targets lie side by side.
+    """Targets of each of D denoising queries of an image; `groups` copies of the targets lie side by side.
 
     Class losses count where `present`, against the target's label where `positive` and background elsewhere; box losses
     where `positive`. Both are divided by `groups` times the number of target boxes.
@@ -95,7 +95,7 @@ class DenoisingTargets(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What enters a decoder layer, for G branches; denoising queries, where there are any, follow the matching ones."""
+    """Inputs of a decoder layer, for G branches; denoising queries, where there are any, follow the matching ones."""
 
     content: Tensor  # [B, G, N, C]
     position: Tensor | None  # [B, 1 or G, N, C]; None: the decoder makes it from the boxes

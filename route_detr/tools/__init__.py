@@ -1,1 +1,1 @@
-"""What `route-detr` has beside training: imported by its commands alone, each where it is used."""
+"""Tools of `route-detr` beside training: imported by its commands alone, each where it is used."""

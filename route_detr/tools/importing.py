@@ -115,7 +115,7 @@ BACKBONE = re.compile(
 
 NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.empty(0).__reduce__()[0]}
 PATHS = {f"{pure}{kind}Path": PurePosixPath for pure in ("", "Pure") for kind in ("Posix", "Windows")}
-# What public checkpoints hold beside tensors: arguments, times, numbers of numpy, paths. None of them runs anything.
+# Types in public checkpoints beside tensors: arguments, times, numbers of numpy, paths. None of them runs anything.
 # numpy has moved its functions, and Python its paths: old files have the old names.
 HARMLESS: list[Any] = [
     *(argparse.Namespace, SimpleNamespace, dict, list, set, frozenset, range, slice, int, float, str),
