@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 SET_UP := $(VENV)/.set-up
+PROSE := --include=*.py --include=*.md --include=*.h --include=*.cpp --include=*.cu --include=*.cuh \
+    csrc route_kernels route_detr benchmarks tests examples docs README.md CONTRIBUTING.md CHANGELOG.md setup.py
 KERNEL_SOURCES := $(shell find csrc -type f)
 
 .PHONY: demo test bench gpu-report lint clean
@@ -47,6 +49,8 @@ lint: $(SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	@! grep -rnE '(^ *|- |[.:?] |"""|// |(^|[^#])# )(Of|As|What) ' $(PROSE) || { \
+	    echo "lint: a sentence begins with a verb or a noun, not with Of, As or What" >&2; exit 1; }
 
 # Everything installed, kernels built; done again when a version, the build or a kernel source changed.
 $(SET_UP): constraints.txt pyproject.toml setup.py $(KERNEL_SOURCES)

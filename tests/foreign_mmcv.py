@@ -1,4 +1,4 @@
-"""What mmcv and detrex define in their multi_scale_deform_attn: two call paths, the module in front of them.
+"""The definitions in multi_scale_deform_attn of mmcv and detrex: two call paths, the module in front of them.
 
 Executed anew for each stub (`stub_package`), so that names are looked up in the stub's own globals, as in theirs.
 """

@@ -1,4 +1,4 @@
-"""What the tests of every package's apply() repeat; imported before the package, it makes torchvision importable."""
+"""Checks that every package's apply() shares; imported before the package, it makes torchvision importable."""
 
 import copy
 import pickle
@@ -127,7 +127,7 @@ def check_twice_and_back(integration, owners, capsys):
 
 
 def check_refusals(integration, module, monkeypatch):
-    """What is no model, has nothing to replace, or misses its package gets one clear error."""
+    """No model, a model with nothing to replace and a missing package each get one clear error."""
     name = name_of(integration)
     with pytest.raises(TypeError, match=rf"{name}.apply: model_or_family: expected a torch.nn.Module or None, got str"):
         integration.apply("encoder", verbose=False)

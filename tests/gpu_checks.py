@@ -1,4 +1,4 @@
-"""What must hold of an op on a GPU, as functions of a device: test_gpu.py runs them there, test_gpu_checks.py on a CPU.
+"""Checks of an op on a GPU, as functions of a device: test_gpu.py runs them there, test_gpu_checks.py on a CPU.
 
 A function under test takes an op's arguments by name and gives its output; `results_of` adds the gradients.
 """
@@ -28,7 +28,7 @@ def public(op: str) -> Function:
 
 
 def output_dtype_under_autocast(op: str, dtype: torch.dtype) -> torch.dtype:
-    """Of float32 inputs; `dtype` is that of autocast."""
+    """The output's dtype from float32 inputs; `dtype` is that of autocast."""
     return torch.float32 if getattr(declaration(op), "FLOAT32_UNDER_AUTOCAST", False) else dtype
 
 

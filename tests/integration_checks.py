@@ -1,4 +1,4 @@
-"""What every integration's test does: a float64 training step before and after an apply(), and with a wrong op."""
+"""Checks of every integration: a float64 training step before and after an apply(), and with a wrong op."""
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from route_kernels.integrations.codebase import Report
 from route_kernels.testing import counted_calls, perturb_sampling, relative_errors, training_step
 
 TOLERANCE = 1e-8
-"""Of float64 results that differ in the order of their sums alone."""
+"""The most that float64 results differ by where only the order of their sums does."""
 
 
 def assert_agree(found, expected, tolerance=TOLERANCE):

@@ -1,4 +1,4 @@
-"""What the tests of README and docs read out of a page: its code blocks, what they need, its links."""
+"""Parts of a page that the tests of README and docs read: its code blocks, what they need, its links."""
 
 import ast
 import builtins
@@ -17,7 +17,7 @@ NAMED_AS_THEIR_PACKAGE = {"transformers", "rfdetr", "mmcv", "ultralytics", "detr
 
 
 NEEDED_PART = {"mmcv": "mmcv._ext"} if find_spec("mmcv") else {}
-"""What a package may have been installed without, and is not to be used without."""
+"""The part of a package that an installation may lack and a block needs."""
 
 
 def blocks(language, page):
@@ -38,7 +38,7 @@ def imports(code):
 
 
 def missing_packages(code):
-    """What a block imports, or an integration in it does, and this environment does not have."""
+    """Packages that a block, or an integration in it, imports and this environment does not have."""
     modules = [
         name
         for node in imports(code)
@@ -50,7 +50,7 @@ def missing_packages(code):
 
 
 def names_of_the_reader(code):
-    """What a block uses and does not define: `model`, which is the reader's."""
+    """Names that a block uses and does not define: `model`, which is the reader's."""
     table = symtable.symtable(code, "block", "exec")
     defined = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
 

@@ -1,4 +1,4 @@
-"""What autograd keeps for backward."""
+"""The tensors that autograd keeps for backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What setup.py describes and ninja builds, with a compiler that only preprocesses: that takes seconds."""
+"""The build that setup.py describes, by ninja with a compiler that only preprocesses: that takes seconds."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def setup(folder, **environment):
 
 
 def would_run(folder):
-    """What a second build would make."""
+    """The files that a second build would make."""
     command = [build().NINJA, "-n", "-v", "-d", "explain", "-f", "made/build.ninja"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return sorted(re.findall(r"-o made/(\S+)", done.stdout))

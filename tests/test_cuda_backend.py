@@ -16,14 +16,14 @@ BUILT = "sm_80 sm_90 compute_90, nvcc 12.8"
 
 
 def tensor(device="cuda", dtype=torch.float32):
-    """What is asked of a tensor before a backend takes it: no GPU is needed to have one."""
+    """The attributes that a backend asks of a tensor before it takes it; needs no GPU."""
     is_floating = torch.empty(0, dtype=dtype).is_floating_point
     return types.SimpleNamespace(device=torch.device(device), dtype=dtype, is_floating_point=is_floating)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if the CUDA kernels were built and loaded, and this GPU were here."""
+    """Pretends that the CUDA kernels are built and loaded, and that this GPU is here."""
 
     def present(capability=(9, 0), built=BUILT, driver=(13, 0), available=True):
         monkeypatch.setattr(native, "cuda_load_error", None)

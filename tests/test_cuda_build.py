@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, read from their machine code, and what the build decides. Needs no GPU."""
+"""Machine code of the CUDA kernels as nvcc compiles them, and decisions of the build. Needs no GPU."""
 
 import os
 import re

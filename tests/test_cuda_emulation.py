@@ -100,7 +100,7 @@ def test_more_queries_than_a_block_has(queries):
 
 @pytest.mark.parametrize("channels, together", [(8, 4), (16, 4), (32, 4), (64, 2), (128, 1)])
 def test_what_queries_of_a_warp_add_to_one_pixel_is_added_once(channels, together):
-    """Of a float32 value a warp has 32 / LANES neighbouring queries, in up to 4 sets of up to 4."""
+    """With a float32 value a warp has 32 / LANES neighbouring queries, in up to 4 sets of up to 4."""
     arguments = ms_deform_attn_arguments(levels=((4, 4),), queries=32, batch=1, heads=1, points=1, channels=channels)
     apart_from_each_other = Kernels()
     locations = torch.rand(1, 32, 1, 1, 1, 2).mul(0.1).add(torch.tensor([0.2, 0.2]))

@@ -1,6 +1,6 @@
 """The host half of the CUDA kernels on the CPU: the public ops through cuda_op.cpp, its launches over emulated threads.
 
-What it hands to the kernels, its workspaces, sorts and sums are those of a GPU; devices, streams and memory are not.
+Its kernel arguments, workspaces, sorts and sums are those of a GPU; devices, streams and memory are not.
 """
 
 import hashlib
@@ -125,7 +125,7 @@ def test_empty_dimensions_give_zeros(empty, deterministic, mode):
 @each_op
 @each_order
 def test_views(op, deterministic, mode):
-    """As projections hand them over: rows of a wider tensor."""
+    """Projections hand tensors over as rows of a wider one."""
 
     def of_a_wider_one(tensor):
         wider = torch.cat([tensor.detach(), torch.full_like(tensor.detach(), float("nan"))], dim=1)

@@ -1,4 +1,4 @@
-"""What PyTorch counts of our ops: FLOP of products, as of the same formula in its own operators."""
+"""PyTorch counts the FLOP of our ops' products, as of the same formula in its own operators."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def corners_and_channels(op, arguments):
 
 
 def again(op, arguments):
-    """What backward computes again rather than keeping it."""
+    """FLOP that backward spends to compute again what forward did not keep."""
     if op == "routed_attention":
         routing = arguments.get("routing")
         return counted(

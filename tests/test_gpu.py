@@ -1,6 +1,6 @@
 """Every op on a GPU: the accuracy tables of the CPU tests on the device, and what only a GPU has.
 
-`python -m pytest -m gpu`; skipped where PyTorch finds no GPU. What is checked is in gpu_checks.py.
+`python -m pytest -m gpu`; skipped where PyTorch finds no GPU. The checks are in gpu_checks.py.
 """
 
 import fcntl
@@ -172,7 +172,7 @@ def test_more_than_2_31_elements(op, backend, most_of_the_gpu):
 def many_of(image, batch):
     """[1, ...] -> [batch, ...], the last two images each a copy in another order: what is read elsewhere differs.
 
-    What has one dimension belongs to all images.
+    A tensor of one dimension belongs to all images.
     """
     if image.dim() == 1:
         return image

@@ -1,4 +1,4 @@
-"""What is measured on a GPU, as far as a CPU can tell: the contenders' formulas, the cases, the rows and the tables."""
+"""The measurements on a GPU, as far as a CPU can tell: the contenders' formulas, the cases, rows and tables."""
 
 import json
 import math

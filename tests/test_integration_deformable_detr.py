@@ -244,7 +244,7 @@ def test_a_fused_model_in_bfloat16_keeps_its_dtype():
 
 
 def saved_elements(model, inputs):
-    """Of the tensors that autograd keeps for backward, inputs and parameters apart."""
+    """Number of elements that autograd keeps for backward, besides inputs and parameters."""
     kept = {}
     given = {x.data_ptr() for x in (*model.parameters(), *inputs.values())}
 

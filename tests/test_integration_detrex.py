@@ -58,7 +58,7 @@ def bindings(detrex):
 
 @pytest.fixture
 def inputs():
-    """As detrex's decoder layers pass them: batch second, boxes for reference points."""
+    """The inputs that detrex's decoder layers pass: batch second, boxes for reference points."""
     sizes = {"query": 6, "value": POSITIONS, "query_pos": 6}
     sequences = {name: torch.randn(size, 2, 16, dtype=torch.float64).requires_grad_() for name, size in sizes.items()}
     return {

@@ -55,7 +55,7 @@ def inputs(**others):
 
 
 def clamped_share(model, arguments):
-    """Of all entries of the bias that their routers write out."""
+    """Share of the clamped among all entries of the bias that their routers write out."""
     biases = []
     hooks = [layer.query_router.register_forward_hook(lambda *call: biases.append(call[2])) for layer in model.layers]
     model(**arguments)

@@ -23,7 +23,7 @@ SHAPES = [(4, 3), (2, 2)]
 
 @kernels.use_kernel_forward_from_hub(LAYER)
 class Layer(nn.Module):
-    """As transformers decorates its own, whatever version of kernels it accepts."""
+    """A layer decorated as in transformers, whatever version of kernels that accepts."""
 
     forward = modeling_rt_detr.MultiScaleDeformableAttention.forward
 

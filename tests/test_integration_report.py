@@ -1,4 +1,4 @@
-"""What an apply() replaced is told, and reverted exactly, whatever happened in between."""
+"""The report tells what an apply() replaced and reverts it exactly, whatever happened in between."""
 
 import copy
 import functools

@@ -172,7 +172,7 @@ def test_an_exported_module_is_as_it_always_was(family):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_traced_module_is_plain_pytorch():
-    """As the TorchScript-based torch.onnx.export traces it."""
+    """The TorchScript-based torch.onnx.export traces it the same way."""
     attention, tensors = wrapped("rt_detr")
     attention.requires_grad_(False)
     hidden_states = tensors.pop("hidden_states")

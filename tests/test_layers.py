@@ -32,7 +32,7 @@ MAY_KNOW = {  # a package or module: what of ours it may import beside itself an
     "benchmarks": ["benchmarks", "route_kernels", "route_detr"],
 }
 OF_TESTS = ("route_kernels.testing", "benchmarks", "tests")
-"""What nothing that ships imports."""
+"""No module that ships imports these."""
 
 EXCEPTIONS = {  # (importer, imported), packages or modules: left over, to shrink to the first
     ("route_kernels.triton.block_sizes", "route_kernels"): "the version, inside a function",
@@ -44,7 +44,7 @@ EXCEPTIONS = {  # (importer, imported), packages or modules: left over, to shrin
 
 @cache
 def modules():
-    """Of both packages and the benchmarks: {name: file}."""
+    """Modules of both packages and the benchmarks: {name: file}."""
     paths = (path for package in (*SHIPS, "benchmarks") for path in sorted((ROOT / package).rglob("*.py")))
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}

@@ -38,7 +38,7 @@ def whole(masks, pixels):
 
 
 def dice_and_cross_entropy(logits, target):
-    """Of one mask, by the formulas: 1 - (2 sum p t + 1) / (sum p + sum t + 1), and the mean cross-entropy."""
+    """Losses of one mask: 1 - (2 sum p t + 1) / (sum p + sum t + 1), and the mean cross-entropy."""
     p, t = logits.sigmoid().flatten(), target.flatten().to(logits.dtype)
     cross_entropy = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
     return cross_entropy.item(), (1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)).item()

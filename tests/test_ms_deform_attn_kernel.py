@@ -1,4 +1,4 @@
-"""What only the native kernels of deformable attention promise: every element written, little memory, repeatability."""
+"""Promises of deformable attention's native kernels alone: every element written, little memory, repeatability."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What must hold for any input: symmetries, equalities between forms, linearity."""
+"""Properties that hold for any input: symmetries, equalities between forms, linearity."""
 
 import pytest
 import torch

@@ -52,7 +52,7 @@ SECTIONS = {"ops": (report.BEGIN, report.END), "drop-ins": (report.DROP_INS_BEGI
 
 
 def section(begin, end):
-    """What stands between two marks, the marks included."""
+    """The text between two marks, the marks included."""
     return README[README.index(begin) : README.index(end)] + end
 
 

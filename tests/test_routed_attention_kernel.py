@@ -1,4 +1,4 @@
-"""What only the native kernel promises: every element written, O(N) memory, one result for a thread count."""
+"""Promises of the native kernel alone: every element written, O(N) memory, one result for a thread count."""
 
 import math
 

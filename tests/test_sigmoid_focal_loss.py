@@ -100,7 +100,7 @@ def test_a_gradient_in_the_dtype_of_the_logits_is_all_that_is_kept(dtype):
 
 
 def test_small_gradients_do_not_vanish_in_float16():
-    """Of a query that is surely background they are below the smallest float16, until the loss is scaled up."""
+    """A query that is surely background has gradients below the smallest float16, until the loss is scaled up."""
     logits = torch.full((1, 8), -7.0, dtype=torch.float16, requires_grad=True)
     loss = rk.sigmoid_focal_loss(logits, torch.tensor([8]))
     (grad,) = torch.autograd.grad(loss, logits, torch.tensor(65536.0))

@@ -46,7 +46,7 @@ def faults(rows):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """As few variants as reach every kernel on every chip, and every dtype and entry of the table on some chip."""
+    """The fewest variants that reach every kernel on every chip, and every dtype and table entry on some chip."""
     return compiled_rows(tmp_path_factory.mktemp("compiled"), "--few")
 
 

@@ -23,7 +23,7 @@ needs_interpreter = pytest.mark.skipif(not availability.interpreted(), reason="t
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """As if triton had been imported without TRITON_INTERPRET."""
+    """Pretends that triton was imported without TRITON_INTERPRET."""
     monkeypatch.setattr(availability, "interpreted", lambda: False)
     monkeypatch.setattr(block_sizes, "interpreted", lambda: False)
     for cached in (availability._known_obstacle, block_sizes.architecture, block_sizes.settings, block_sizes._rows_of):
@@ -34,7 +34,7 @@ def compiled(monkeypatch):
 
 
 def gpu(monkeypatch, capability=(9, 0), name="NVIDIA H100 80GB HBM3", hip=None):
-    """As if this GPU were here."""
+    """Pretends that this GPU is here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)

@@ -1,4 +1,4 @@
-"""What one of two ranks does for test_scale_out.py: `torchrun --nproc-per-node 2 tests/two_processes.py TASK ...`."""
+"""A task of one of two ranks, for test_scale_out.py: `torchrun --nproc-per-node 2 tests/two_processes.py TASK ...`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def lose_a_process(*arguments: str) -> None:
 
 
 def start_deepspeed() -> Accelerator:
-    """As `start_processes`, with DeepSpeed over gloo: Accelerate's own switch wants an accelerator."""
+    """Does as `start_processes`, with DeepSpeed over gloo: Accelerate's own switch wants an accelerator."""
     from deepspeed import comm
 
     accelerator, plugin = Accelerator(cpu=True), DeepSpeedPlugin(zero_stage=2)
