@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from PIL import Image
-
 from route_detr.errors import UsageError, WriteError
 
 if TYPE_CHECKING:
@@ -46,6 +44,8 @@ def kind_of(path: str | Path) -> str | None:
         with open(path, "rb") as stream:
             head = stream.read(8192)
         if head.startswith(b"\x89PNG"):
+            from PIL import Image  # here: `route-detr --help` need not wait for it
+
             with Image.open(path) as image:
                 return "picture" if image.info.get("Software") == SOFTWARE else None
         if found := OUR_BEGINNINGS.match(head):

@@ -108,7 +108,7 @@ class Trained:
         return layers
 
 
-def load_trained(path: str | Path, device: torch.device) -> Trained:
+def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Trained:
     """The detector that a checkpoint holds.
 
     Raises:
@@ -124,7 +124,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
         names = [str(category["name"]) for category in state["categories"]]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this version of the detector: {error}") from error
-    return Trained(detector.eval(), config, ids, names, state.get("data", {}), device)
+    return Trained(detector.eval(), config, ids, names, state.get("data", {}), torch.device(device))
 
 
 def stored_config(state: dict[str, Any], path: str | Path) -> Config:

@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_map_only
 
 from route_detr.config import TrainConfig
 from route_detr.errors import CheckpointError, UsageError
-from route_detr.run import load_checkpoint
 
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
@@ -259,8 +258,16 @@ NOT_WEIGHTS = re.compile(r"routing\..+|.+\.num_batches_tracked")  # lambda and a
 ROUTERS = "decoder.routers."
 
 
-def take_weights(detector: nn.Module, checkpoint: str | Path, class_names: Sequence[str], partial: bool = False) -> str:
-    """Load another run's weights; says in one sentence what came along and what begins anew.
+def take_weights(
+    detector: nn.Module,
+    checkpoint: str | Path,
+    state: dict[str, Any],
+    class_names: Sequence[str],
+    partial: bool = False,
+) -> str:
+    """Load the weights of another run's ``state``; says in one sentence what came along and what begins anew.
+
+    ``checkpoint`` names the file that it was read from.
 
     Rows of class heads follow the classes' names. Routers may be new, or left out. All else has to fit in name and
     shape, unless ``partial``: then what does not fit begins anew.
@@ -268,7 +275,7 @@ def take_weights(detector: nn.Module, checkpoint: str | Path, class_names: Seque
     Raises:
         CheckpointError: tensors do not fit, or so many that fixed layers of the backbone would be random.
     """
-    state, own = load_checkpoint(checkpoint), whole(detector.state_dict())
+    own = whole(detector.state_dict())
     given, before = state["model"], [str(category["name"]) for category in state["categories"]]
     numbered = before == [str(number) for number in range(len(before))] != list(class_names)  # classes without names
     there, here = _occurrences(before), _occurrences(class_names)

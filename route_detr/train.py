@@ -43,9 +43,7 @@ from route_detr.scale_out import (
     prepared,
     whole,
 )
-from route_detr.tools.plots import plot_curves
 
-CURVES_EVERY_SECONDS = 30.0
 SKIPPED_AT_MOST = 40  # steps in a row: each halves the scale of float16 gradients, which begins at 2**16
 
 
@@ -331,7 +329,6 @@ class Training:
         self.stop = StopSignal()
         several = accelerator.num_processes > 1
         self.host_group = torch.distributed.new_group(backend="gloo") if several else None
-        self.drawn = -math.inf  # when the curves were
 
     def _loss_sums(self, before: dict[str, float] | None = None) -> LossSums:
         return LossSums(lambda sums: self.accelerator.reduce(sums, "mean"), before)
@@ -443,8 +440,10 @@ class Training:
         }
         self.run.write_config({**self.config.to_dict(), "data": self.data, **here})
 
-    def fit(self) -> None:
+    def fit(self, after_evaluation: Callable[[], object] = lambda: None) -> None:
         """Train and evaluate until the last epoch is done or the time budget is spent.
+
+        after_evaluation is called on the main process when an epoch's evaluation has been recorded.
 
         Raises:
             NonFiniteLoss: of a step, the weights after it or an evaluation; the last checkpoint stands.
@@ -468,7 +467,7 @@ class Training:
                 while not self.finished:
                     bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
                     self._finish_steps(bar)
-                    self._finish_epoch(bar)
+                    self._finish_epoch(bar, after_evaluation)
             except (NonFiniteLoss, FloatingPointError) as error:
                 raise NonFiniteLoss(f"{error}; {self.run.last} holds the run as it was before") from error
             except (WriteError, PermissionError) as error:
@@ -567,7 +566,7 @@ class Training:
         where = {"kind": "evaluation", "epoch": self.progress.epoch, "step": self.progress.step}
         self.run.record({**where, **self._evaluated(bar), **self._seconds()})
 
-    def _finish_epoch(self, bar: tqdm) -> None:
+    def _finish_epoch(self, bar: tqdm, after_evaluation: Callable[[], object]) -> None:
         progress, config = self.progress, self.config.train
         last = progress.done(self.steps_per_epoch, config)
         evaluated = last or (progress.epoch + 1) % config.eval_every == 0
@@ -583,9 +582,8 @@ class Training:
             progress.best = progress.metrics
         self.run.record({**line, **self._seconds()})
         self.run.save(self.state(), best=best)
-        if evaluated and perf_counter() - self.drawn > CURVES_EVERY_SECONDS and self.accelerator.is_main_process:
-            self.run.draw("curves.png", lambda path: plot_curves(self.run.records(), path))
-            self.drawn = perf_counter()
+        if evaluated and self.accelerator.is_main_process:
+            after_evaluation()
         scores = f"  {in_words(metrics)}" if evaluated else ""
         if self.accelerator.is_main_process:
             with suppress(OSError):  # the terminal has gone: SIGHUP comes, and stops the run after a step

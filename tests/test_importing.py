@@ -31,6 +31,10 @@ from route_detr.scale_out import take_weights
 from route_detr.tools.importing import imported, read_published, source_config, transformers_config
 
 
+def taken(detector, checkpoint, names, **how):
+    return take_weights(detector, checkpoint, load_checkpoint(checkpoint), names, **how)
+
+
 def small_transformers_model(**changes) -> DeformableDetrForObjectDetection:
     """Randomly initialised, then perturbed, so that no bias is 0 and no two layers are alike."""
     torch.manual_seed(0)
@@ -352,7 +356,7 @@ def test_the_command_writes_a_checkpoint_that_eval_and_train_read(tmp_path, caps
     torch.manual_seed(0)
     detector = Detector(DetectorConfig(**settings))
     before = detector.decoder.heads[0].classify.weight.clone()
-    told = take_weights(detector, tmp_path / "ours.pt", ["digit 7", "new", "digit 0"])
+    told = taken(detector, tmp_path / "ours.pt", ["digit 7", "new", "digit 0"])
     assert torch.equal(detector.encoder.level_embedding, trained.detector.encoder.level_embedding)
     theirs = trained.detector.decoder.heads[0].classify.weight
     expected = torch.stack([theirs[7], before[1], theirs[0]])
@@ -402,8 +406,8 @@ def test_what_does_not_fit_is_an_error_unless_asked_for(published, tmp_path, wor
     changes = {} if words[0] == "--preset" else dict(word.split("=") for word in words)
     detector = Detector(config.updated({**changes, "detector.num_classes": 2}).detector)
     with pytest.raises(CheckpointError, match=message):
-        take_weights(detector, published, ["bar", "other"])
-    told = take_weights(detector, published, ["bar", "other"], partial=True)
+        taken(detector, published, ["bar", "other"])
+    told = taken(detector, published, ["bar", "other"], partial=True)
     assert "tensors begin anew" in told or "tensors there are not used" in told
     theirs = load_checkpoint(published)["model"]["decoder.layers.0.self_attention.out_proj.weight"]
     assert torch.equal(detector.decoder.layers[0].self_attention.out_proj.weight, theirs)
@@ -413,7 +417,7 @@ def test_fixed_layers_never_stay_random(published):
     changes = {"detector.backbone.settings.embedding_size": 16, "detector.num_classes": 2}
     config = stored_config(load_checkpoint(published), published).updated(changes)
     with pytest.raises(CheckpointError, match=r"fine_tune would fix at random; give detector\.backbone\.weights"):
-        take_weights(Detector(config.detector), published, ["bar", "other"], partial=True)
+        taken(Detector(config.detector), published, ["bar", "other"], partial=True)
 
 
 def test_classes_without_names_are_no_names(published):
@@ -421,7 +425,7 @@ def test_classes_without_names_are_no_names(published):
     state = load_checkpoint(published)
     numbered = published.with_name("numbered.pt")
     save_checkpoint(numbered, {**state, "categories": [{"id": k, "name": str(k)} for k in range(4)]})
-    told = take_weights(detector, numbered, ["3", "2", "1", "0"])
+    told = taken(detector, numbered, ["3", "2", "1", "0"])
     assert "0 of 4 classes are known there by name" in told
 
 
@@ -431,10 +435,10 @@ def test_classes_of_one_name_keep_their_rows(published):
     named = [{"id": k, "name": name} for k, name in enumerate(["car", "bee", "car", "car"])]
     save_checkpoint(twins, {**load_checkpoint(published), "categories": named})
     detector = Detector(source.config)
-    told = take_weights(detector, twins, ["car", "bee", "car", "car"])
+    told = taken(detector, twins, ["car", "bee", "car", "car"])
     assert torch.equal(detector.decoder.heads[0].classify.weight, source.decoder.heads[0].classify.weight)
     assert "begin anew" not in told
-    told = take_weights(detector, twins, ["ant", "car", "car", "bee"])
+    told = taken(detector, twins, ["ant", "car", "car", "bee"])
     assert torch.equal(
         detector.decoder.heads[0].classify.weight[1:], source.decoder.heads[0].classify.weight[[0, 2, 1]]
     )

@@ -36,9 +36,6 @@ OF_TESTS = ("route_kernels.testing", "benchmarks", "tests")
 
 EXCEPTIONS = {  # (importer, imported), packages or modules: left over, to shrink to the first
     ("route_kernels.triton.block_sizes", "route_kernels"): "the version, inside a function",
-    ("route_detr.commands", "route_detr.cli"): "until each command stands beside its parser",
-    ("route_detr.commands", "route_detr.tools"): "until each command stands beside its parser",
-    ("route_detr.train", "route_detr.tools"): "curves",
 }
 
 

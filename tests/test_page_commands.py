@@ -28,11 +28,11 @@ from transformers import ResNetConfig, ResNetModel, SwinConfig, SwinModel
 
 import route_kernels.cli
 from benchmarks import __main__ as door
-from route_detr import commands as route_detr_commands
+from route_detr import cli
 from route_detr.cli import main, parsed, run_folder
 from route_detr.config import preset
 from route_detr.data.report import DatasetError
-from route_detr.run import Run, save_checkpoint
+from route_detr.run import Run, load_checkpoint, save_checkpoint
 from route_detr.tools.digits import write_digits
 from route_detr.train import Training
 
@@ -144,17 +144,17 @@ def test_commands_of_the_detector_can_be_configured(name, downloads, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words, processes = started(OURS[name])
     args = parsed(words)
-    if args.action == "train" and not args.resume:
-        init = Path(args.init) if args.init else None
-        _, config = route_detr_commands._configured(args, init)
+    if args.action is cli.train and not args.resume:
+        init = args.init and load_checkpoint(args.init)
+        _, config = cli._configured_by(args, Path(args.init), init) if init else cli._configured(args)
         with pytest.raises(DatasetError, match="no COCO data set found"):
             Training(Run("run"), config, {}, SimpleNamespace(num_processes=processes), weights_follow=bool(init))
-    elif args.action == "inspect_schedule":
-        route_detr_commands._configured(args)
-    elif args.action == "import_weights":
+    elif args.action is cli.inspect_schedule:
+        cli._configured(args)
+    elif args.action is cli.import_weights:
         assert not (args.preset or args.config or args.overrides)
     else:
-        assert args.resume if args.action == "train" else hasattr(route_detr_commands, args.action)
+        assert args.resume if args.action is cli.train else callable(args.action)
 
 
 # ---- the commands run ------------------------------------------------------------------------------------------------
@@ -172,9 +172,9 @@ A_SMALL_DETECTOR = {key: value for key, value in SMALL.items() if key.startswith
 def small(words):
     """The command with overrides that make it short, where it does not say those fields itself."""
     args = parsed(words)
-    if args.action == "write_digits":
+    if args.action is cli.write_digits:
         return [*words, "--train-images", "4", "--val-images", "2"]
-    if args.action != "train" or args.resume:
+    if args.action is not cli.train or args.resume:
         return words
     pretrained = any(word.startswith("detector.backbone.weights=") for word in words) or args.config
     changes = dict(FEW_STEPS)
@@ -228,7 +228,7 @@ def runs_of(page):
         if ours is None:
             continue
         args = parsed(ours)
-        if args.action == "train" and not args.resume:
+        if args.action is cli.train and not args.resume:
             if run_folder(args) in seen:
                 ours = [*ours, "--name", f"run-{len(seen)}"]
             seen.add(run_folder(parsed(ours)))

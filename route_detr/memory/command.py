@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentPa
         help="plan the peak memory of a training step without a GPU",
         description=DESCRIPTION,
     )
-    parser.set_defaults(action="plan_memory")
+    parser.set_defaults(action=plan_memory)
     parser.add_argument("--preset", default="dino-r50", help="of route-detr [%(default)s]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any field, as detector.num_queries=300")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images [%(default)s]")
