@@ -37,6 +37,13 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
       "sigmoid_focal_loss_forward(Tensor logits, Tensor targets, float alpha, float gamma, float scale, "
       "Tensor(a!) loss, Tensor(b!)? grad) -> ()");
   m.def("sigmoid_focal_loss_backward(Tensor grad_output, Tensor grad, float scale, Tensor(a!)[] grads) -> ()");
+  m.def(
+      "matching_cost_forward(Tensor logits, Tensor? lse, Tensor boxes, Tensor true_boxes, Tensor labels, "
+      "int[] counts, float[] scalars, Tensor(a!) output) -> ()");
+  m.def("box_loss_forward(Tensor boxes, Tensor true_boxes, Tensor target, float[] weights, Tensor(a!) output) -> ()");
+  m.def(
+      "box_loss_backward(Tensor grad_output, Tensor boxes, Tensor true_boxes, Tensor target, float[] weights, "
+      "Tensor(a!)[] grads) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(route_kernels_native, CompositeExplicitAutograd, m) {

@@ -23,10 +23,10 @@ from route_detr.data.batches import batch_loader
 from route_detr.data.coco import CocoDetection
 from route_detr.data.report import DatasetError, Report
 from route_detr.errors import NoGroundTruth
-from route_detr.model.boxes import corners
 from route_detr.model.masks import MASK_STRIDE, sampled
 from route_detr.model.structures import DetectorOutput
 from route_detr.scale_out import everybodys
+from route_kernels.boxes import corners
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)

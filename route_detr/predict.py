@@ -25,9 +25,9 @@ from route_detr.data.transforms import eval_view, image_pixels, normalised
 from route_detr.errors import CheckpointError
 from route_detr.evaluation import coco_results, detections
 from route_detr.files import SOFTWARE, check_replaceable, remove_abandoned, write_atomically, write_text
-from route_detr.model.boxes import corners
 from route_detr.model.detector import Detector
 from route_detr.run import load_checkpoint
+from route_kernels.boxes import corners
 
 PALETTE = ("#0072B2", "#D55E00", "#117733", "#882255", "#332288", "#555555")  # white text is legible on each
 PREDICTIONS = "predictions.json"

@@ -12,7 +12,9 @@ from .backends import (
 from .integrations.routing.context import routing
 from .ops.add_layer_norm import add_layer_norm
 from .ops.add_linear import add_linear
+from .ops.box_loss import box_loss
 from .ops.feed_forward import feed_forward
+from .ops.matching_cost import matching_cost
 from .ops.ms_deform_attn import ms_deform_attn
 from .ops.ms_deform_attn_fused import ms_deform_attn_fused
 from .ops.query_similarity import query_similarity
@@ -29,9 +31,11 @@ __all__ = [
     "add_linear",
     "available_backends",
     "backend",
+    "box_loss",
     "can_run",
     "feed_forward",
     "integrations",
+    "matching_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "query_similarity",

@@ -172,8 +172,9 @@ def check_many_images(op: str, function: Function, arguments: Arguments) -> None
             x_of_few = x.detach()[few] if x.shape[0] == images else x.detach()
             return x_of_few.clone().requires_grad_(x.requires_grad and x.shape[0] == images)
 
+        given = {name: x[few] if isinstance(x, list) and len(x) == images else x for name, x in arguments.items()}
         found_of_few = {name: tensor[few] for name, tensor in found.items() if tensor.shape[0] == images}
-        assert_accurate(op, found_of_few, map_tensors(arguments, of_few), grad_output[few])
+        assert_accurate(op, found_of_few, map_tensors(given, of_few), grad_output[few])
 
 
 def peak_beside_inputs(run: Callable[[], object], device: torch.device) -> int:

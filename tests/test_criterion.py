@@ -7,10 +7,11 @@ import torch
 
 import route_kernels as rk
 from route_detr.config import TrainConfig
-from route_detr.model.boxes import corners, generalized_iou, inverse_sigmoid
+from route_detr.model.boxes import inverse_sigmoid
 from route_detr.model.criterion import Criterion
 from route_detr.model.matcher import Matcher, padded_targets
 from route_detr.model.structures import Denoised, DenoisingTargets, DetectorOutput, Predictions
+from route_kernels.boxes import corners, generalized_iou
 
 CLASSES = 3
 

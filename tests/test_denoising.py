@@ -4,9 +4,9 @@ from small_detector import VARIANTS, assert_close, small_batch, small_detector, 
 
 import route_kernels as rk
 from route_detr.config import DetectorConfig
-from route_detr.model.boxes import corners
 from route_detr.model.denoising import Denoising, group_similarity
 from route_detr.model.matcher import padded_targets
+from route_kernels.boxes import corners
 from route_kernels.nn import RoutedSelfAttention
 
 DINO = VARIANTS["tiny-dino"]

@@ -10,11 +10,11 @@ import route_kernels as rk
 from route_detr.config import BackboneConfig, DetectorConfig, TrainConfig, preset
 from route_detr.evaluation import detections
 from route_detr.model.backbone import FrozenBatchNorm
-from route_detr.model.boxes import corners, generalized_iou
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
 from route_detr.predict import routing_factors
 from route_detr.train import parameter_groups
+from route_kernels.boxes import corners, generalized_iou
 
 
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])

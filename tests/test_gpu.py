@@ -165,6 +165,7 @@ def test_more_than_2_31_elements(op, backend, most_of_the_gpu):
     need_free(declaration(op).MANY_GIGABYTES)
     few = declaration(op).arguments(dtype=torch.bfloat16, **sizes | dict(batch=1))
     whole = map_tensors(on_device(op, few, backend), lambda x: many_of(x, sizes["batch"]))
+    whole |= {name: sizes["batch"] * given for name, given in whole.items() if isinstance(given, list)}
     assert max(tensor.numel() for _, tensor in named_tensors(whole)) > 2**31
     gpu_checks.check_many_images(op, gpu_checks.public(op), whole)
 
@@ -172,12 +173,12 @@ def test_more_than_2_31_elements(op, backend, most_of_the_gpu):
 def many_of(image, batch):
     """[1, ...] -> [batch, ...], the last two images each a copy in another order: what is read elsewhere differs.
 
-    A tensor of one dimension belongs to all images.
+    A tensor that begins with another size belongs to all images.
     """
-    if image.dim() == 1:
+    if image.shape[0] != 1:
         return image
     tensor = image.detach().expand(batch, *image.shape[1:]).contiguous()
-    tensor[-1] = image.detach()[0].flip(0)
+    tensor[-1] = image.detach()[0].flip(0) if image.dim() > 1 else image.detach()[0]
     return tensor.requires_grad_(image.requires_grad)
 
 

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHIPS = ("route_kernels", "route_detr")
-GROUND = ("route_kernels.precision", "route_kernels.graphs")
-"""Dtypes of sums and marks for the compiler: what all layers may know."""
+GROUND = ("route_kernels.precision", "route_kernels.graphs", "route_kernels.boxes")
+"""Dtypes of sums, marks for the compiler, overlaps of boxes: what all layers may know."""
 
 MAY_KNOW = {  # a package or module: what of ours it may import beside itself and `GROUND`
     "route_kernels": ["route_kernels"],

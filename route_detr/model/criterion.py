@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import route_kernels as rk
+from route_kernels.boxes import corners, generalized_iou
 
-from .boxes import corners, generalized_iou
 from .masks import mask_losses, mask_targets
 from .matcher import FOCAL, Matcher, padded_targets
 from .structures import DenoisingTargets, DetectorOutput, Matches, PaddedTargets, Predictions, side_by_side

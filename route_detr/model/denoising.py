@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
+from route_kernels.boxes import corners
 
-from .boxes import corners, inverse_sigmoid
+from .boxes import inverse_sigmoid
 from .structures import DenoisingTargets, PaddedTargets, Queries
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
-from .boxes import corners, generalized_iou
+from route_kernels.boxes import corners, generalized_iou
+
 from .masks import mask_cost
 from .structures import Matches, PaddedTargets, Predictions
 

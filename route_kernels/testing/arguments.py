@@ -27,6 +27,13 @@ def normals(seed: int, device: str) -> Callable[..., torch.Tensor]:
     return normal
 
 
+def random_boxes(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """Boxes (cx, cy, w, h) within the image: [*shape, 4] float64."""
+    sides = 0.05 + 0.4 * torch.rand(*shape, 2, generator=generator, dtype=torch.float64)
+    centres = sides / 2 + torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * (1 - sides)
+    return torch.cat([centres, sides], -1)
+
+
 def empty(arguments: Callable[..., Arguments], *dimensions: str) -> dict[str, Callable[[], Arguments]]:
     """By dimension, a call in which it has size 0."""
     return {dimension: partial(arguments, **{dimension: 0}) for dimension in dimensions}

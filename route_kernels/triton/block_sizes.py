@@ -211,6 +211,19 @@ TABLE: dict[str, tuple[Entry, ...]] = {
         Entry(_tile(4, 1, BLOCK_TK=128), architectures=(INTERPRETER,)),
         Entry(_tile(4, 1, BLOCK_TK=1024)),
     ),
+    "matching_cost_forward": (
+        Entry(_tile(4, 1, BLOCK_N=16), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_N=128), dtypes=DOUBLE),
+        Entry(_tile(4, 1, BLOCK_N=256)),
+    ),
+    "box_loss_forward": (
+        Entry(_tile(4, 1, BLOCK_M=16), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_M=128)),
+    ),
+    "box_loss_backward": (
+        Entry(_tile(4, 1, BLOCK_M=16), architectures=(INTERPRETER,)),
+        Entry(_tile(4, 1, BLOCK_M=128)),
+    ),
     "softmax_adjoint": (
         Entry(_tile(4, 1, BLOCK_NK=128), architectures=(INTERPRETER,)),
         Entry(_tile(4, 1, BLOCK_NK=256), dtypes=DOUBLE),

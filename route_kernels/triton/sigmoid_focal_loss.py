@@ -13,19 +13,8 @@ import triton
 import triton.language as tl
 
 from .block_sizes import config
-from .language import rounded
+from .language import log_one_plus, rounded
 from .launch import Grid, Kernel, blocks, kept, power_of_two
-
-
-@triton.jit
-def _log_one_plus(e, TERMS: tl.constexpr):
-    """log(1 + e) of e in [0, 1]: 2 artanh(s) = 2 sum_i s^(2i + 1) / (2i + 1), s = e / (2 + e) <= 1/3."""
-    s = e / (2.0 + e)
-    square = s * s
-    total = square * 0.0 + 1.0 / (2 * TERMS + 1)
-    for i in tl.static_range(TERMS):
-        total = total * square + 1.0 / (2 * (TERMS - 1 - i) + 1)
-    return 2.0 * s * total
 
 
 @Kernel
@@ -53,7 +42,7 @@ def sigmoid_focal_loss_forward(
         x = tl.load(logits_ptr + t[:, None] * stride_lt + k[None, :], mask, other=0.0).to(ACCUMULATE)
         z = tl.where(positive, -x, x)
         e = tl.exp(-tl.abs(z))
-        log_e = _log_one_plus(e, TERMS)
+        log_e = log_one_plus(e, TERMS)
         softplus = tl.where(z > 0, z, 0.0) + log_e
         larger = 1.0 / (1.0 + e)
         smaller = e * larger

@@ -19,8 +19,8 @@ and an op with kernels of its own, as sizes for `arguments`,
     MANY, MANY_GIGABYTES        more than 2^31 elements in the largest tensor, more images than a grid has rows; and
                                 the GPU memory that it takes
     FLOAT32_UNDER_AUTOCAST      True where the output does not get the autocast dtype
-    FLOP_OF_AN_ELEMENT          of an op without products: an argument, operations on each of its elements forward and
-                                backward
+    FLOP_OF_AN_ELEMENT          of an op without products: an argument or "output", operations on each of its elements
+                                forward and backward
 """
 
 from __future__ import annotations
