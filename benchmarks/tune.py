@@ -23,7 +23,7 @@ import route_kernels as rk
 from route_kernels.backends import OPS
 from route_kernels.testing import Arguments, call, declaration, named_tensors
 from route_kernels.triton import block_sizes
-from route_kernels.triton.availability import DTYPES
+from route_kernels.triton.availability import limits
 from route_kernels.triton.block_sizes import INTERPRETER, TABLE, Rows, Settings
 
 from . import ops
@@ -72,7 +72,7 @@ def cases(ops: Iterable[str], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:
     """Every shape of `SIZES`, in the dtypes that the op's kernels take."""
     for op in ops:
         for dtype in dtypes:
-            if dtype in DTYPES[op]:
+            if dtype in limits(op).dtypes:
                 yield from (Case(op, name, dtype, sizes) for name, sizes in SIZES[op].items())
 
 

@@ -1,6 +1,6 @@
 // Every native kernel's schema on one screen: inputs, then outputs, which the callers in route_kernels/ops allocate, as
-// they check every shape and dtype; what backward writes is one list, `grads`. Triton's entry points take the same
-// arguments. Each op.cpp registers its kernels, registration_cuda.cpp those of the CUDA library.
+// they check every shape and dtype; what travels together is one list: qkv, routing, outputs, grads. Triton's entry
+// points take the same arguments. Each op.cpp registers its kernels, registration_cuda.cpp those of the CUDA library.
 
 #include "common/stable_tensor.h"
 
@@ -9,12 +9,11 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
   m.def("cuda_build() -> str");
   m.def("cuda_driver() -> int");
   m.def(
-      "routed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor[] routing, Tensor? attn_mask, "
-      "Tensor? key_ranges, float[] scalars, Tensor(a!) output, Tensor(b!) lse) -> ()");
+      "routed_attention_forward(Tensor[] qkv, Tensor[] routing, Tensor? attn_mask, Tensor? key_ranges, "
+      "float[] scalars, Tensor(a!)[] outputs) -> ()");
   m.def(
-      "routed_attention_backward(Tensor grad_output, Tensor output, Tensor lse, Tensor query, Tensor key, "
-      "Tensor value, Tensor[] routing, Tensor? attn_mask, Tensor? key_ranges, float[] scalars, "
-      "Tensor(a!)[] grads) -> ()");
+      "routed_attention_backward(Tensor grad_output, Tensor[] outputs, Tensor[] qkv, Tensor[] routing, "
+      "Tensor? attn_mask, Tensor? key_ranges, float[] scalars, Tensor(a!)[] grads) -> ()");
   m.def("query_similarity_forward(Tensor x, Tensor(a!) output) -> ()");
   m.def(
       "ms_deform_attn_forward(Tensor value, int[] levels, Tensor locations, Tensor weights, Tensor(a!) output) -> ()");
@@ -29,10 +28,10 @@ STABLE_TORCH_LIBRARY(route_kernels_native, m) {
       "Tensor offsets, Tensor logits, Tensor? value_mask, bool deterministic, Tensor(a!)[] grads) -> ()");
   m.def(
       "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor channels, float eps, "
-      "Tensor(a!) output, Tensor(b!) rstd, Tensor(c!) normalized) -> ()");
+      "Tensor(a!)[] outputs) -> ()");
   m.def(
-      "add_layer_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, Tensor normalized, Tensor channels, "
-      "Tensor weight, Tensor bias, Tensor(a!)[] grads) -> ()");
+      "add_layer_norm_backward(Tensor grad_output, Tensor[] outputs, Tensor channels, Tensor weight, Tensor bias, "
+      "Tensor(a!)[] grads) -> ()");
   m.def(
       "sigmoid_focal_loss_forward(Tensor logits, Tensor targets, float alpha, float gamma, float scale, "
       "Tensor(a!) loss, Tensor(b!)? grad) -> ()");

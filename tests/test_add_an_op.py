@@ -37,7 +37,7 @@ def naming(op, root=ROOT):
     return found
 
 
-@pytest.mark.parametrize("op", ["add_layer_norm", "sigmoid_focal_loss"])
+@pytest.mark.parametrize("op", ["add_layer_norm", "query_similarity", "sigmoid_focal_loss"])
 def test_an_op_is_named_in_the_files_that_contributing_lists(op):
     assert op in OPS
     assert naming(op) == listed(op) and 10 <= len(listed(op)) <= MOST

@@ -111,6 +111,20 @@ def test_without_a_limit_a_new_strength_compiles_nothing_more():
     assert len(graphs) == 2, "the first for a number, the second for any"
 
 
+def test_a_strength_that_is_a_tensor_compiles_once_and_has_a_gradient():
+    built = model()
+    with_random_routers(built)
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(built, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    for number in (0.0, 0.5, 1.0):
+        strength = torch.tensor(number, dtype=torch.float64, requires_grad=True)
+        output = routed(compiled, {"strength": strength}, **inputs())
+        torch.testing.assert_close(output, routed(built, {"strength": number}, **inputs()))
+        assert torch.autograd.grad(output.square().sum(), strength)[0] != 0
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("strength", [0, 0.5])
 def test_export_falls_through_to_plain_pytorch(strength):
     built = model().eval()
@@ -211,7 +225,7 @@ def test_a_query_without_keys_gets_nothing():
         ({"strength": -0.1}, ValueError, "strength: expected a finite number >= 0, got -0.1"),
         ({"strength": float("nan")}, ValueError, "strength: expected a finite number >= 0, got nan"),
         ({"strength": True}, ValueError, "strength: expected a finite number >= 0, got True"),
-        ({"strength": torch.tensor(1.0)}, ValueError, "strength: expected a finite number >= 0"),
+        ({"strength": torch.ones(1)}, TypeError, r"strength: expected a number, got a tensor of shape \[1\]"),
         ({"confidence": normal(2, 7, 1)}, ValueError, r"confidence: expected shape \[B, N\], got \[2, 7, 1\]"),
         ({"geometry": torch.ones(2, 7, dtype=torch.long)}, TypeError, "geometry: expected a floating-point tensor"),
         ({"geometry": 1.0}, TypeError, "geometry: .* got float"),

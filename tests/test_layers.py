@@ -22,7 +22,10 @@ MAY_KNOW = {  # a package or module: what of ours it may import beside itself an
         *("route_kernels.reference", "route_kernels.eager", "route_kernels.triton"),
         *("route_kernels.native", "route_kernels.cuda"),
     ],
-    "route_kernels.ops": ["route_kernels.backends", "route_kernels.reference", "route_kernels.eager"],
+    "route_kernels.ops": [
+        *("route_kernels.backends", "route_kernels.reference", "route_kernels.eager"),
+        "route_kernels.triton.availability",
+    ],
     "route_kernels.recompute": ["route_kernels.backends"],
     "route_kernels.nn": ["route_kernels.ops", "route_kernels.recompute", "route_kernels.backends"],
     "route_kernels.integrations": ["route_kernels.ops", "route_kernels.nn", "route_kernels.backends"],

@@ -18,11 +18,12 @@ import route_kernels as rk
 from route_detr import cli
 from route_detr.config import preset
 from route_detr.memory import command, planner, plot
-from route_detr.memory.ledger import Ledger, workspace_bytes
+from route_detr.memory.ledger import Ledger
 from route_detr.memory.planner import LEVELS, PARTS, Request, largest_batch, plan
 from route_detr.memory.precision import mixed_precision
 from route_kernels import backends
 from route_kernels.cli import main as route_kernels_main
+from route_kernels.ops.workspace import workspace_bytes
 
 GIB = 2**30
 SMALLER = {"detector.encoder_layers": 1, "detector.decoder_layers": 2, "detector.num_levels": 3}
@@ -154,8 +155,8 @@ def test_the_parts_of_groups_of_heads_are_counted():
     factors = tuple(torch.empty(batch, queries, r, dtype=torch.bfloat16, device="meta") for r in (16, 16, 16, 16, 3, 3))
     lse = torch.empty(batch, heads, queries, device="meta")
     grads = [torch.empty_like(x) for x in (query, query, query, *factors)]
-    inputs = (query, query, query, factors, None, None, (1.0, 1.0, math.inf))
-    found = recorded_bytes(routed_attention.backward, grad, grad, lse, *inputs, grads)
+    inputs = ([query, query, query], factors, None, None, (1.0, 1.0, math.inf))
+    found = recorded_bytes(routed_attention.backward, grad, [grad, lse], *inputs, grads)
     op = torch.ops.route_kernels.routed_attention_backward.default
     at_most = workspace_bytes(op, (grad, grad, lse, query, query, query, factors, 1.0, None, None, None, 1.0))
     assert lse.nbytes < found <= at_most < 2 * heads * found

@@ -37,14 +37,14 @@ def test_every_element_of_poisoned_outputs_is_written_and_nothing_beside(sizes, 
     expected = outcome(rk.routed_attention, arguments, grad_output)
 
     tensors = [tensor.detach() for _, tensor in named_tensors(arguments)]
-    inputs = (*tensors[:3], tensors[3:], None, None, (1 / math.sqrt(7), 1.0, 5.0))
+    inputs = (tensors[:3], tensors[3:], None, None, (1 / math.sqrt(7), 1.0, 5.0))
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse_buffer, lse = guarded(tensors[0].shape[:3], lse_dtype)
     buffers, outputs = zip(*(guarded(tensor.shape, dtype) for tensor in (tensors[0], *tensors)), strict=True)
     output, *grads = outputs
     kernels = torch.ops.route_kernels_native
-    kernels.routed_attention_forward(*inputs, output, lse)
-    kernels.routed_attention_backward(grad_output, output, lse, *inputs, grads)
+    kernels.routed_attention_forward(*inputs, [output, lse])
+    kernels.routed_attention_backward(grad_output, [output, lse], *inputs, grads)
     assert not lse.isnan().any()
     for (name, wanted), written in zip(expected.items(), outputs, strict=True):
         assert torch.equal(written, wanted), name  # NaN equals nothing

@@ -214,12 +214,12 @@ def test_every_element_of_poisoned_outputs_is_written_and_nothing_beside(rows, r
     grad_output = torch.randn(arguments["query"].shape).to(dtype)
     expected = outcome(on_triton, arguments, grad_output)
     query, key, value, *factors = (tensor.detach() for _, tensor in named_tensors(arguments))
-    settings = (query, key, value, factors, None, None, (7**-0.5, 1.0, 5.0))
+    settings = ([query, key, value], factors, None, None, (7**-0.5, 1.0, 5.0))
     with guarded_allocations(monkeypatch) as buffers:
         output, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
-        kernels.forward(*settings, output, lse)
+        kernels.forward(*settings, [output, lse])
         grads = [x.new_empty(x.shape) for x in (query, key, value, *factors)]
-        kernels.backward(grad_output, output, lse, *settings, grads)
+        kernels.backward(grad_output, [output, lse], *settings, grads)
     assert len(buffers) >= 2 + len(grads) and not lse.isnan().any()
     for (name, wanted), written in zip(expected.items(), (output, *grads), strict=True):
         assert torch.equal(written, wanted), name  # NaN equals nothing
@@ -233,11 +233,11 @@ def test_nothing_of_queries_times_keys_is_allocated(monkeypatch):
     queries = 128
     arguments = routed_attention_arguments(batch=1, heads=3, queries=queries, channels=2, rank=2, gate_rank=1)
     query, key, value, *factors = (tensor.detach() for _, tensor in named_tensors(arguments))
-    settings = (query, key, value, factors, None, None, (0.5, 1.0, 5.0))
+    settings = ([query, key, value], factors, None, None, (0.5, 1.0, 5.0))
     with every_launch(BLOCK_N=64, BLOCK_M=64, HEADS_PER_PROGRAM=2), guarded_allocations(monkeypatch) as buffers:
         output, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
-        kernels.forward(*settings, output, lse)
-        kernels.backward(query, output, lse, *settings, [x.new_empty(x.shape) for x in (query, key, value, *factors)])
+        kernels.forward(*settings, [output, lse])
+        kernels.backward(query, [output, lse], *settings, [x.new_empty(x.shape) for x in (query, key, value, *factors)])
     assert len(buffers) >= 2 + 9 + 1
     assert sum(buffer.numel() - 2 * GUARD for buffer in buffers) < queries * queries / 2
 

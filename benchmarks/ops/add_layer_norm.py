@@ -75,6 +75,6 @@ def kernel_calls() -> Iterator[KernelCall]:
         x = torch.empty(tokens, width, dtype=dtype, device="meta")
         weight, rstd, normalized = x[0], x.new_empty(tokens, dtype=accumulate), x.new_empty(tokens, kept)
         channels, sums = x.new_empty(kept, dtype=torch.int32), x.new_empty(512, 2, width, dtype=accumulate)
-        label = f"{name_of(dtype)} C={width} kept={kept}"
-        yield KernelCall("forward", label, (x, x, weight, weight, channels, 1e-5, x, rstd, normalized))
-        yield KernelCall("backward", label, (x, x, rstd, normalized, channels, weight, weight, [x, sums]))
+        outputs, label = [x, rstd, normalized], f"{name_of(dtype)} C={width} kept={kept}"
+        yield KernelCall("forward", label, (x, x, weight, weight, channels, 1e-5, outputs))
+        yield KernelCall("backward", label, (x, outputs, channels, weight, weight, [x, sums]))

@@ -177,7 +177,7 @@ def _kernel_calls(
         grads.append(empty(batch, queries, dtype=torch.float32))
     mask = empty(queries, queries).expand(batch, heads, -1, -1) if masked else None
     ranges = empty(batch, queries, 2, 2, dtype=torch.int32) if masked else None
-    call = (query, key, value, routing, mask, ranges, (1.0, 1.0, 5.0))
+    call = ([query, key, value], routing, mask, ranges, (1.0, 1.0, 5.0))
     label, family = f"{name_of(dtype)} {label}", (dtype, channels, rank or 16, "strength" if controlled else masked)
-    yield KernelCall("forward", label, (*call, output, lse), family)
-    yield KernelCall("backward", label, (output, output, lse, *call, grads), family)
+    yield KernelCall("forward", label, (*call, [output, lse]), family)
+    yield KernelCall("backward", label, (output, [output, lse], *call, grads), family)

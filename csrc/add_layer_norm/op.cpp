@@ -4,13 +4,13 @@
 namespace rk::add_layer_norm {
 namespace {
 
-Args arguments(
-    const Tensor& output, const Tensor& rstd, const Tensor& normalized, const Tensor& channels, const Tensor& weight,
-    const Tensor& bias) {
+// outputs: output, rstd, normalized.
+Args arguments(const Tensors& outputs, const Tensor& channels, const Tensor& weight, const Tensor& bias) {
+  const Tensor& output = outputs[0];
   Args a{};
   a.T = output.size(0), a.C = output.size(1), a.kept = channels.size(0);
   a.weight = view_of(weight), a.bias = view_of(bias);
-  a.output = view_of(output), a.rstd = view_of(rstd), a.normalized = view_of(normalized);
+  a.output = view_of(output), a.rstd = view_of(outputs[1]), a.normalized = view_of(outputs[2]);
   a.channels = static_cast<const int32_t*>(channels.data_ptr());
   return a;
 }
@@ -19,8 +19,8 @@ Args arguments(
 
 void forward(
     const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, const Tensor& channels,
-    double eps, const Tensor& output, const Tensor& rstd, const Tensor& normalized) {
-  Args a = arguments(output, rstd, normalized, channels, weight, bias);
+    double eps, const Tensors& outputs) {
+  Args a = arguments(outputs, channels, weight, bias);
   a.x = view_of(x), a.residual = view_of(residual), a.eps = eps;
   a.parallel = torch_threads(a.T / 64);
   RK_RUN(forward, a);
@@ -28,9 +28,9 @@ void forward(
 
 // grads: of the sum [T, C], and of weight and bias summed over each part of the tokens [parts, 2, C].
 void backward(
-    const Tensor& grad_output, const Tensor& output, const Tensor& rstd, const Tensor& normalized,
-    const Tensor& channels, const Tensor& weight, const Tensor& bias, const Tensors& grads) {
-  Args a = arguments(output, rstd, normalized, channels, weight, bias);
+    const Tensor& grad_output, const Tensors& outputs, const Tensor& channels, const Tensor& weight, const Tensor& bias,
+    const Tensors& grads) {
+  Args a = arguments(outputs, channels, weight, bias);
   a.grad_output = view_of(grad_output), a.grad_sum = view_of(grads[0]), a.sums = view_of(grads[1]);
   a.parts = grads[1].size(0);
   a.parallel = torch_threads(a.parts);

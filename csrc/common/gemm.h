@@ -23,10 +23,22 @@ constexpr int ACCUMULATORS = 16;  // of 32 registers; two FMAs of latency 4 need
 constexpr int ACCUMULATORS = 8;  // of 16 registers
 #endif
 
+// Element (i, j) lies at data[i * row + j * column]. Rows of B are contiguous: its column is not read.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t row, column = 1;
+};
+
+template <typename T>
+inline Matrix<T> transposed(const Matrix<T>& a) {
+  return {a.data, a.column, a.row};
+}
+
 template <int ROWS, int VECTORS, typename T, typename Start, typename Finish>
 inline RK_INLINE void gemm_block(
-    int64_t row, int64_t column, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
-    const Start& start, const Finish& finish) {
+    int64_t row, int64_t column, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const Start& start,
+    const Finish& finish) {
   Vec<T> sum[ROWS][VECTORS];
   RK_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) {
@@ -36,9 +48,9 @@ inline RK_INLINE void gemm_block(
   RK_UNROLL_PARTLY
   for (int64_t p = 0; p < k; ++p) {
     Vec<T> row_of_b[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) row_of_b[v] = load(b + p * b_row + column + v * LANES<T>);
+    for (int v = 0; v < VECTORS; ++v) row_of_b[v] = load(b.data + p * b.row + column + v * LANES<T>);
     for (int r = 0; r < ROWS; ++r) {
-      const Vec<T> factor = broadcast(a[(row + r) * a_row + p * a_column]);
+      const Vec<T> factor = broadcast(a.data[(row + r) * a.row + p * a.column]);
       for (int v = 0; v < VECTORS; ++v) sum[r][v] += factor * row_of_b[v];
     }
   }
@@ -52,12 +64,11 @@ inline RK_INLINE void gemm_block(
 // Rows [row, m) in blocks of ROWS, what is left in smaller blocks.
 template <int ROWS, int VECTORS, typename T, typename Start, typename Finish>
 inline RK_INLINE void gemm_rows(
-    int64_t row, int64_t m, int64_t column, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-    int64_t b_row, const Start& start, const Finish& finish) {
-  for (; row + ROWS <= m; row += ROWS)
-    gemm_block<ROWS, VECTORS>(row, column, k, a, a_row, a_column, b, b_row, start, finish);
+    int64_t row, int64_t m, int64_t column, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const Start& start,
+    const Finish& finish) {
+  for (; row + ROWS <= m; row += ROWS) gemm_block<ROWS, VECTORS>(row, column, k, a, b, start, finish);
   if constexpr (ROWS > 1)
-    if (row < m) gemm_rows<(ROWS > 4 ? 4 : 1), VECTORS>(row, m, column, k, a, a_row, a_column, b, b_row, start, finish);
+    if (row < m) gemm_rows<(ROWS > 4 ? 4 : 1), VECTORS>(row, m, column, k, a, b, start, finish);
 }
 
 // Calls finish(row, column, sum) once for every vector of A B + start(row, column), which costs no addition; sum holds
@@ -65,37 +76,32 @@ inline RK_INLINE void gemm_rows(
 // LANES<T>. All rows of A meet one panel of B, [k, 2 vectors], while it is in the first-level cache.
 template <typename T, typename Start, typename Finish>
 inline RK_INLINE void gemm(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
-    const Start& start, const Finish& finish) {
+    int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const Start& start, const Finish& finish) {
   int64_t column = 0;
   for (; column + 2 * LANES<T> <= n; column += 2 * LANES<T>)
-    gemm_rows<ACCUMULATORS / 2, 2>(0, m, column, k, a, a_row, a_column, b, b_row, start, finish);
-  if (column < n) gemm_rows<ACCUMULATORS, 1>(0, m, column, k, a, a_row, a_column, b, b_row, start, finish);
+    gemm_rows<ACCUMULATORS / 2, 2>(0, m, column, k, a, b, start, finish);
+  if (column < n) gemm_rows<ACCUMULATORS, 1>(0, m, column, k, a, b, start, finish);
 }
 
 template <typename T, typename Finish>
 inline RK_INLINE void gemm(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
-    const Finish& finish) {
-  gemm<T>(m, n, k, a, a_row, a_column, b, b_row, [](int64_t, int64_t) RK_INLINE { return Vec<T>{}; }, finish);
+    int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const Finish& finish) {
+  gemm<T>(m, n, k, a, b, [](int64_t, int64_t) RK_INLINE { return Vec<T>{}; }, finish);
 }
 
 // C = A B
 template <typename T>
 __attribute__((noinline)) void multiply(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
-    int64_t c_row) {
-  gemm<T>(m, n, k, a, a_row, a_column, b, b_row, [=](int64_t row, int64_t column, Vec<T> sum) RK_INLINE {
-    store(c + row * c_row + column, sum);
-  });
+    int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_row) {
+  gemm<T>(
+      m, n, k, a, b, [=](int64_t row, int64_t column, Vec<T> sum) RK_INLINE { store(c + row * c_row + column, sum); });
 }
 
 // C += A B; the product is summed by itself and C is added last, so that errors do not pile up.
 template <typename T>
 __attribute__((noinline)) void multiply_add(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* c,
-    int64_t c_row) {
-  gemm<T>(m, n, k, a, a_row, a_column, b, b_row, [=](int64_t row, int64_t column, Vec<T> sum) RK_INLINE {
+    int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_row) {
+  gemm<T>(m, n, k, a, b, [=](int64_t row, int64_t column, Vec<T> sum) RK_INLINE {
     T* to = c + row * c_row + column;
     store(to, load(to) + sum);
   });

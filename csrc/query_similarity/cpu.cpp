@@ -68,8 +68,8 @@ void sum_similarities(const Args& a, const Workspace<T>& w, int64_t worker) {
     Vec<T> lanes[BLOCK_N] = {};
     for (int64_t j = 0; j < a.queries; j += BLOCK_M<T>)
       gemm<T>(
-          rows, BLOCK_M<T>, a.channels, w.unit + (b * a.queries + first) * a.channels, a.channels, 1,
-          w.flipped + (b * w.tiles_of_image * BLOCK_M<T> + j) * a.channels, BLOCK_M<T>,
+          rows, BLOCK_M<T>, a.channels, {w.unit + (b * a.queries + first) * a.channels, a.channels},
+          {w.flipped + (b * w.tiles_of_image * BLOCK_M<T> + j) * a.channels, BLOCK_M<T>},
           [&](int64_t i, int64_t c, Vec<T> cosine) RK_INLINE {
             Vec<T> similarity = cosine < 0 ? Vec<T>{} : cosine;  // a NaN stays one
             const int64_t own_lane = first + i - (j + c);

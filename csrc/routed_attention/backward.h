@@ -141,7 +141,7 @@ struct Backward {
     for_tiles_of<T>(a, block, [&](const Place& at) {
       s.bias.compute(a, at, false);
       for (int64_t h = 0; h < a.heads; ++h) {
-        const KeyRows<T> key =
+        const Matrix<T> key =
             key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, true);
         s.softmax.add(s.query, s.bias, at, h, key, s.bias.of_head(a, at, h));
       }
@@ -172,9 +172,8 @@ struct Backward {
 
   void differentiate_tile(BackwardScratch<T>& s, const KeyGradients<T>& keys, const Place& at, int64_t h) const {
     const int64_t padded = s.query.padded_columns;
-    const KeyRows<T> key =
-        key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, true);
-    const KeyRows<T> value =
+    const Matrix<T> key = key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, true);
+    const Matrix<T> value =
         key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, false);
     const T* bias = s.bias.of_head(a, at, h);
     const auto recompute = bias == nullptr ? probabilities_of_tile<false, false>
@@ -183,24 +182,24 @@ struct Backward {
     const int64_t key_row = (h * a.keys + at.key) * padded;
     recompute(s, at, h, key, bias);
     multiply_add<T>(
-        at.count, padded, at.rows, s.pairs, BLOCK_N, 1, s.grad_output.of_head(h), padded, keys.value + key_row, padded);
+        at.count, padded, at.rows, {s.pairs, BLOCK_N}, {s.grad_output.of_head(h), padded}, keys.value + key_row,
+        padded);
     const auto softmax_adjoint = !a.routed ? softmax_adjoint_of_tile<false, false>
         : h == 0                           ? softmax_adjoint_of_tile<true, false>
                                            : softmax_adjoint_of_tile<true, true>;
     softmax_adjoint(s, at, h, value);
     multiply_add<T>(
-        at.count, padded, at.rows, s.pairs, BLOCK_N, 1, s.query.of_head(h), padded, keys.key + key_row, padded);
-    multiply_add<T>(
-        at.rows, padded, at.count, s.pairs, 1, BLOCK_N, key.data, key.stride, s.grad_query.of_head(h), padded);
+        at.count, padded, at.rows, {s.pairs, BLOCK_N}, {s.query.of_head(h), padded}, keys.key + key_row, padded);
+    multiply_add<T>(at.rows, padded, at.count, {s.pairs, 1, BLOCK_N}, key, s.grad_query.of_head(h), padded);
   }
 
   // P = 2^(S + bias - lse)
   template <bool BIASED, bool MASKED>
   static void probabilities_of_tile(
-      const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& key, const T* bias) {
+      const BackwardScratch<T>& s, const Place& at, int64_t h, const Matrix<T>& key, const T* bias) {
     const T* minus_lse = s.minus_lse + h * BLOCK_N;
     gemm<T>(
-        at.count, at.columns, s.query.columns, key.data, key.stride, 1, s.query.flipped_of_head(h), BLOCK_N,
+        at.count, at.columns, s.query.columns, key, {s.query.flipped_of_head(h), BLOCK_N},
         [&](int64_t j, int64_t i) RK_INLINE {
           if constexpr (MASKED) return Vec<T>{};
           return BIASED ? load(bias + j * BLOCK_N + i) + load(minus_lse + i) : load(minus_lse + i);
@@ -215,11 +214,10 @@ struct Backward {
 
   // dS = P (dP - T) in P's place,  dbias = dS, or += where there are ones of other heads
   template <bool ROUTED, bool ADDED>
-  static void softmax_adjoint_of_tile(
-      const BackwardScratch<T>& s, const Place& at, int64_t h, const KeyRows<T>& value) {
+  static void softmax_adjoint_of_tile(const BackwardScratch<T>& s, const Place& at, int64_t h, const Matrix<T>& value) {
     const T* minus_dot = s.minus_dot + h * BLOCK_N;
     gemm<T>(
-        at.count, at.columns, s.query.columns, value.data, value.stride, 1, s.grad_output.flipped_of_head(h), BLOCK_N,
+        at.count, at.columns, s.query.columns, value, {s.grad_output.flipped_of_head(h), BLOCK_N},
         [&](int64_t, int64_t i) RK_INLINE { return load(minus_dot + i); },
         [&](int64_t j, int64_t i, Vec<T> grad_probability_minus_dot) RK_INLINE {
           const int64_t e = j * BLOCK_N + i;
@@ -258,10 +256,11 @@ struct Backward {
     const QueryRows<T>& queries = factor.queries;
     const int64_t padded = queries.padded_columns;
     multiply_add<T>(
-        queries.columns, at.columns, at.count, factor.keys.data, 1, factor.keys.stride, factor.products, BLOCK_N,
-        flipped_grad_q, BLOCK_N);
+        queries.columns, at.columns, at.count, transposed(factor.keys), {factor.products, BLOCK_N}, flipped_grad_q,
+        BLOCK_N);
     multiply_add<T>(
-        at.count, padded, at.rows, factor.products, BLOCK_N, 1, queries.rows, padded, grad_k + at.key * padded, padded);
+        at.count, padded, at.rows, {factor.products, BLOCK_N}, {queries.rows, padded}, grad_k + at.key * padded,
+        padded);
   }
 
   void write_block(const BackwardScratch<T>& s, const Place& at) const {

@@ -31,7 +31,7 @@ struct OnlineSoftmax {
 
   // The keys of a tile, for one head: afterwards `weights` are theirs.
   void add(
-      const QueryRows<T>& query, const BiasTile<T>& tile, const Place& at, int64_t h, const KeyRows<T>& key,
+      const QueryRows<T>& query, const BiasTile<T>& tile, const Place& at, int64_t h, const Matrix<T>& key,
       const T* bias) const {
     if (bias == nullptr) add_tile<false, false>(query, at, h, key, bias);
     else if (tile.masked) add_tile<true, true>(query, at, h, key, bias);
@@ -44,7 +44,7 @@ struct OnlineSoftmax {
   // maximum.
   template <bool BIASED, bool MASKED>
   bool weights_by_old_maximum(
-      const QueryRows<T>& query, const Place& at, int64_t h, const KeyRows<T>& key, const T* bias) const {
+      const QueryRows<T>& query, const Place& at, int64_t h, const Matrix<T>& key, const T* bias) const {
     constexpr T FAR_ABOVE = 8;
     T* row_max = maxima + h * BLOCK_N;
     T* row_sum = sums + h * BLOCK_N;
@@ -53,7 +53,7 @@ struct OnlineSoftmax {
 
     Vec<T> largest[BLOCK_N / LANES<T>] = {}, sum[BLOCK_N / LANES<T>] = {};
     gemm<T>(
-        at.count, at.columns, query.columns, key.data, key.stride, 1, query.flipped_of_head(h), BLOCK_N,
+        at.count, at.columns, query.columns, key, {query.flipped_of_head(h), BLOCK_N},
         [&](int64_t j, int64_t i)
             RK_INLINE { return BIASED ? load(bias + j * BLOCK_N + i) - load(row_max + i) : -load(row_max + i); },
         [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
@@ -74,12 +74,12 @@ struct OnlineSoftmax {
 
   // Online softmax over the keys of a tile, 16 queries at a time: weights = 2^(S - max).
   template <bool BIASED, bool MASKED>
-  void add_tile(const QueryRows<T>& query, const Place& at, int64_t h, const KeyRows<T>& key, const T* bias) const {
+  void add_tile(const QueryRows<T>& query, const Place& at, int64_t h, const Matrix<T>& key, const T* bias) const {
     if (weights_by_old_maximum<BIASED, MASKED>(query, at, h, key, bias)) return;
     Vec<T> largest[BLOCK_N / LANES<T>];
     for (Vec<T>& of_queries : largest) of_queries = broadcast(NOT_VISIBLE<T>);
     gemm<T>(
-        at.count, at.columns, query.columns, key.data, key.stride, 1, query.flipped_of_head(h), BLOCK_N,
+        at.count, at.columns, query.columns, key, {query.flipped_of_head(h), BLOCK_N},
         [&](int64_t j, int64_t i) RK_INLINE { return BIASED && !MASKED ? load(bias + j * BLOCK_N + i) : Vec<T>{}; },
         [&](int64_t j, int64_t i, Vec<T> logit) RK_INLINE {
           if constexpr (MASKED) logit = masked_logit<T>(logit, load(bias + j * BLOCK_N + i));
@@ -164,14 +164,14 @@ struct Forward {
 
   void attend_tile(ForwardScratch<T>& s, const Place& at, int64_t h) const {
     const int64_t padded = s.query.padded_columns;
-    const KeyRows<T> key =
+    const Matrix<T> key =
         key_rows<T>(a.key, start_of_head(a.key, at, h), a.key.stride[2], a.channels, at, s.key, false);
-    const KeyRows<T> value =
+    const Matrix<T> value =
         key_rows<T>(a.value, start_of_head(a.value, at, h), a.value.stride[2], a.channels, at, s.value, true);
     s.softmax.add(s.query, s.bias, at, h, key, s.bias.of_head(a, at, h));
     T* output = s.output.of_head(h);
     gemm<T>(
-        at.rows, padded, at.count, s.softmax.weights, 1, BLOCK_N, value.data, value.stride,
+        at.rows, padded, at.count, {s.softmax.weights, 1, BLOCK_N}, value,
         [&](int64_t i, int64_t d, Vec<T> sum) RK_INLINE {
           T* to = output + i * padded + d;
           store(to, load(to) * s.softmax.correction[i] + sum);

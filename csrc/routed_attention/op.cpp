@@ -4,11 +4,13 @@
 namespace rk::routed_attention {
 namespace {
 
-// routing: nothing, the six factors, or these and [2]: strength and limit, which then take the place of the numbers.
-// scalars: scale, strength, limit; the limit is infinity where there is none.
+// qkv: query, key, value. outputs: output, lse. routing: nothing, the six factors, or these and [2]: strength and
+// limit, which then take the place of the numbers. scalars: scale, strength, limit; the limit is infinity where there
+// is none.
 Args arguments(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensors& routing, const MaybeTensor& attn_mask,
-    const MaybeTensor& key_ranges, const Numbers& scalars, const Tensor& output, const Tensor& lse) {
+    const Tensors& qkv, const Tensors& routing, const MaybeTensor& attn_mask, const MaybeTensor& key_ranges,
+    const Numbers& scalars, const Tensors& outputs) {
+  const Tensor &query = qkv[0], &key = qkv[1], &value = qkv[2];
   Args a{};
   a.batch = query.size(0), a.heads = query.size(1), a.queries = query.size(2), a.channels = query.size(3);
   a.keys = key.size(2);
@@ -30,7 +32,7 @@ Args arguments(
   }
   a.attn_mask = view_of(attn_mask);
   a.key_ranges = view_of(key_ranges);
-  a.output = view_of(output), a.lse = view_of(lse);
+  a.output = view_of(outputs[0]), a.lse = view_of(outputs[1]);
   a.parallel =
       torch_threads(a.batch * a.queries * a.keys * (a.heads * a.channels + a.sup_rank + a.del_rank) / (1 << 17));
   return a;
@@ -39,18 +41,17 @@ Args arguments(
 }  // namespace
 
 void forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensors& routing, const MaybeTensor& attn_mask,
-    const MaybeTensor& key_ranges, const Numbers& scalars, const Tensor& output, const Tensor& lse) {
-  Args a = arguments(query, key, value, routing, attn_mask, key_ranges, scalars, output, lse);
+    const Tensors& qkv, const Tensors& routing, const MaybeTensor& attn_mask, const MaybeTensor& key_ranges,
+    const Numbers& scalars, const Tensors& outputs) {
+  Args a = arguments(qkv, routing, attn_mask, key_ranges, scalars, outputs);
   RK_RUN(forward, a);
 }
 
 // grads: of query, key, value, of the six factors, and the rows [B, N] of the strength's.
 void backward(
-    const Tensor& grad_output, const Tensor& output, const Tensor& lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensors& routing, const MaybeTensor& attn_mask, const MaybeTensor& key_ranges,
-    const Numbers& scalars, const Tensors& grads) {
-  Args a = arguments(query, key, value, routing, attn_mask, key_ranges, scalars, output, lse);
+    const Tensor& grad_output, const Tensors& outputs, const Tensors& qkv, const Tensors& routing,
+    const MaybeTensor& attn_mask, const MaybeTensor& key_ranges, const Numbers& scalars, const Tensors& grads) {
+  Args a = arguments(qkv, routing, attn_mask, key_ranges, scalars, outputs);
   Gradients& grad = a.grad;
   grad.output = view_of(grad_output);
   grad.query = view_of(grads[0]), grad.key = view_of(grads[1]), grad.value = view_of(grads[2]);

@@ -83,16 +83,9 @@ struct QueryRows {
   void clear() const { memset(rows, 0, size_t(heads * BLOCK_N * padded_columns) * sizeof(T)); }
 };
 
-// The rows of a tile of keys as a product reads them.
-template <typename T>
-struct KeyRows {
-  const T* data;
-  int64_t stride;
-};
-
 // Keys [key, key + count) as they lie where they are of type T, else converted into `copy`.
 template <typename T>
-inline KeyRows<T> key_rows(
+inline Matrix<T> key_rows(
     const View& view, int64_t offset, int64_t row_stride, int64_t width, const Place& at, T* copy, bool must_copy) {
   const int64_t start = offset + at.key * row_stride, padded = round_up_to_lanes<T>(width);
   const bool is_t = view.dtype == DTYPE_OF<T>;
@@ -127,7 +120,7 @@ struct FactorTile {
   QueryRows<T> queries;  // [BLOCK_N, R]
   T* copy;               // [BLOCK_M, padded R]
   T* products;           // [BLOCK_M, BLOCK_N]
-  KeyRows<T> keys{};
+  Matrix<T> keys{};
 
   FactorTile(Blocks& blocks, int64_t rank)
       : queries(blocks, 1, rank, true), copy(blocks.take<T>(BLOCK_M * queries.padded_columns)),
@@ -144,7 +137,7 @@ struct FactorTile {
   // Calls finish(key, query, product) for every vector of products.
   template <typename Finish>
   RK_INLINE void multiply(const Place& at, const Finish& finish) const {
-    gemm<T>(at.count, at.columns, queries.columns, keys.data, keys.stride, 1, queries.flipped, BLOCK_N, finish);
+    gemm<T>(at.count, at.columns, queries.columns, keys, {queries.flipped, BLOCK_N}, finish);
   }
 
   void multiply(const Place& at) const {

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from route_kernels.ops.levels import level_count
-from route_kernels.precision import accumulate_dtype
+from route_kernels.ops.workspace import workspace_bytes
 
 WORKSPACES = "workspaces"
 
@@ -115,54 +113,3 @@ class Ledger(TorchDispatchMode):
                 self._count(result, self._labels[-1])
         self._note_peak(workspace_bytes(func, args))
         return results
-
-
-def workspace_bytes(op: Any, arguments: Sequence[Any]) -> int:
-    """Bytes that Triton's launches allocate inside one call of `op` (an overload such as `torch.ops.aten.mm.default`).
-
-    arguments: positional, as a dispatch mode gets them. 0 for ops that are not ours, and for those that return their
-        workspace as an output.
-    """
-    if getattr(op, "namespace", None) != "route_kernels":
-        return 0
-    formula = _WORKSPACES.get(op._schema.name.partition("::")[2])
-    return 0 if formula is None else formula(*arguments)
-
-
-def _sums(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """Bytes that a gradient is summed in, where that is another dtype than its own."""
-    return 0 if tensor.dtype == dtype else tensor.numel() * dtype.itemsize
-
-
-def _ms_deform_attn_backward(grad_output, value, *_) -> int:
-    return _sums(value, accumulate_dtype(value.dtype))
-
-
-def _ms_deform_attn_fused_backward(
-    grad_output, value, sizes, reference_points, offsets, logits, points, value_mask, reference_grad, *_
-) -> int:
-    dtype = accumulate_dtype(value.dtype)
-    of_heads = logits.shape[:3].numel() * level_count(sizes) * reference_points.shape[3] * dtype.itemsize
-    return _sums(value, dtype) + _sums(logits, dtype) + (of_heads if reference_grad else 0)
-
-
-def _routed_attention_backward(
-    grad_output, output, lse, query, key, value, routing, strength, limit, attn_mask, *_
-) -> int:
-    """dO . O, with a float mask maxima and sums of rows, and what groups of heads add to three factors' gradients: at
-    most a group for every head."""
-    of_queries, of_keys = (sum(factor.numel() for factor in routing[side:6:2]) for side in (0, 1))
-    of_rows = 3 if attn_mask is not None and attn_mask.dtype != torch.bool else 1
-    return 4 * (of_rows * lse.numel() + query.shape[1] * max(of_queries, of_keys))
-
-
-def _query_similarity(x, *_) -> int:
-    return 4 * x.shape[0] * x.shape[1]  # 1 / |x|
-
-
-_WORKSPACES: dict[str, Callable[..., int]] = {
-    "ms_deform_attn_backward": _ms_deform_attn_backward,
-    "ms_deform_attn_fused_backward": _ms_deform_attn_fused_backward,
-    "routed_attention_backward": _routed_attention_backward,
-    "query_similarity": _query_similarity,
-}

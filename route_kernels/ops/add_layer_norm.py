@@ -130,7 +130,7 @@ def _kernel(x, residual, weight, bias, eps, kept, dtype, backend):
     if x.numel():
         backends.kernel(OP, "forward", backend)(
             as_rows(x), as_rows(residual), weight.contiguous(), bias.contiguous(), channels, eps,
-            as_rows(output), rstd.view(-1), normalized.view(rstd.numel(), kept),
+            [as_rows(output), rstd.view(-1), normalized.view(rstd.numel(), kept)],
         )  # fmt: skip
     return outputs
 
@@ -147,10 +147,10 @@ def _new_grads(grad_output, output, *others) -> list[torch.Tensor]:
 def _backward_kernel(grad_output, output, rstd, normalized, channels, weight, bias, backend):
     grad_sum, sums = grads = _new_grads(grad_output, output)
     if output.numel():
+        outputs = [as_rows(output), rstd.view(-1), normalized.view(rstd.numel(), channels.numel())]
         backends.kernel(OP, "backward", backend)(
-            as_rows(grad_output), as_rows(output), rstd.view(-1), normalized.view(rstd.numel(), channels.numel()),
-            channels, weight.contiguous(), bias.contiguous(), [as_rows(grad_sum), sums],
-        )  # fmt: skip
+            as_rows(grad_output), outputs, channels, weight.contiguous(), bias.contiguous(), [as_rows(grad_sum), sums]
+        )
     return grads
 
 

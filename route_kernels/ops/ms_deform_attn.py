@@ -40,6 +40,7 @@ from .levels import (
     register_with_levels,
 )
 from .registry import Backward
+from .workspace import count_workspace, sums_bytes
 
 OP = "ms_deform_attn"
 
@@ -205,3 +206,10 @@ def _backward_flop(grad_output, *inputs, **__) -> int:
 
 
 count_flop(OP, _flop, _backward_flop)
+
+
+def _backward_workspace(grad_output, value, *_) -> int:
+    return sums_bytes(value, accumulate_dtype(value.dtype))
+
+
+count_workspace(f"{OP}_backward", _backward_workspace)

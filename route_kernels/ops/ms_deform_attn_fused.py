@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backends
+from ..precision import accumulate_dtype
 from .contract import (
     expect_floating,
     expect_same_device,
@@ -40,6 +41,7 @@ from .levels import (
 )
 from .ms_deform_attn import autocast_value, contiguous_points, not_wider_than_sums, sampling_flop
 from .registry import Backward
+from .workspace import count_workspace, sums_bytes
 
 OP = "ms_deform_attn_fused"
 
@@ -213,3 +215,15 @@ def _backward_flop(grad_output, *inputs, **__) -> int:
 
 
 count_flop(OP, _flop, _backward_flop)
+
+
+def _backward_workspace(
+    grad_output, value, sizes, reference_points, offsets, logits, points, value_mask, reference_grad, *_
+) -> int:
+    """The sums of value's and the logits' gradients, and the references' of each head and level."""
+    dtype = accumulate_dtype(value.dtype)
+    of_heads = logits.shape[:3].numel() * level_count(sizes) * reference_points.shape[3] * dtype.itemsize
+    return sums_bytes(value, dtype) + sums_bytes(logits, dtype) + (of_heads if reference_grad else 0)
+
+
+count_workspace(f"{OP}_backward", _backward_workspace)

@@ -12,12 +12,16 @@ from __future__ import annotations
 import torch
 
 from .. import backends, reference
+from ..precision import FLOATING
+from ..triton.availability import LIMITS, Limits
 from .contract import expect_choice, expect_floating, expect_shape, expect_tensors, last_dim_contiguous
 from .flop import count_flop
 from .registry import register
+from .workspace import count_workspace
 
 OP = "query_similarity"
 MODES = ("relu", "mean")
+LIMITS[OP] = Limits(FLOATING[:3])
 
 
 def query_similarity(x: torch.Tensor, mode: str = "relu") -> torch.Tensor:
@@ -75,3 +79,11 @@ def _flop(x, *_, **__) -> int:
 
 
 count_flop(OP, _flop)
+
+
+def _workspace(x, *_) -> int:
+    """1 / |x|."""
+    return 4 * x.shape[0] * x.shape[1]
+
+
+count_workspace(OP, _workspace)

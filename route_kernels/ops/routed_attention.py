@@ -19,6 +19,7 @@ import torch
 
 from .. import backends, reference
 from ..precision import FLOATING, accumulate_dtype, autocast_dtype
+from ..triton.availability import LIMITS, Limits
 from .contract import (
     expect_floating,
     expect_same_device,
@@ -30,8 +31,10 @@ from .contract import (
 )
 from .flop import count_flop
 from .registry import Backward, register
+from .workspace import count_workspace
 
 OP = "routed_attention"
+LIMITS[OP] = Limits(FLOATING[:3], {4: ("D", 128), 3: ("R and G", 64)})  # what registers and shared memory hold
 
 
 class RoutingFactors(NamedTuple):
@@ -277,15 +280,15 @@ def _kernel_inputs(call: _Call) -> tuple:
     if key_ranges is not None:
         key_ranges = key_ranges.contiguous().expand(query.shape[0], -1, -1, -1)
     scalars = (_scale(query, scale), strength, math.inf if limit is None else limit)
-    query, key, value = last_dim_contiguous(query), last_dim_contiguous(key), last_dim_contiguous(value)
-    return query, key, value, [last_dim_contiguous(x) for x in routing], attn_mask, key_ranges, scalars
+    qkv = [last_dim_contiguous(x) for x in (query, key, value)]
+    return qkv, [last_dim_contiguous(x) for x in routing], attn_mask, key_ranges, scalars
 
 
 def _kernel(*inputs):
     *inputs, backend = inputs
     call = _Call(*inputs)
     outputs = _new_outputs(call)
-    backends.kernel(OP, "forward", backend)(*_kernel_inputs(call), *outputs)
+    backends.kernel(OP, "forward", backend)(*_kernel_inputs(call), outputs)
     return outputs
 
 
@@ -294,7 +297,7 @@ def _backward_kernel(grad_output, output, lse, *inputs):
     call = _Call(*inputs)
     grads = _new_grads(call, of_strength)
     run = backends.kernel(OP, "backward", backend)
-    run(last_dim_contiguous(grad_output), output, lse, *_kernel_inputs(call), grads)
+    run(last_dim_contiguous(grad_output), [output, lse], *_kernel_inputs(call), grads)
     return grads
 
 
@@ -340,3 +343,14 @@ def _backward_flop(grad_output, output, lse, query, key, value, routing, *_, **_
 
 
 count_flop(OP, _flop, _backward_flop)
+
+
+def _backward_workspace(grad_output, output, lse, query, key, value, routing, strength, limit, attn_mask, *_) -> int:
+    """dO . O, with a float mask maxima and sums of rows, and what groups of heads add to three factors' gradients: at
+    most a group for every head."""
+    of_queries, of_keys = (sum(factor.numel() for factor in routing[side:6:2]) for side in (0, 1))
+    of_rows = 3 if attn_mask is not None and attn_mask.dtype != torch.bool else 1
+    return 4 * (of_rows * lse.numel() + query.shape[1] * max(of_queries, of_keys))
+
+
+count_workspace(f"{OP}_backward", _backward_workspace)

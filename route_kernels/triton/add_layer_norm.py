@@ -117,9 +117,9 @@ def add_layer_norm_backward(
     tl.store(sums_ptr + C + c, tl.sum(bias_sum, 0), c < C)
 
 
-def forward(x, residual, weight, bias, channels, eps, output, rstd, normalized) -> None:
-    """Fills output [T, C], rstd [T] and normalized [T, kept] of x and residual [T, C]."""
-    tensors = (x, residual, weight, bias, channels, output, rstd, normalized)
+def forward(x, residual, weight, bias, channels, eps, outputs) -> None:
+    """Fills the outputs [T, C], rstd [T] and normalized [T, kept] from x and residual [T, C]."""
+    tensors = (x, residual, weight, bias, channels, *outputs)
     add_layer_norm_forward[kept(_forward, tensors, eps)](*tensors)
 
 
@@ -133,9 +133,9 @@ def _forward(tensors: Sequence[torch.Tensor], eps: float) -> Grid:
     )  # fmt: skip
 
 
-def backward(grad_output, output, rstd, normalized, channels, weight, bias, grads) -> None:
+def backward(grad_output, outputs, channels, weight, bias, grads) -> None:
     """Fills the gradient of the sum [T, C] and the sums [parts, 2, C] of weight's and bias's."""
-    tensors = (grad_output, output, rstd, normalized, channels, weight, bias, *grads)
+    tensors = (grad_output, *outputs, channels, weight, bias, *grads)
     add_layer_norm_backward[kept(_backward, tensors)](*tensors)
 
 

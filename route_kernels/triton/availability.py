@@ -6,6 +6,8 @@ import functools
 import os
 import pkgutil
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -15,31 +17,43 @@ from ..precision import FLOATING
 OLDEST = (3, 5)
 OLDEST_CAPABILITY = (8, 0)
 
-WITHOUT_FLOAT64 = ("query_similarity", "routed_attention")
-DTYPES = {
-    file.name: FLOATING[:3] if file.name in WITHOUT_FLOAT64 else FLOATING
-    for file in pkgutil.iter_modules([os.path.dirname(__file__)])
-}
-"""The dtypes that each op's kernels take. An op without a file here has none."""
-WIDEST = {4: ("D", 128), 3: ("R and G", 64)}
-"""By their dimensions, the widest rows of routed attention's tensors that registers and shared memory hold."""
+OPS = frozenset(file.name for file in pkgutil.iter_modules([os.path.dirname(__file__)]))
+"""An op without a file here has no kernels."""
+
+
+class Limits(NamedTuple):
+    """The tensors that an op's kernels take."""
+
+    dtypes: tuple[torch.dtype, ...] = FLOATING
+    widest: Mapping[int, tuple[str, int]] = {}
+    """By the dimensions of a tensor, the name and the most of its last one."""
+
+
+LIMITS: dict[str, Limits] = {}
+"""Declared by the ops that have some."""
+
+
+def limits(op: str) -> Limits:
+    """The tensors that the kernels of `op` take."""
+    return LIMITS.get(op, Limits())
 
 
 def can_run(op: str, *tensors: torch.Tensor) -> tuple[bool, str]:
     """Whether the Triton kernel of `op` takes these tensors, and the reason; without any, whether it could run here."""
-    if op not in DTYPES:
+    if op not in OPS:
         return False, f"this version has no triton kernel for {op}"
     devices = {tensor.device for tensor in tensors} or {_most_capable_device()}
     for device in devices:
         obstacle = _obstacle(device.type, device.index)
         if obstacle:
             return False, obstacle
+    dtypes, widest = limits(op)
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES[op]:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[op])
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             return False, f"the triton kernel takes {names}, got {tensor.dtype}"
-        if op == "routed_attention" and tensor.dim() in WIDEST:
-            name, most = WIDEST[tensor.dim()]
+        if tensor.dim() in widest:
+            name, most = widest[tensor.dim()]
             if tensor.shape[-1] > most:
                 return False, f"the triton kernel takes {name} up to {most}, got {tensor.shape[-1]}"
     return True, _description()

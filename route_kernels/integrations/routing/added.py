@@ -139,7 +139,7 @@ def _routed_or_original(original: Callable) -> Callable:
         if not torch.compiler.is_compiling():
             _expect_known_recomputation(self)
         settings = active_settings()
-        if settings.strength == 0:
+        if settings.is_plain:
             return original(self, *args, **kwargs)
         return _routed_forward(self, settings, args, kwargs)
 

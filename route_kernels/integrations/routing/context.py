@@ -9,13 +9,20 @@ from typing import NamedTuple
 
 import torch
 
+from ...ops.contract import number_or_tensor
+
 
 class RoutingSettings(NamedTuple):
-    """The settings of one `with rk.routing(...)`; strength 0 is plain attention."""
+    """The settings of one `with rk.routing(...)`; the number 0 as strength is plain attention."""
 
-    strength: float
+    strength: float | torch.Tensor
     confidence: torch.Tensor | None  # [B, N]
     geometry: torch.Tensor | None  # [B, N]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no router runs; a tensor is not read for that."""
+        return not isinstance(self.strength, torch.Tensor) and self.strength == 0
 
 
 PLAIN = RoutingSettings(0.0, None, None)
@@ -49,24 +56,28 @@ class routing:
 
     Args:
         strength: lambda >= 0, the factor of the bias (after its clamp); 0 is the plain attention, without routers.
+            The kernels alone read a tensor without dimensions: one compiled graph has all its values, and it may have
+            a gradient.
         confidence: [B, N], highest class probability of each query; None is 0. Without gradient.
         geometry: [B, N], log of the area of each query's reference box; None is 0. Without gradient.
 
     Raises:
-        ValueError: strength is not a finite number >= 0, or a tensor is not [B, N].
-        TypeError: confidence or geometry is no floating-point tensor.
+        ValueError: strength is not a finite number >= 0, or confidence or geometry is not [B, N].
+        TypeError: strength is a tensor of more than one number, or confidence or geometry is no floating-point tensor.
 
     Source: Route-DETR, arXiv 2512.13876.
     """
 
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float | torch.Tensor = 1.0,
         *,
         confidence: torch.Tensor | None = None,
         geometry: torch.Tensor | None = None,
     ):
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
+        if isinstance(strength, torch.Tensor):
+            strength = number_or_tensor("routing", "strength", strength, differentiable=True)
+        elif isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
             raise ValueError(f"routing: strength: expected a finite number >= 0, got {strength!r}")
         for name, feature in (("confidence", confidence), ("geometry", geometry)):
             _expect_feature(name, feature)

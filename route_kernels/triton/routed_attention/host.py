@@ -23,34 +23,32 @@ MOST_GATE_COLUMNS = 4  # of a gate in multiply-adds
 Inputs = Sequence[torch.Tensor | None]  # query, key, value, six factors, controls, mask, ranges
 
 
-def forward(query, key, value, routing, attn_mask, key_ranges, scalars, output, lse) -> None:
+def forward(qkv, routing, attn_mask, key_ranges, scalars, outputs) -> None:
     """Fills output [B, H, N, D] and lse [B, H, N] float32, a natural logarithm, +inf where a query attends nothing.
 
     routing: nothing, six factors, or these and [2] = (strength, limit); scalars: scale, strength, limit.
     """
-    if query.shape[1] == 0:
+    if qkv[0].shape[1] == 0:
         return
-    inputs = _inputs(query, key, value, routing, attn_mask, key_ranges)
+    inputs = _inputs(qkv, routing, attn_mask, key_ranges)
     grid = kept(_forward, inputs, input_precision(), False)
-    attention_forward[grid](*inputs, output, lse, None, *_floats(scalars))
+    attention_forward[grid](*inputs, *outputs, None, *_floats(scalars))
 
 
-def backward(
-    grad_output, output, lse, query, key, value, routing, attn_mask, key_ranges, scalars, grads
-) -> None:  # fmt: skip
+def backward(grad_output, outputs, qkv, routing, attn_mask, key_ranges, scalars, grads) -> None:
     """Fills the gradients of query, key, value, of six factors where there are some, and the rows [B, N] of strength's.
 
     The same bits every time. The pass over queries comes first: it writes T = dO . O, which the pass over keys reads.
     """
-    if 0 in query.shape[:2]:  # no head: no program writes the factors' gradients
+    if 0 in qkv[0].shape[:2]:  # no head: no program writes the factors' gradients
         for grad in grads:
             grad.zero_()
         return
-    inputs, floats = _inputs(query, key, value, routing, attn_mask, key_ranges), _floats(scalars)
+    inputs, floats = _inputs(qkv, routing, attn_mask, key_ranges), _floats(scalars)
     grad_query, grad_key, grad_value, *of_factors = grads
     of_factors, of_strength = of_factors[:6], of_factors[6] if len(of_factors) > 6 else None
+    output, lse = (x.contiguous() for x in outputs)
     output_dot = contiguous_like(lse)
-    output, lse = output.contiguous(), lse.contiguous()
     of_queries, of_keys = kept(_backward, (grad_output, *inputs), input_precision())
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         statistics = lse.new_empty((*lse.shape, 2))
@@ -75,10 +73,10 @@ def backward(
     of_keys.sum(parts, of_factors[1::2])
 
 
-def _inputs(query, key, value, routing, attn_mask, key_ranges) -> Inputs:
+def _inputs(qkv, routing, attn_mask, key_ranges) -> Inputs:
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.view(torch.uint8)
-    return query, key, value, *routing, *(None,) * (7 - len(routing)), attn_mask, key_ranges
+    return *qkv, *routing, *(None,) * (7 - len(routing)), attn_mask, key_ranges
 
 
 def _floats(scalars: Sequence[float]) -> tuple[float, float | None, float]:
