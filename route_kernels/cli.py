@@ -1,4 +1,4 @@
-"""route-kernels info | bench | doctor | tune."""
+"""route-kernels info | verify | bench | doctor | tune."""
 
 from __future__ import annotations
 
@@ -73,8 +73,16 @@ def doctor(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="route-kernels", description="Fused training kernels for DETR detectors.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | doctor | tune")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | verify | bench | doctor | tune")
     commands.add_parser("info", help="what is installed, and which backend runs each op")
+    check = commands.add_parser(
+        "verify",
+        help="hold every op, dtype and backend that runs here to its promises, in less than a minute",
+        description="Runs every op, dtype and backend of this machine against float64, on memory filled with NaN, at "
+        "ragged sizes, twice, and with 1, 3 and all threads. Exit code: 0 every promise holds, 1 one does not.",
+    )
+    check.add_argument("--gpu", action="store_true", help="also the kernels of the first GPU")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write what was found, with versions and devices")
     commands.add_parser(
         "bench", help="verify, then time; options as `python -m benchmarks ops`, for one --quick", add_help=False
     )
@@ -113,6 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown options: {' '.join(options)}")
     if args.command == "doctor":
         return doctor(args)
+    if args.command == "verify":
+        from .verify import verify
+
+        return verify(args.gpu, args.json)
     print("\n".join(info()))
     return 0
 

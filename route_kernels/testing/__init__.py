@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..doctor.training_step import counted_calls, perturb_sampling, relative_errors, tensors_in, training_step
-from .accuracy import assert_as_accurate, check_accuracy, errors, outcome, root_mean_square
+from .accuracy import assert_as_accurate, check_accuracy, errors, outcome, root_mean_square, yardstick
 from .arguments import Arguments, call, converted, map_tensors, named_tensors
 from .bad_inputs import BadInput
 from .eager import EAGER, grid_sampled, under_eager
@@ -36,6 +36,7 @@ __all__ = [
     "tensors_in",
     "training_step",
     "under_eager",
+    "yardstick",
 ]
 
 BAD_INPUTS: tuple[BadInput, ...] = sum((declaration(op).BAD_INPUTS for op in NAMES), ())

@@ -73,12 +73,8 @@ def assert_as_accurate(
         raise AssertionError("; ".join(bad))
 
 
-def check_accuracy(op: str, arguments: Arguments, function: Callable[..., torch.Tensor] | None = None) -> None:
-    """Forward and every gradient of `function` (default: the public op) against the reference in float64.
-
-    Raises:
-        AssertionError: an error is above twice that of PyTorch's own operators in the dtypes of the arguments.
-    """
+def yardstick(op: str, arguments: Arguments) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(grad_output, results of PyTorch's own operators in the dtypes of the arguments, results in float64)."""
     of_op: Callable[..., torch.Tensor] = getattr(rk, op)
     with rk.backend("reference"):
         doubles = converted(arguments, torch.float64)
@@ -87,7 +83,15 @@ def check_accuracy(op: str, arguments: Arguments, function: Callable[..., torch.
         dtype = next(tensor.dtype for _, tensor in named_tensors(arguments))
         grad_output = torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output.device, dtype)
         exact = outcome(of_op, doubles, grad_output)
+    return grad_output, outcome(EAGER[op], arguments, grad_output), exact
+
+
+def check_accuracy(op: str, arguments: Arguments, function: Callable[..., torch.Tensor] | None = None) -> None:
+    """Forward and every gradient of `function` (default: the public op) against the reference in float64.
+
+    Raises:
+        AssertionError: an error is above twice that of PyTorch's own operators in the dtypes of the arguments.
+    """
+    grad_output, eager, exact = yardstick(op, arguments)
     fresh = map_tensors(arguments, lambda x: x.detach().requires_grad_(x.requires_grad))
-    assert_as_accurate(
-        outcome(function or of_op, fresh, grad_output), outcome(EAGER[op], arguments, grad_output), exact
-    )
+    assert_as_accurate(outcome(function or getattr(rk, op), fresh, grad_output), eager, exact)
