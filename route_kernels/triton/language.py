@@ -1,4 +1,4 @@
-"""Functions that kernels share: a product and a cast that Triton's interpreter gets wrong in bfloat16, a logarithm, boxes."""
+"""Functions that kernels share: a logarithm, boxes, and two that Triton's interpreter gets wrong in bfloat16."""
 
 import triton
 import triton.language as tl
