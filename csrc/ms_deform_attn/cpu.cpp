@@ -1,7 +1,7 @@
 // Multi-scale deformable attention on the CPU, plain and fused. Workers share the (batch, head, query) triples evenly
 // in that order. Forward reads, and backward adds to, one head's rows at a time: [S, D] packed, small enough for
-// the second cache. A worker adds to rows of its own; where two share a (batch, head) pair, their rows are
-// summed in worker order afterwards: no atomics, and the same bits for the same number of threads.
+// the second cache. Backward adds over parts of a pair's queries, then over the parts in their order: no atomics, and
+// the same bits for any number of threads.
 
 #include "points.h"
 
@@ -187,10 +187,16 @@ void forward_worker(const Args& args, int64_t worker) {
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-// A worker adds to slice 0 for its first pair if others share it (its share starts or ends within), else to slice 1.
-inline int64_t slice_of(const Args& args, const Share& share, int64_t pair) {
-  const bool whole = share.begin <= pair * args.N && share.end >= (pair + 1) * args.N;
-  return !whole && pair == share.begin / args.N ? 0 : 1;
+inline Share parts_of(const Args& args, int64_t pair, int64_t worker) {
+  return parts_of_group(pair, args.B * args.H, parts_of_pair(args), worker, args.parallel.workers);
+}
+
+// Where the rows of a worker's part are summed, of `mine` of the same pair; its first part's slice ends as their sum.
+template <typename T>
+T* grad_slice(const Args& args, const Scratch<T>& s, const Share& mine, int64_t part) {
+  const int64_t last = slices_of_worker(args) - 1;
+  const int64_t index = mine.begin > 0 ? part - mine.begin : part > 0 ? last : larger(last - 1, 0);
+  return s.grad_slices + index * (args.S + 1) * s.row;
 }
 
 // Rounds rows of a pair's gradient once into grad_value.
@@ -217,10 +223,11 @@ T* reference_parts(const Args& args) {  // [B, H, N, reference_levels, reference
 }
 
 template <typename T, typename Storage>
-void backward_pair(const Args& args, int64_t pair, int64_t first, int64_t end, T* grad_rows, const Scratch<T>& s) {
+void backward_part(
+    const Args& args, int64_t pair, const Share& queries, const Rows& rows, T* grad_rows, const Scratch<T>& s) {
   const int64_t b = pair / args.H, h = pair % args.H, reference_row = args.reference_levels * args.reference_size;
+  const int64_t first = queries.begin, end = queries.end;
   memset(grad_rows, 0, size_t((args.S + 1) * s.row) * sizeof(T));
-  const Rows rows = value_rows<T, Storage>(args, b, h, end - first, s);
   const View& grad_output = args.grad_output;
   for (int64_t n0 = first; n0 < end; n0 += QUERIES) {
     const int64_t n1 = smaller(n0 + QUERIES, end);
@@ -248,34 +255,47 @@ void backward_pair(const Args& args, int64_t pair, int64_t first, int64_t end, T
   }
 }
 
+template <typename T, typename Storage>
+void backward_pair(const Args& args, int64_t pair, const Share& mine, const Scratch<T>& s) {
+  const int64_t parts = parts_of_pair(args), values = (args.S + 1) * s.row;
+  const int64_t queries = share_of(args.N, mine.end - 1, parts).end - share_of(args.N, mine.begin, parts).begin;
+  const Rows rows = value_rows<T, Storage>(args, pair / args.H, pair % args.H, queries, s);
+  T* sum = grad_slice(args, s, mine, mine.begin);
+  for (int64_t part = mine.begin; part < mine.end; ++part) {
+    T* grad_rows = grad_slice(args, s, mine, part);
+    backward_part<T, Storage>(args, pair, share_of(args.N, part, parts), rows, grad_rows, s);
+    if (mine.begin == 0 && part > 0)
+      for (int64_t i = 0; i < values; ++i) sum[i] += grad_rows[i];
+  }
+  if (mine.end - mine.begin == parts) write_grad_value(args, pair, {0, args.S}, sum, s.row);
+}
+
 template <typename T>
 void backward_worker(const Args& args, int64_t worker) {
-  const Share share = share_of(args.B * args.H * args.N, worker, args.parallel.workers);
   Scratch<T> scratch = scratch_of<T>(args, worker, true);
   scratch.prepare(args);
-  for_pairs(args, worker, [&](int64_t pair, int64_t first, int64_t end) {
-    T* grad_rows = scratch.grad_slice[slice_of(args, share, pair)];
-    with_storage_of<T>(args.value.dtype, [&](auto storage) {
-      backward_pair<T, decltype(storage)>(args, pair, first, end, grad_rows, scratch);
-    });
-    if (first == 0 && end == args.N) write_grad_value(args, pair, {0, args.S}, grad_rows, scratch.row);
+  for_groups(args.B * args.H, parts_of_pair(args), worker, args.parallel.workers, [&](int64_t pair, const Share& mine) {
+    with_storage_of<T>(
+        args.value.dtype, [&](auto storage) { backward_pair<T, decltype(storage)>(args, pair, mine, scratch); });
   });
 }
 
-// Sums, over the workers that share a pair, this worker's part of the pair's rows, in worker order.
+// Sums the parts of a pair that several workers have, of these positions.
 template <typename T>
 void finish_shared_pair(const Args& args, int64_t pair, const Share& positions) {
   T* sum = nullptr;
   int64_t row = 0;
   for (int64_t other = 0; other < args.parallel.workers; ++other) {
-    const Share share = share_of(args.B * args.H * args.N, other, args.parallel.workers);
-    if (share.begin == share.end || share.end <= pair * args.N || share.begin >= (pair + 1) * args.N) continue;
+    const Share mine = parts_of(args, pair, other);
     const Scratch<T> scratch = scratch_of<T>(args, other, true);
-    T* part = scratch.grad_slice[slice_of(args, share, pair)];
     row = scratch.row;
-    if (sum == nullptr) sum = part;
-    else
-      for (int64_t i = positions.begin * row; i < positions.end * row; ++i) sum[i] += part[i];
+    // slices of parts that a worker added up itself are one
+    for (int64_t part = mine.begin; part < (mine.begin == 0 ? smaller(mine.end, 1) : mine.end); ++part) {
+      T* rows = grad_slice(args, scratch, mine, part);
+      if (sum == nullptr) sum = rows;
+      else
+        for (int64_t i = positions.begin * row; i < positions.end * row; ++i) sum[i] += rows[i];
+    }
   }
   write_grad_value(args, pair, positions, sum, row);
 }
@@ -295,10 +315,10 @@ void finish_references(const Args& args, const Share& queries, T* sums) {
 
 template <typename T>
 void finish_worker(const Args& args, int64_t worker) {
-  const int64_t workers = args.parallel.workers, items = args.B * args.H * args.N;
+  const int64_t workers = args.parallel.workers, parts = parts_of_pair(args);
   for (int64_t other = 0, previous = -1; other < workers; ++other) {
-    const int64_t end = share_of(items, other, workers).end, pair = end / args.N;
-    if (end % args.N == 0 || pair == previous) continue;
+    const int64_t end = share_of(args.B * args.H * parts, other, workers).end, pair = end / parts;
+    if (end % parts == 0 || pair == previous) continue;
     finish_shared_pair<T>(args, pair, share_of(args.S, worker, workers));
     previous = pair;
   }
@@ -314,7 +334,7 @@ void backward_all(const Args& args) {
     return;
   }
   args.parallel.each([&](int64_t worker) { backward_worker<T>(args, worker); });
-  const bool shares_pairs = args.B * args.H % args.parallel.workers != 0;
+  const bool shares_pairs = parts_of_pair(args) > 1 && args.parallel.workers > 1;
   if (shares_pairs || args.grad_reference.data != nullptr)
     args.parallel.each([&](int64_t worker) { finish_worker<T>(args, worker); });
 }

@@ -40,6 +40,23 @@ struct PointBlock {
   T grad_x[BLOCK], grad_y[BLOCK], grad_weight[BLOCK];
 };
 
+// The queries of a (batch, head) pair are cut into parts. Backward sums the rows of a part from zero and adds the sums
+// in the order of the parts, whoever has made them. Parts make work for threads where there are few pairs, if the rows
+// that a part's points add to are many beside the S rows that it starts from.
+inline int64_t parts_of_pair(const Args& args) {
+  const int64_t pairs = args.B * args.H, added = args.N * args.K * CORNERS;
+  int64_t parts = pairs >= 16 ? 1 : pairs >= 8 ? 2 : 4;
+  while (parts > 1 && pairs * parts > 8 && added < 8 * args.S * parts) parts /= 2;
+  return parts;
+}
+
+// A worker that begins within a pair keeps each of its parts until all have been summed: slices 0 to parts - 2. Others
+// add them up, in the last slice but one; the last one is of the part that is added next.
+inline int64_t slices_of_worker(const Args& args) {
+  const int64_t parts = parts_of_pair(args);
+  return parts == 1 ? 1 : parts + 1;
+}
+
 template <typename T>
 struct Scratch {
   int64_t blocks;  // of the K points of a query and head
@@ -53,7 +70,7 @@ struct Scratch {
   T *references, *reference_sums;  // [reference_levels, reference_size]
   // of one batch element and head: [S + 1, row], the last row zero (values) or for what falls nowhere (gradients)
   char* value_slice;  // of the storage type
-  T* grad_slice[2];   // of a pair that other workers share, and of any other pair
+  T* grad_slices;     // [slices of a worker, S + 1, row]
 
   Scratch(const Args& args, char* base, bool backward) {
     Blocks memory(base);
@@ -70,10 +87,8 @@ struct Scratch {
     reference_sums = memory.take<T>(4 * args.L);
     small_bytes = memory.used;
     const int64_t slice = (args.S + 1) * row;
-    const bool shares_pairs = args.B * args.H % args.parallel.workers != 0;
     value_slice = memory.take<char>(slice * bytes_of(args.value.dtype));
-    grad_slice[0] = memory.take<T>(backward && shares_pairs ? slice : 0);
-    grad_slice[1] = memory.take<T>(backward ? slice : 0);
+    grad_slices = memory.take<T>(backward ? slices_of_worker(args) * slice : 0);
     bytes = memory.used + ALIGNMENT;  // wherever the allocation starts
   }
 

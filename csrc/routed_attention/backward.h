@@ -1,5 +1,8 @@
 #pragma once
-// The backward pass of a worker: probabilities recomputed from lse, gradients of keys summed in slots of its own.
+// The backward pass: probabilities recomputed from lse, gradients of keys summed in slots.
+//
+// The queries of an image are cut into parts. A part's gradients of keys are summed in a slot from zero, and the slots
+// are added in the order of the parts, whoever has summed them.
 
 #include "forward.h"
 
@@ -9,7 +12,7 @@ using namespace rk::RK_SIMD;
 
 namespace {
 
-// Gradients of one image's keys, as one worker has summed them.
+// Gradients of one image's keys, summed over some of its queries.
 template <typename T>
 struct KeyGradients {
   T* key;    // [H, M, padded D]
@@ -67,22 +70,37 @@ template <typename T>
 struct Backward {
   const Args& a;
   const Gradients& grad = a.grad;
+  int64_t parts;    // of an image
+  int64_t sharers;  // workers that have parts
   int64_t slot_bytes, scratch_bytes;
 
   explicit Backward(const Args& args) : a(args) {
+    const int64_t blocks = (a.queries + BLOCK_N - 1) / BLOCK_N;
+    parts = a.batch < 16 ? smaller(larger(blocks, 1), 4) : 1;
+    if (a.batch < 16 && parts < 4 && a.batch * parts % 2 != 0) ++parts;  // most machines have an even number of threads
+    sharers = smaller(a.parallel.workers, larger(a.batch * parts, 1));
     Blocks counting_slot(nullptr), counting_scratch(nullptr);
     slot_bytes = KeyGradients<T>(counting_slot, a).bytes + ALIGNMENT;
     BackwardScratch<T>(counting_scratch, a);
     scratch_bytes = counting_scratch.used + ALIGNMENT;
   }
 
-  int64_t slots() const { return a.parallel.workers + a.batch - 1; }
+  // A worker that begins within an image keeps each of its parts; others add them to the first one. All but the first
+  // are in slots beside the (worker, image) pairs'.
+  int64_t spare_slots() const { return sharers < a.batch * parts ? parts - 1 : 0; }
+  int64_t slots() const { return sharers + a.batch - 1 + sharers * spare_slots(); }
   int64_t workspace_bytes() const { return slots() * slot_bytes + a.parallel.workers * scratch_bytes; }
 
-  // Walking through (image, worker) pairs in order, each step raises one of them: the sum numbers the slots.
-  KeyGradients<T> slot_of(int64_t worker, int64_t b) const {
-    Blocks own(a.workspace + (worker + b) * slot_bytes);
+  KeyGradients<T> slot(int64_t index) const {
+    Blocks own(a.workspace + index * slot_bytes);
     return KeyGradients<T>(own, a);
+  }
+
+  // Walking through (image, worker) pairs in order, each step raises one of them: the sum numbers the slots.
+  KeyGradients<T> first_slot_of(int64_t worker, int64_t b) const { return slot(worker + b); }
+
+  KeyGradients<T> spare_slot_of(int64_t worker, int64_t index) const {
+    return slot(sharers + a.batch - 1 + worker * spare_slots() + index);
   }
 
   BackwardScratch<T> scratch_of(int64_t worker) const {
@@ -92,13 +110,27 @@ struct Backward {
 
   void differentiate(int64_t worker) const {
     BackwardScratch<T> s = scratch_of(worker);
-    int64_t image = -1;
-    for_blocks_of(a, worker, [&](int64_t b, int64_t first, int64_t rows) {
-      const KeyGradients<T> keys = slot_of(worker, b);
-      if (b != image) memset(keys.key, 0, size_t(keys.bytes));
-      image = b;
-      differentiate_block(s, keys, {b, first, rows, round_up_to_lanes<T>(rows)});
+    for_groups(a.batch, parts, worker, sharers, [&](int64_t b, const Share& mine) {
+      const KeyGradients<T> first = first_slot_of(worker, b);
+      differentiate_part(s, first, b, mine.begin);
+      for (int64_t part = mine.begin + 1; part < mine.end; ++part) {
+        const KeyGradients<T> next = spare_slot_of(worker, mine.begin == 0 ? 0 : part - mine.begin);
+        differentiate_part(s, next, b, part);
+        if (mine.begin == 0) add(first.key, next.key, first.bytes / int64_t(sizeof(T)));
+      }
     });
+  }
+
+  void differentiate_part(BackwardScratch<T>& s, const KeyGradients<T>& keys, int64_t b, int64_t part) const {
+    memset(keys.key, 0, size_t(keys.bytes));
+    for_blocks(a, b, 1, part, parts, [&](int64_t image, int64_t first, int64_t rows) {
+      differentiate_block(s, keys, {image, first, rows, round_up_to_lanes<T>(rows)});
+    });
+  }
+
+  // sum += part, of so many values: whole vectors
+  static void add(T* sum, const T* part, int64_t count) {
+    for (int64_t e = 0; e < count; e += LANES<T>) store(sum + e, load(sum + e) + load(part + e));
   }
 
   void read_block(BackwardScratch<T>& s, const Place& at) const {
@@ -279,17 +311,19 @@ struct Backward {
     memcpy(of_strength, s.grad_strength, size_t(at.rows) * sizeof(T));
   }
 
-  // grad = factor * (sum of the slots of image b, in the order of the workers)
+  // grad = factor * (sum of the slots of image b, in the order of the parts)
   void write_key_gradient(
       const View& to, int64_t b, int64_t h, int64_t head_stride, int64_t row_stride, int64_t columns,
       T* KeyGradients<T>::* member, int64_t first, T* sum, T factor) const {
     const int64_t padded = round_up_to_lanes<T>(columns), count = smaller(BLOCK_M, a.keys - first);
     const int64_t offset = (h * a.keys + first) * padded;
     memset(sum, 0, size_t(count * padded) * sizeof(T));
-    for (int64_t worker = 0; worker < a.parallel.workers; ++worker) {
-      if (!works_on(a, worker, b)) continue;
-      const T* part = slot_of(worker, b).*member + offset;
-      for (int64_t e = 0; e < count * padded; e += LANES<T>) store(sum + e, load(sum + e) + load(part + e));
+    for (int64_t worker = 0; worker < sharers; ++worker) {
+      const Share mine = parts_of_group(b, a.batch, parts, worker, sharers);
+      if (mine.begin == mine.end) continue;
+      add(sum, first_slot_of(worker, b).*member + offset, count * padded);
+      for (int64_t kept = 1; mine.begin > 0 && kept < mine.end - mine.begin; ++kept)
+        add(sum, spare_slot_of(worker, kept).*member + offset, count * padded);
     }
     for (int64_t j = 0; j < count; ++j)
       write_row<T>(
@@ -321,7 +355,7 @@ struct Backward {
   }
 
   void run() const {
-    a.parallel.each([this](int64_t worker) { differentiate(worker); });
+    Parallel{sharers, a.parallel.run}.each([this](int64_t worker) { differentiate(worker); });
     a.parallel.each([this](int64_t worker) { write_keys(worker); });
   }
 };

@@ -1,6 +1,6 @@
 // Routed attention on a CPU. A worker takes a block of 128 queries with all its heads: the bias of a tile of 64 keys is
 // computed once and added for every head, so its cost is divided by H. Forward is an online softmax; backward
-// recomputes the probabilities from lse. Workers add the gradients of keys into their slots, summed in a fixed order.
+// recomputes the probabilities from lse. Gradients of keys are summed over parts of the queries, then over the parts.
 
 #include "backward.h"
 #include "forward.h"

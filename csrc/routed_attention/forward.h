@@ -144,7 +144,7 @@ struct Forward {
   void attend(int64_t worker) const {
     Blocks own(a.workspace + worker * scratch_bytes);
     ForwardScratch<T> s(own, a);
-    for_blocks_of(a, worker, [&](int64_t b, int64_t first, int64_t rows) {
+    for_blocks(a, 0, a.batch, worker, a.parallel.workers, [&](int64_t b, int64_t first, int64_t rows) {
       attend_block(s, {b, first, rows, round_up_to_lanes<T>(rows)});
     });
   }

@@ -17,26 +17,19 @@ constexpr int64_t BLOCK_N = 128;  // queries of a tile
 constexpr int64_t BLOCK_M = 64;   // keys of a tile
 constexpr int64_t TILE_SIZE = BLOCK_M * BLOCK_N;
 
-// Calls block(b, first, rows) for the queries of one worker: equal shares of all B * N, cut at multiples of 8 rows and
-// walked in blocks of at most BLOCK_N that do not cross images.
+// Calls block(b, first, rows) for one of `shares` equal shares of the queries of `images` images from image b0 on: cut
+// at multiples of 16 rows and walked in blocks of at most BLOCK_N that do not cross images.
 template <typename Block>
-inline void for_blocks_of(const Args& a, int64_t worker, Block block) {
-  constexpr int64_t UNIT = 8;
+inline void for_blocks(const Args& a, int64_t b0, int64_t images, int64_t index, int64_t shares, Block block) {
+  constexpr int64_t UNIT = 16;
   const int64_t units_of_image = (a.queries + UNIT - 1) / UNIT;
-  const Share share = share_of(a.batch * units_of_image, worker, a.parallel.workers);
+  const Share share = share_of(images * units_of_image, index, shares);
   for (int64_t unit = share.begin; unit < share.end;) {
     const int64_t b = unit / units_of_image, first = unit % units_of_image;
     const int64_t units = smaller(smaller(BLOCK_N / UNIT, share.end - unit), units_of_image - first);
-    block(b, first * UNIT, smaller(units * UNIT, a.queries - first * UNIT));
+    block(b0 + b, first * UNIT, smaller(units * UNIT, a.queries - first * UNIT));
     unit += units;
   }
-}
-
-// Whether a worker's share has queries of image b.
-inline bool works_on(const Args& a, int64_t worker, int64_t b) {
-  bool found = false;
-  for_blocks_of(a, worker, [&](int64_t image, int64_t, int64_t) { found = found || image == b; });
-  return found;
 }
 
 // Where a block of queries meets a tile of keys.
