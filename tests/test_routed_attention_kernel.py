@@ -1,4 +1,4 @@
-"""Promises of the native kernel alone: every element written, O(N) memory, one result for a thread count."""
+"""Promises of the native kernel alone: every element written, O(N) memory, one result however often it is computed."""
 
 import math
 

@@ -77,7 +77,7 @@ struct Backward {
   explicit Backward(const Args& args) : a(args) {
     const int64_t blocks = (a.queries + BLOCK_N - 1) / BLOCK_N;
     parts = a.batch < 16 ? smaller(larger(blocks, 1), 4) : 1;
-    if (a.batch < 16 && parts < 4 && a.batch * parts % 2 != 0) ++parts;  // most machines have an even number of threads
+    if (a.batch < 16 && parts < 4 && a.batch * parts % 2 != 0) ++parts;  // for two threads: the same work
     sharers = smaller(a.parallel.workers, larger(a.batch * parts, 1));
     Blocks counting_slot(nullptr), counting_scratch(nullptr);
     slot_bytes = KeyGradients<T>(counting_slot, a).bytes + ALIGNMENT;
