@@ -298,7 +298,9 @@ def section(results: Mapping[str, Any]) -> str:
     )
     words = (
         "Errors relative to the exact gradient, root mean square; of locations and weights the worst level. On the "
-        f"coarsest level the error of deformops with sums in the dtype of value over ours: {over}."
+        f"coarsest level the error of deformops with sums in the dtype of value over ours: {over}. Ours is that of one "
+        "rounding, the least that a result in this dtype can have; the other one grows with the additions. Locations "
+        "on the border of two pixels have two slopes: which one float32 takes is the same chance for all."
     )
     return counted.section(NAME, results, [words, (HEAD, [_cells(row) for row in rows])])
 

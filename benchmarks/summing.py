@@ -1,6 +1,6 @@
 """Whether it matters in training how the gradient of `value` is summed: a switch of this benchmark, not of the product.
 
-    python -m benchmarks summing [--epochs 2 --seeds 2]
+    python -m benchmarks summing [--steps 1000 --seeds 2]
 
 `tiny` is trained on the bundled digits in float32. Either the gradient of every deformable attention's value is the
 kernel's, summed in float32; or its terms are rounded to bfloat16 and so is the sum after each of them, as atomics in
@@ -150,14 +150,14 @@ def section(results: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes summing.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks summing", description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=2, help="of 625 steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of 8 images (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="of each way (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"folder (default: {counted.COUNTED.relative_to(ROOT)})")
     args = parser.parse_args(argv)
     runs = []
     for seed in range(args.seeds):
         for way, dtype in WAYS.items():
-            runs.append({"way": way, "seed": seed, **trained(dtype, seed, [f"train.epochs={args.epochs}"])})
+            runs.append({"way": way, "seed": seed, **trained(dtype, seed, [f"train.steps={args.steps}"])})
             counted.write(NAME, {"runs": runs}, args.out)
     print(aligned(HEAD, _rows(runs)))
     return 0
