@@ -1,4 +1,4 @@
-"""route-detr train | eval | predict | import | export | inspect | data | memory: each parser beside its function.
+"""route-detr train | eval | predict | import | export | inspect | compare | data | memory, parsers beside functions.
 
 A command imports what it needs when it runs, so that ``--help`` does not wait for PyTorch.
 """
@@ -45,6 +45,11 @@ EXAMPLES = """examples:
   route-detr train --resume                              goes on where the run was stopped
   accelerate launch --mixed_precision bf16 -m route_detr train --data ROOT     on all GPUs of this machine
 """
+COMPARISONS = """examples:
+  route-detr compare --seeds 5 --steps 1250 --jobs 2
+  route-detr compare --data ROOT --preset tiny train.batch_size=16 --seconds 3600 --arm plain --arm all-layers
+  route-detr compare --steps 2000 --arm plain detector.route=false --arm strong schedule.strength=1 --arm frozen
+"""
 BUNDLED_DATA = "data/digits"
 DATA_OPTIONS = ("train_json", "train_images", "val_json", "val_images")
 LENGTHS = ("train.epochs", "train.time_budget")
@@ -85,7 +90,8 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, with its function as ``action``; KEY=VALUE may stand anywhere in it."""
     top = argparse.ArgumentParser(prog="route-detr", description="Train and use a routed detector (Route-DETR).")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_evaluate, _add_predict, _add_import, _add_export, _add_inspect, _add_data):
+    adders = (_add_train, _add_evaluate, _add_predict, _add_import, _add_export, _add_inspect, _add_compare, _add_data)
+    for add in adders:
         add(commands)
     memory.add_parser(commands, _common())
     args, rest = top.parse_known_args(argv)
@@ -128,6 +134,8 @@ def _complain(kind: str, message: object) -> None:
 
 
 def _how_to_resume(args: argparse.Namespace) -> str:
+    if args.action is compare:
+        return "the same command goes on"
     return f"continue with: route-detr train --resume --out {run_folder(args)}"
 
 
@@ -183,6 +191,11 @@ def _check_numbers(args: argparse.Namespace, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
+def _check_score_threshold(args: argparse.Namespace) -> None:
+    if not 0 <= args.score_threshold <= 1:
+        raise UsageError(f"--score-threshold: expected a number in 0..1, got {args.score_threshold}")
+
+
 def _processes(args: argparse.Namespace) -> Accelerator:
     import torch
 
@@ -219,6 +232,19 @@ def _data_paths(args: argparse.Namespace, splits: Sequence[str]) -> dict[str, st
         found = getattr(layout, split)
         paths[f"{split}_json"] = str(found.annotations.resolve())
         paths[f"{split}_images"] = str(found.images.resolve())
+    return paths
+
+
+def _data_or_digits(args: argparse.Namespace) -> dict[str, str]:
+    """`_data_paths` of both splits; the bundled digits, written once, where the command line says nothing."""
+    from route_detr.tools import digits
+
+    paths = _data_paths(args, ("train", "val"))
+    if paths is None:
+        if not Path(BUNDLED_DATA).is_dir():
+            digits.write_digits(BUNDLED_DATA)
+        args.data = Path(BUNDLED_DATA)
+        paths = _data_paths(args, ("train", "val"))
     return paths
 
 
@@ -340,15 +366,8 @@ def _started(args: argparse.Namespace, run: Run) -> Training:
     init = None if checkpoint is None else load_checkpoint(checkpoint)
     name, config = _configured(args) if init is None else _configured_by(args, checkpoint, init)
     accelerator = _processes(args)
-    paths = _data_paths(args, ("train", "val"))
-    if paths is None:
-        from route_detr.tools import digits
-
-        with accelerator.local_main_process_first():
-            if not Path(BUNDLED_DATA).is_dir():
-                digits.write_digits(BUNDLED_DATA)
-        args.data = Path(BUNDLED_DATA)
-        paths = _data_paths(args, ("train", "val"))
+    with accelerator.local_main_process_first():
+        paths = _data_or_digits(args)
     backbone_is_read = config.detector.backbone.weights is not None and (init is None or args.init_partial)
     training = Training(
         *(run, config, paths, accelerator),
@@ -527,8 +546,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def predict(args: argparse.Namespace) -> int:
     from route_detr.predict import PREDICTIONS, image_files, load_trained, pictures_of, predict_files
 
-    if not 0 <= args.score_threshold <= 1:
-        raise UsageError(f"--score-threshold: expected a number in 0..1, got {args.score_threshold}")
+    _check_score_threshold(args)
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out: expected a folder, {args.out} is a file")
     for given in args.images:
@@ -608,8 +626,8 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
-    inspect = commands.add_parser("inspect", help="pictures of what routing does")
-    topics = inspect.add_subparsers(dest="topic", required=True, metavar="routing | schedule")
+    inspect = commands.add_parser("inspect", help="what routing does, and how queries compete")
+    topics = inspect.add_subparsers(dest="topic", required=True, metavar="routing | schedule | competition")
     routing = _add(topics, "routing", inspect_routing, "learned bias and gate of one image", computes=True)
     _add_run_argument(routing)
     routing.add_argument("--image", type=Path, help="image file (default: the first validation image of the run)")
@@ -618,6 +636,14 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     schedule.add_argument("--images", type=int, default=118_287, help="images of an epoch (118287: COCO train2017)")
     schedule.add_argument("--out", type=Path, default=Path("schedule.png"), help="picture to write (schedule.png)")
     _add_configuration(schedule)
+    purpose = "how queries compete for objects, over the whole validation set"
+    competition = _add(topics, "competition", inspect_competition, purpose, computes=True)
+    _add_run_argument(competition)
+    _add_data_options(competition, ("val",), "default: the validation set of the run")
+    competition.add_argument("--out", type=Path, help="JSON to write (default: competition.json beside the checkpoint)")
+    competition.add_argument(
+        "--score-threshold", type=float, default=SHOWN_SCORE, help="of a query that claims an object (0.3)"
+    )
 
 
 def inspect_routing(args: argparse.Namespace) -> int:
@@ -648,12 +674,99 @@ def inspect_schedule(args: argparse.Namespace) -> int:
     return 0
 
 
+def inspect_competition(args: argparse.Namespace) -> int:
+    from route_detr.compare.competition import as_text, measure
+    from route_detr.predict import load_trained
+
+    _check_score_threshold(args)
+    checkpoint = _checkpoint(args)
+    out = args.out or checkpoint.with_name("competition.json")
+    check_replaceable("JSON", out)
+    trained = load_trained(checkpoint, _processes(args).device)
+    paths = _data_paths(args, ("val",)) or trained.data
+    dataset = _val_set(paths, trained, "--data ROOT, or --val-json and --val-images")
+    with tqdm(total=len(dataset), unit="image", desc="measuring", leave=False, disable=None) as bar:
+        measures, _ = measure(trained, dataset, args.score_threshold, lambda images: bar.update(images - bar.n))
+    print(as_text(measures))
+    record = {"software": SOFTWARE, "checkpoint": str(checkpoint), "annotations": paths["val_json"], **measures}
+    write_text(with_folder(out), json.dumps(record, indent=2) + "\n")
+    print(f"written to {out}")
+    return 0
+
+
+# ---- compare ---------------------------------------------------------------------------------------------------------
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    command = _add(
+        *(commands, "compare", compare, "does an arm help on your data? paired runs, and an interval"),
+        computes=True,
+        description="Train every arm with every seed and say with an interval whether an arm helps. In one seed all "
+        "arms see the same images, crops and noise and begin with the same numbers. Each run is an ordinary one, in "
+        "runs/NAME/ARM-SEED; stopped or killed, the same command goes on. Without --arm: plain and routed.",
+        epilog=COMPARISONS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        *("--arm",), nargs="+", action="append", metavar=("NAME", "KEY=VALUE"),
+        help="a name and what it changes; the first is what the others are compared with",
+    )  # fmt: skip
+    command.add_argument("--arms", type=Path, metavar="FILE.yaml", help="arms as NAME: {section: {field: value}}")
+    command.add_argument("--seeds", type=int, default=5, metavar="N", help="0 to N - 1 of each arm (5)")
+    length = command.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, metavar="N", help="of each run")
+    length.add_argument("--seconds", type=float, metavar="S", help="of each run, its evaluations included")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (1)")
+    command.add_argument("--name", default="compare", help="of the comparison: its folder is runs/NAME (compare)")
+    _add_data_options(command, ("train", "val"), "without any: the bundled crowded digits")
+    _add_configuration(command)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Every arm with every seed; what they show together goes into three files."""
+    import torch
+
+    from route_detr.compare import report
+    from route_detr.compare.arms import parsed_arms
+    from route_detr.compare.sitting import Member, Sitting, train_all
+
+    _check_numbers(args, "seeds", "steps", "seconds", "jobs", "threads")
+    arms, folder = parsed_arms(args.arm, args.arms), Path("runs") / args.name
+    for kind, name in report.FILES.items():
+        check_replaceable(kind, folder / name)
+    _, config = _configured(args)
+    length = {"train.steps": args.steps} if args.steps else {"train.time_budget": args.seconds, "train.epochs": 10**6}
+    if args.steps and config.train.eval_steps is None:
+        length["train.eval_steps"] = -(-args.steps // report.EVALUATIONS)
+    changes = _overrides(args) | length
+    sitting = Sitting(
+        folder=folder,
+        begins=[f"--config={args.config}"] if args.config else [f"--preset={args.preset or 'tiny'}"],
+        changes=changes,
+        base=config.updated(changes),
+        data=_data_or_digits(args),
+        device=str(_processes(args).device),
+        jobs=args.jobs,
+        threads=args.threads or max(1, (os.cpu_count() or 1) // args.jobs),
+    )
+    torch.set_num_threads(sitting.threads)
+    members = [Member(sitting, arm, seed) for seed in range(args.seeds) for arm in arms]
+    for member in members:
+        member.check()
+    train_all(members)
+    found = report.analysed(sitting, arms, range(args.seeds))
+    report.write(found, folder)
+    print(report.as_markdown(found))
+    print(f"files in {folder}: {', '.join(report.FILES.values())}")
+    return 0
+
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
     data = commands.add_parser("data", help="check a data set, write one")
-    sets = data.add_subparsers(dest="set", required=True, metavar="check | digits | cityscapes")
+    sets = data.add_subparsers(dest="set", required=True, metavar="check | digits | scenes | cityscapes")
     check = _add(
         *(sets, "check", check_data, "read all of a data set: sizes, classes, crowding, faults"),
         description="Read every annotation and every picture, and tell what is there and what is wrong with it. "
@@ -666,8 +779,18 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--json", type=Path, metavar="FILE", help="write all of it, every example too")
     digits = _add(sets, "digits", write_digits, "crowded digits as a COCO folder")
     digits.add_argument("out", type=Path)
-    for name, default in {"seed": 0, "train-images": 5000, "val-images": 100, "image-size": 128}.items():
+    for name, default in {"seed": 0, "train-images": 5000, "val-images": 100}.items():
         digits.add_argument(f"--{name}", type=int, default=default)
+    digits.add_argument(
+        *("--digits",), type=int, nargs=2, default=(5, 25), metavar=("LEAST", "MOST"), help="of an image (5 25)"
+    )
+    digits.add_argument(
+        "--image-size", type=int, help="side (128 for 25 digits, larger for more: as much room for each)"
+    )
+    scenes = _add(sets, "scenes", write_scenes, "crowds in rendered rooms as a COCO folder (needs vizdoom)")
+    scenes.add_argument("out", type=Path)
+    for name, default in {"seed": 0, "train-images": 2000, "val-images": 200}.items():
+        scenes.add_argument(f"--{name}", type=int, default=default)
     cityscapes = _add(sets, "cityscapes", write_cityscapes, "the official Cityscapes folders as a COCO folder")
     cityscapes.add_argument("root", type=Path, help="folder with leftImg8bit/ and gtFine/")
     cityscapes.add_argument("out", type=Path)
@@ -696,11 +819,20 @@ def write_digits(args: argparse.Namespace) -> int:
     from route_detr.config import first_error
     from route_detr.tools import digits
 
-    sizes = {name: getattr(args, name) for name in ("seed", "train_images", "val_images", "image_size")}
+    sizes = {name: getattr(args, name) for name in ("seed", "train_images", "val_images")}
+    sizes |= {"digits_per_image": tuple(args.digits), "image_size": args.image_size or digits.side_for(args.digits[1])}
     try:
         written = digits.write_digits(args.out, **sizes)
     except ValidationError as error:
         raise UsageError(first_error(error)) from error
+    print(f"{'written to' if written else 'already in'} {args.out}")
+    return 0
+
+
+def write_scenes(args: argparse.Namespace) -> int:
+    from route_detr.tools import scenes
+
+    written = scenes.write_scenes(args.out, args.seed, args.train_images, args.val_images)
     print(f"{'written to' if written else 'already in'} {args.out}")
     return 0
 

@@ -133,6 +133,10 @@ class DetectorConfig:
     router_rank: PositiveInt = 16
     router_limit: Positive = 5.0
     router_nonnegative: bool = False
+    router_frozen: bool = False  # the routers stay as they began
+    # MDS-DETR (arXiv 2605.23507): in so many first decoder layers a target has `train.one_to_many` queries; in the
+    # layers after them a query attends to itself and the more confident ones, in training and inference. 0: none.
+    one_to_many_layers: NonNegativeInt = 0
     memory: MemoryLevel = "lean"  # docs/memory.md says what each recomputes
 
     @field_validator("routed_layers", mode="before")
@@ -153,6 +157,11 @@ class DetectorConfig:
             raise ValueError(f"query_position: expected 'proposal' with joint content, got {self.query_position!r}")
         if self.denoising_pairs and self.query_position == "proposal":
             raise ValueError("query_position: expected 'anchor' or 'scaled_anchor' with denoising, got 'proposal'")
+        if self.one_to_many_layers >= self.decoder_layers:
+            least = f"less than decoder_layers = {self.decoder_layers}"
+            raise ValueError(f"one_to_many_layers: expected {least}, got {self.one_to_many_layers}")
+        if self.one_to_many_layers and (self.route or self.denoising_pairs):
+            raise ValueError("one_to_many_layers: expected 0 with routing or denoising; add detector.route=false")
         self.routed_layer_indices  # noqa: B018  (raises for a bad `routed_layers`)
         return self
 
@@ -219,6 +228,7 @@ class TrainConfig:
     mask_weight: NonNegative = 5.0  # of masks (Mask2Former's), for a detector that has them
     dice_weight: NonNegative = 5.0
     mask_points: PositiveInt = 12544  # at which a mask is compared
+    one_to_many: PositiveInt = 4  # queries of a target in the first `detector.one_to_many_layers` decoder layers
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of a run that no time budget ends before."""
@@ -256,7 +266,7 @@ class Config:
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Dotted key -> the value here and the value there, of every field in which two configurations differ."""
-        mine, others = (dict(_leaves(config.to_dict())) for config in (self, other))
+        mine, others = (dict(leaves(config.to_dict())) for config in (self, other))
         both = {key: (mine.get(key), others.get(key)) for key in mine | others}
         return {key: values for key, values in both.items() if values[0] != values[1]}
 
@@ -318,10 +328,10 @@ def unknown_key(key: str, dotted_keys: Iterable[str] | None = None) -> str:
     return f"unknown key {key!r}; " + (f"did you mean {known[nearest[0]]!r}?" if nearest else f"keys there: {others}")
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict) and prefix + name != "detector.backbone.settings":
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -34,8 +34,9 @@ class NonFiniteLoss(RunFailed):
 
 
 class Interrupted(Exception):
-    """A signal asked a run to stop; the checkpoint that stands holds everything up to ``step``."""
+    """A signal asked a run to stop, whose last checkpoint holds everything up to ``step``; or, without one, several."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}, which last.pt holds")
+    def __init__(self, signum: int, step: int | None = None) -> None:
+        held = "" if step is None else f" at step {step}, which last.pt holds"
+        super().__init__(f"stopped by {signal.Signals(signum).name}{held}")
         self.exit_code = 128 + signum

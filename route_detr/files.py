@@ -26,6 +26,7 @@ OUR_BEGINNINGS = re.compile(
     rb"""(?P<nothing>\Z | \[\]\n\Z)  # to lose
     | (?P<configuration>\{\n\ *"software":\ "route-detr",\n\ *"detector":)
     | (?P<JSON>\{\n\ *"software":\ "route-detr")
+    | (?P<report><!--\ route-detr\ -->)
     | (?P<metrics>\{"kind":\ ")
     | (?P<predictions>\[\n\ \{\n\ \ "image_id":\ .*\n\ \ "file_name":\ .*\n\ \ "category_id":\ .*\n\ \ "category_name":)
     | (?P<checkpoint>PK(?s:.*)route_detr\.checkpoint)
@@ -37,8 +38,8 @@ OUR_BEGINNINGS = re.compile(
 def kind_of(path: str | Path) -> str | None:
     """The kind of a file that this program wrote, told by what is in it; None for others' files.
 
-    "picture", "configuration" (of a run), "JSON" (what else a command found), "metrics", "predictions", "checkpoint",
-    "model" (exported), or "nothing" where nothing is in it.
+    "picture", "configuration" (of a run), "JSON" (what else a command found), "report" (of a comparison), "metrics",
+    "predictions", "checkpoint", "model" (exported), or "nothing" where nothing is in it.
     """
     with suppress(OSError, SyntaxError, ValueError, zipfile.BadZipFile):
         with open(path, "rb") as stream:

@@ -96,7 +96,7 @@ def test_an_arm_compared_with_itself_differs_by_exactly_nothing():
     assert runs.std() > 0
     found = interval(np.zeros(3), runs - runs, IMAGES)
     assert found == Interval(0.0, 0.0, 0.0)
-    assert verdict(found, 3) == "makes no difference with 3 seeds: the results are the same"
+    assert verdict(found, 3) == "makes no difference with 3 seeds: AP is the same in every run"
 
 
 def test_a_better_arm_helps_and_a_worse_one_hurts():

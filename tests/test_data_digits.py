@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from coco_samples import single_scale
 from PIL import Image
 from pycocotools import mask as rle
 
+from route_detr.cli import main
 from route_detr.data.coco import CocoDetection, coco_layout, open_splits
 from route_detr.data.report import DatasetError
 from route_detr.data.transforms import TransformConfig
@@ -210,3 +212,13 @@ def test_bad_parameters_are_named_and_nothing_is_left(tmp_path, changes, named):
     with pytest.raises(ValueError, match=named):
         write_digits(tmp_path / "out", **{**SMALL, **changes})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_larger_crowds_get_larger_canvases(tmp_path):
+    assert [generator.side_for(most) for most in (5, 25, 40, 80)] == [128, 128, 160, 224]
+    words = ["data", "digits", str(tmp_path / "crowds"), "--train-images", "0", "--val-images", "2"]
+    assert main([*words, "--digits", "15", "40"]) == 0
+    content = json.loads((tmp_path / "crowds" / "annotations" / "instances_val2017.json").read_text())
+    assert {image["width"] for image in content["images"]} == {160}
+    counts = Counter(each["image_id"] for each in content["annotations"])
+    assert all(15 <= count <= 40 for count in counts.values()) and len(counts) == 2

@@ -30,6 +30,7 @@ import route_kernels.cli
 from benchmarks import __main__ as door
 from route_detr import cli
 from route_detr.cli import main, parsed, run_folder
+from route_detr.compare.arms import parsed_arms
 from route_detr.config import preset
 from route_detr.data.report import DatasetError
 from route_detr.run import Run, load_checkpoint, save_checkpoint
@@ -151,6 +152,9 @@ def test_commands_of_the_detector_can_be_configured(name, downloads, monkeypatch
             Training(Run("run"), config, {}, SimpleNamespace(num_processes=processes), weights_follow=bool(init))
     elif args.action is cli.inspect_schedule:
         cli._configured(args)
+    elif args.action is cli.compare:
+        for arm in parsed_arms(args.arm, args.arms):
+            arm.config(cli._configured(args)[1], seed=0)
     elif args.action is cli.import_weights:
         assert not (args.preset or args.config or args.overrides)
     else:
@@ -172,8 +176,12 @@ A_SMALL_DETECTOR = {key: value for key, value in SMALL.items() if key.startswith
 def small(words):
     """The command with overrides that make it short, where it does not say those fields itself."""
     args = parsed(words)
-    if args.action is cli.write_digits:
+    if args.action in (cli.write_digits, cli.write_scenes):
         return [*words, "--train-images", "4", "--val-images", "2"]
+    if args.action is cli.compare:
+        length = ["--seconds", "1"] if args.seconds else ["--steps", "2"]
+        fields = [f"{key}={value}" for key, value in FEW_STEPS.items() if key != "train.epochs"]
+        return ["compare", *fields, *words[1:], *length, "--seeds", "1"]
     if args.action is not cli.train or args.resume:
         return words
     pretrained = any(word.startswith("detector.backbone.weights=") for word in words) or args.config

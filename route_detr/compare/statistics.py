@@ -146,7 +146,7 @@ def verdict(found: Interval, seeds: int) -> str:
     if found.low is None:
         return f"cannot tell {with_seeds}: one run of each arm says nothing of other seeds"
     if found.low == found.high == 0:
-        return f"makes no difference {with_seeds}: the results are the same"
+        return f"makes no difference {with_seeds}: AP is the same in every run"
     if found.low > 0 or found.high < 0:
         return (
             f"{'helps' if found.low > 0 else 'hurts'} ({found.difference:+.3f}, {found.low:+.3f} to {found.high:+.3f})"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import route_kernels as rk
-from route_kernels.nn import QueryRouter
+from route_kernels.nn import QueryRouter, RoutedSelfAttention
 
 from .blocks import Blocks, PredictionHead, SineEmbedding, mlp
 from .denoising import group_similarity
@@ -26,12 +26,21 @@ if TYPE_CHECKING:
 MIN_AREA = 1e-6  # of a reference box, before the logarithm
 
 
+def attend_to_the_confident(attention: RoutedSelfAttention, x: Tensor, position: Tensor, confidence: Tensor) -> Tensor:
+    """Of queries x, position [B, N, C], confidence [B, N]: each to itself and those above it (arXiv 2605.23507)."""
+    order = confidence.argsort(dim=1, descending=True, stable=True)[..., None]
+    ranges = torch.zeros(order.shape[1], 2, 2, dtype=torch.int32, device=x.device)
+    ranges[:, 0, 1] = torch.arange(1, len(ranges) + 1, device=x.device)  # of its rank: [0, rank]
+    attended = attention(x.take_along_dim(order, 1), position.take_along_dim(order, 1), key_ranges=ranges)
+    return attended.take_along_dim(order.argsort(1), 1)
+
+
 class DecoderLayer(nn.Module):
     """Self-attention among the queries of a branch, deformable cross-attention to the memory, feed-forward."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: DetectorConfig, causal: bool) -> None:
         super().__init__()
-        blocks = Blocks(config)
+        blocks, self.causal = Blocks(config), causal
         self.self_attention = blocks.self_attention()
         self.self_norm = blocks.norm()
         self.cross_attention = blocks.deformable_attention(in_encoder=False)
@@ -42,7 +51,10 @@ class DecoderLayer(nn.Module):
     def forward(self, queries: Queries, memory: Memory, routing: rk.RoutingFactors | None, keep_main: bool) -> Tensor:
         """Content [B, G, N, C] -> [B, G', N, C]: a routed layer that keeps the main branch forks, G' = 2."""
         content, position, ranges = queries.content, queries.position.expand_as(queries.content), queries.key_ranges
-        if routing is None:
+        if self.causal:
+            inputs = (each.flatten(0, 1) for each in (content, position, queries.confidence))
+            attended = attend_to_the_confident(self.self_attention, *inputs).unflatten(0, content.shape[:2])
+        elif routing is None:
             ranges = None if ranges is None else ranges.repeat_interleave(content.shape[1], 0)
             attended = self.self_attention(content.flatten(0, 1), position.flatten(0, 1), key_ranges=ranges)
             attended = attended.unflatten(0, content.shape[:2])
@@ -71,7 +83,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         dim, heads = config.embed_dim, 1 if config.share_heads else config.decoder_layers
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        causal = (0 < config.one_to_many_layers <= index for index in range(config.decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, each) for each in causal)
         self.heads = nn.ModuleList(PredictionHead(dim, config.num_classes) for _ in range(heads))
         self.mask_head = mlp(dim, dim, dim, dim) if config.masks else None
         self.norm = nn.LayerNorm(dim) if config.decoder_norm else None
@@ -82,6 +95,7 @@ class Decoder(nn.Module):
         with torch.random.fork_rng([]):  # a router begins alike whichever others there are, and shifts nobody's numbers
             routers = [QueryRouter(dim, **form) for _ in self.layers][::-1]  # drawn from the last layer's on
         self.routers = nn.ModuleDict({str(index): routers[index] for index in config.routed_layer_indices})
+        self.routers.requires_grad_(not config.router_frozen)
 
     def forward(self, queries: Queries, memory: Memory, routing: Routing | None = None) -> list[Predictions]:
         """Main branch alone (routing None), or both: boxes [B, G, N, 4], G = 1 where the branches are one."""

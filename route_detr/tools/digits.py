@@ -64,6 +64,11 @@ class DigitsParameters:
         return TypeAdapter(DigitsParameters).dump_python(self, mode="json")
 
 
+def side_for(most: int) -> int:
+    """Side of a square canvas on which each of the most digits has as much room as each of 25 has on 128 x 128."""
+    return max(128, 16 * round(128 * (most / 25) ** 0.5 / 16))
+
+
 class DigitScene(NamedTuple):
     """One generated image and its digits, lowest first (later ones lie on top)."""
 

@@ -24,7 +24,7 @@ from route_detr.model.structures import RoutingValues
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 
 
-def _style(axes: Axes, title: str, x: str = "", y: str = "") -> None:
+def style(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
@@ -46,7 +46,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
     draw(loss, steps, "loss", "step", color=BLUE, lw=0.7, alpha=0.5)
     draw(loss, epochs, "loss", "mean of the epoch", color=BLUE, lw=2, marker="o", ms=3)
-    _style(loss, "Training loss (main + weighted auxiliary branch)", "step")
+    style(loss, "Training loss (main + weighted auxiliary branch)", "step")
     best = max((record for record in epochs if "AP" in record), key=lambda record: record["AP"], default=None)
     for kind, line in (("", "-"), ("mask_", "--")):
         for name, color in ((f"{kind}AP50", ORANGE), (f"{kind}AP", BLUE), (f"{kind}AP75", GREEN)):
@@ -54,12 +54,12 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
                 label = f"{name.replace('_', ' ')} {best[name]:.3f}"
                 draw(precision, scored, name, label, color=color, marker="o", ms=3.5, ls=line)
     top = "" if best is None else f"; in the legend epoch {best['epoch'] + 1}, the best"
-    _style(precision, f"Validation, main branch{top}", "step")
+    style(precision, f"Validation, main branch{top}", "step")
     draw(rate, steps, "learning_rate", "", color=PURPLE, lw=2, marker=".", ms=4)
-    _style(rate, "Learning rate", "step")
+    style(rate, "Learning rate", "step")
     draw(schedule, steps, "routing_strength", "routing strength λ", color=RED, lw=2)
     draw(schedule, steps, "aux_weight", "auxiliary weight α", color=GREY, lw=2, ls="--")
-    _style(schedule, "Routing schedule", "step")
+    style(schedule, "Routing schedule", "step")
     for axes in (precision, schedule):
         axes.set_ylim(bottom=0)
     save_figure(figure, path)
@@ -91,7 +91,7 @@ def plot_schedule(config: Config, steps_per_epoch: int, path: str | Path) -> Non
     dropped = config.train.drop_at * config.train.total_steps(steps_per_epoch) / steps_per_epoch
     axes.axvline(dropped, color=GREEN, lw=1, ls=":", label="learning rate × 0.1")
     axes.set_ylim(bottom=0)
-    _style(axes, "Dual-branch schedule: L = L_main + α(t) L_aux, bias λ(t) B", "epoch")
+    style(axes, "Dual-branch schedule: L = L_main + α(t) L_aux, bias λ(t) B", "epoch")
     save_figure(figure, path)
 
 
@@ -264,4 +264,4 @@ def _plot_by_overlap(axes: Axes, iou: Tensor, bias: Tensor) -> None:
     means = [(overlap[bins == each].mean(), values[bins == each].mean()) for each in np.unique(bins)]
     axes.plot(*zip(*means, strict=True) if means else ([], []), color=BLUE, marker="o", lw=2, label="mean of the pairs")
     axes.axhline(0, color="black", lw=0.8)
-    _style(axes, "Does it act on competitors?", "overlap of the two queries' boxes (IoU)", "bias B")
+    style(axes, "Does it act on competitors?", "overlap of the two queries' boxes (IoU)", "bias B")
