@@ -141,12 +141,22 @@ struct Forward {
 
   int64_t workspace_bytes() const { return a.parallel.workers * scratch_bytes; }
 
+  // A large logit sends its whole block the other way, so blocks too are cut by the shapes: few images into 16
+  // together.
+  int64_t parts_of_image() const {
+    const int64_t units = (a.queries + 15) / 16, whole = (a.queries + BLOCK_N - 1) / BLOCK_N;
+    return larger(larger(whole, smaller((15 + a.batch) / larger(a.batch, 1), (units + 1) / 2)), 1);
+  }
+
   void attend(int64_t worker) const {
     Blocks own(a.workspace + worker * scratch_bytes);
     ForwardScratch<T> s(own, a);
-    for_blocks(a, 0, a.batch, worker, a.parallel.workers, [&](int64_t b, int64_t first, int64_t rows) {
-      attend_block(s, {b, first, rows, round_up_to_lanes<T>(rows)});
-    });
+    const int64_t parts = parts_of_image();
+    const Share share = share_of(a.batch * parts, worker, a.parallel.workers);
+    for (int64_t item = share.begin; item < share.end; ++item)
+      for_blocks(a, item / parts, 1, item % parts, parts, [&](int64_t b, int64_t first, int64_t rows) {
+        attend_block(s, {b, first, rows, round_up_to_lanes<T>(rows)});
+      });
   }
 
   void attend_block(ForwardScratch<T>& s, const Place& block) const {
