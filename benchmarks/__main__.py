@@ -18,6 +18,7 @@ COMMANDS = {
     "memory-front": "memory against arithmetic: PyTorch's ways to keep less for backward, beside our levels",
     "gradient-errors": "errors of every gradient against float64, by level, of ours and of peers",
     "summing": "whether it matters in training how the gradient of value is summed",
+    "peer-machine-code": "what peers' Triton kernels compile to, beside ours",
     "roofline": "the least work of each op, and the least time that a chip needs for it",
     "tune": "the fastest block sizes on this GPU",
     "tables": "results out of their JSON: for a terminal, or into the README",

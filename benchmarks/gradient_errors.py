@@ -58,7 +58,7 @@ class Samples(NamedTuple):
     grad_output: Tensor  # [B, N, H D]
 
     def rounded(self, dtype: torch.dtype) -> Samples:
-        """What a step in `dtype` has: locations stay float32."""
+        """The tensors of a step in `dtype`: locations stay float32."""
         return self._replace(**{name: getattr(self, name).to(dtype) for name in ("value", "weights", "grad_output")})
 
     def additions(self) -> list[float]:

@@ -183,7 +183,7 @@ def _checkpoint(policy: Callable[[str, int], bool] | None, forward: Callable[...
 
 
 def keeps_gathers(name: str, _: int) -> bool:
-    """What samples and attends."""
+    """The outputs of sampling and attention."""
     return name.startswith(GATHERS)
 
 
@@ -244,7 +244,7 @@ def _point_of_graphs(way: str, setting: str, forward: fx.GraphModule, backward: 
 def _run_graphs(
     forward: fx.GraphModule, backward: fx.GraphModule, outputs: int, ledger: Ledger, counter: Any = None
 ) -> int:
-    """As `_run`."""
+    """The same as `_run`, of two graphs."""
     inputs = [_like(node) for node in forward.graph.find_nodes(op="placeholder")]
     ledger.count("inputs", *inputs)
     gc.collect()

@@ -1,4 +1,4 @@
-"""What is counted rather than timed: the page comes from JSON alone, and counts are those of small cases."""
+"""Counts rather than times: the page comes from JSON alone, and counts are those of small cases."""
 
 import pytest
 import torch
