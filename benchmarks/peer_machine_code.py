@@ -109,8 +109,8 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
 def section(results: Mapping[str, Any]) -> str:
     """The part of docs/counted.md."""
     words = (
-        f"{results['chip']}, bfloat16, D {CHANNELS}. Instructions count once, however often they run; a reduction is one "
-        "lane's. deformops' choice on this chip, sums in bfloat16, adds 8 channels at a time, sums in float32 4: right "
+        f"{results['chip']}, bfloat16, D {CHANNELS}. Instructions count once, however often they run; a reduction is "
+        "one lane's. deformops' choice on this chip, sums in bfloat16, adds 8 channels at a time, sums in float32 4: right "
         "sums cost twice the reductions, before neighbours are merged."
     )
     missing = "" if results["cuda"] else " There was no nvcc: the CUDA kernels are in the [page of theirs](cuda.md)."
