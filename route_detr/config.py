@@ -134,9 +134,9 @@ class DetectorConfig:
     router_limit: Positive = 5.0
     router_nonnegative: bool = False
     router_frozen: bool = False  # the routers stay as they began
-    # MDS-DETR (arXiv 2605.23507): in so many first decoder layers a target has `train.one_to_many` queries; in the
-    # layers after them a query attends to itself and the more confident ones, in training and inference. 0: none.
-    one_to_many_layers: NonNegativeInt = 0
+    # From this decoder layer on a query attends to itself and the more confident ones, in training and inference
+    # (the masked self-attention of MDS-DETR, arXiv 2605.23507); 0: in none.
+    causal_from: NonNegativeInt = 0
     memory: MemoryLevel = "lean"  # docs/memory.md says what each recomputes
 
     @field_validator("routed_layers", mode="before")
@@ -157,11 +157,11 @@ class DetectorConfig:
             raise ValueError(f"query_position: expected 'proposal' with joint content, got {self.query_position!r}")
         if self.denoising_pairs and self.query_position == "proposal":
             raise ValueError("query_position: expected 'anchor' or 'scaled_anchor' with denoising, got 'proposal'")
-        if self.one_to_many_layers >= self.decoder_layers:
+        if self.causal_from >= self.decoder_layers:
             least = f"less than decoder_layers = {self.decoder_layers}"
-            raise ValueError(f"one_to_many_layers: expected {least}, got {self.one_to_many_layers}")
-        if self.one_to_many_layers and (self.route or self.denoising_pairs):
-            raise ValueError("one_to_many_layers: expected 0 with routing or denoising; add detector.route=false")
+            raise ValueError(f"causal_from: expected {least}, got {self.causal_from}")
+        if self.causal_from and (self.route or self.denoising_pairs):
+            raise ValueError("causal_from: expected 0 with routing or denoising; add detector.route=false")
         self.routed_layer_indices  # noqa: B018  (raises for a bad `routed_layers`)
         return self
 
@@ -228,7 +228,6 @@ class TrainConfig:
     mask_weight: NonNegative = 5.0  # of masks (Mask2Former's), for a detector that has them
     dice_weight: NonNegative = 5.0
     mask_points: PositiveInt = 12544  # at which a mask is compared
-    one_to_many: PositiveInt = 4  # queries of a target in the first `detector.one_to_many_layers` decoder layers
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of a run that no time budget ends before."""

@@ -1,4 +1,4 @@
-"""The arms of a comparison that are a form of the detector: frozen routers, and MDS-DETR's causal layers."""
+"""The arms of a comparison that are a form of the detector: frozen routers, and layers that are causal by confidence."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from small_detector import assert_close, small_batch, small_detector, trained_st
 from route_detr.model.decoder import attend_to_the_confident
 from route_kernels.nn import RoutedSelfAttention
 
-MDS = {"route": False, "one_to_many_layers": 1}
+CAUSAL = {"route": False, "causal_from": 1}
 
 
 def test_a_query_attends_to_itself_and_to_the_more_confident():
@@ -23,15 +23,15 @@ def test_a_query_attends_to_itself_and_to_the_more_confident():
     assert torch.equal(above[1], torch.ones(7, 7).tril().bool())
 
 
-def test_only_layers_after_the_one_to_many_ones_are_causal():
-    detector = small_detector(**MDS)
+def test_only_layers_from_there_on_are_causal():
+    detector = small_detector(**CAUSAL)
     assert [layer.causal for layer in detector.decoder.layers] == [False, True, True]
     assert not any(layer.causal for layer in small_detector(route=False).decoder.layers)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mask_stays_at_inference(training):
-    detector = small_detector(**MDS).train(training)
+    detector = small_detector(**CAUSAL).train(training)
     images, padding_mask, _ = small_batch()
     memory = detector.encoded(detector.backbone(images), padding_mask)
     entering = [queries for queries, _ in detector.decoder.steps(detector.proposals(memory)[1], memory)]
@@ -57,8 +57,8 @@ def test_a_frozen_router_has_no_gradient_and_all_else_has():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"one_to_many_layers": 1}, "one_to_many_layers: expected 0 with routing or denoising"),
-        ({**MDS, "one_to_many_layers": 3}, "one_to_many_layers: expected less than decoder_layers = 3, got 3"),
+        ({"causal_from": 1}, "causal_from: expected 0 with routing or denoising"),
+        ({**CAUSAL, "causal_from": 3}, "causal_from: expected less than decoder_layers = 3, got 3"),
     ],
 )
 def test_forms_that_do_not_fit_are_a_clear_error(changes, message):

@@ -29,14 +29,14 @@ STEPS = 6
 
 def test_arms_of_words_and_of_a_file(tmp_path):
     file = tmp_path / "arms.yaml"
-    file.write_text("strong: {schedule: {strength: 1.0, warmup: 0}, train.epochs: 2}\nmds:\n")
+    file.write_text("strong: {schedule: {strength: 1.0, warmup: 0}, train.epochs: 2}\ncausal:\n")
     arms = parsed_arms([["base"], ["frozen"], ["mine", "detector.route=false", "train.epochs=3"]], file)
     assert arms == [
         Arm("base", {}),
         Arm("frozen", KNOWN["frozen"]),
         Arm("mine", {"detector.route": False, "train.epochs": 3}),
         Arm("strong", {"schedule.strength": 1.0, "schedule.warmup": 0, "train.epochs": 2}),
-        Arm("mds", KNOWN["mds"]),
+        Arm("causal", KNOWN["causal"]),
     ]
     assert as_words(arms[2].changes) == ["detector.route=false", "train.epochs=3"]
     assert [arm.name for arm in parsed_arms(None, None)] == ["plain", "routed"]
@@ -68,7 +68,7 @@ def test_a_bad_file_or_field_names_itself(tmp_path):
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_arms_fit_the_presets(name, base):
     config = preset(base)
-    if name == "mds" and config.detector.denoising_pairs:
+    if name == "causal" and config.detector.denoising_pairs:
         config = config.updated({"detector.denoising_pairs": 0})
     found = Arm(name, KNOWN[name]).config(config, 4)
     assert found.train.seed == 4 and len(found.differences(config)) <= 3

@@ -19,7 +19,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "nonnegative": {"detector.route": True, "detector.router_nonnegative": True},
     "frozen": {"detector.route": True, "detector.router_frozen": True},
     "all-layers": {"detector.route": True, "detector.routed_layers": "all"},
-    "mds": {"detector.route": False, "detector.one_to_many_layers": 1},
+    "causal": {"detector.route": False, "detector.causal_from": 1},
 }
 """Arms that a name alone stands for; docs/compare.md says what each can tell."""
 

@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         dim, heads = config.embed_dim, 1 if config.share_heads else config.decoder_layers
-        causal = (0 < config.one_to_many_layers <= index for index in range(config.decoder_layers))
+        causal = (0 < config.causal_from <= index for index in range(config.decoder_layers))
         self.layers = nn.ModuleList(DecoderLayer(config, each) for each in causal)
         self.heads = nn.ModuleList(PredictionHead(dim, config.num_classes) for _ in range(heads))
         self.mask_head = mlp(dim, dim, dim, dim) if config.masks else None
