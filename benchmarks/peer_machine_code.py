@@ -110,8 +110,8 @@ def section(results: Mapping[str, Any]) -> str:
     """The part of docs/counted.md."""
     words = (
         f"{results['chip']}, bfloat16, D {CHANNELS}. Instructions count once, however often they run; a reduction is "
-        "one lane's. deformops' choice on this chip, sums in bfloat16, adds 8 channels at a time, sums in float32 4: right "
-        "sums cost twice the reductions, before neighbours are merged."
+        "one lane's. deformops' choice on this chip, sums in bfloat16, adds 8 channels at a time, sums in float32 4: "
+        "right sums cost twice the reductions, before neighbours are merged."
     )
     missing = "" if results["cuda"] else " There was no nvcc: the CUDA kernels are in the [page of theirs](cuda.md)."
     return counted.section(NAME, results, [words + missing, (HEAD, [_cells(each) for each in results["kernels"]])])

@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-from benchmarks import counted, gradient_errors, memory_front, summing
+from benchmarks import counted, gradient_errors, memory_front, peer_machine_code, summing
 from benchmarks.memory_front import COMPILED, OURS, PUBLIC, Point, dominating
 from benchmarks.report import fill
 from route_detr.config import preset
 from route_detr.memory.planner import Request
 from route_kernels.nn import attention
 
-PARTS = [
-    part for part in (memory_front, gradient_errors, summing) if f"<!-- {part.NAME}: begin" in counted.PAGE.read_text()
-]
+PARTS = (memory_front, gradient_errors, summing, peer_machine_code)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.NAME)
@@ -89,3 +87,9 @@ def test_the_switch_changes_the_sum_alone():
     assert torch.equal(short[1], expected[1]) and torch.equal(short[2], expected[2])
     off = (short[0] - expected[0]).norm() / expected[0].norm()
     assert 1e-4 < off < 1e-2
+
+
+def test_reductions_of_a_corner_are_by_the_width_of_the_instruction():
+    wide = {"REDG.E.ADD.BF16x8.RN.STRONG.GPU": 4, "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU": 8, "REDG.E.ADD.F32.STRONG": 1}
+    found = peer_machine_code.reductions_of_a_corner(wide).split(", ")
+    assert [int(each.split()[0]) for each in found] == [4, 8, 32]
