@@ -144,6 +144,8 @@ def section(results: Mapping[str, Any]) -> str:
         f"mean, which is {verdict} two seeds of one way differ ({spread:.3f}); in images of this size a row of the "
         "coarsest level takes some 300 additions."
     )
+    if min(len(each) for each in of_one_way) < 3:
+        words += " So few runs are a hint and no proof: the losses do not tell the ways apart."
     return counted.section(NAME, results, [words, (HEAD, _rows(runs))])
 
 
