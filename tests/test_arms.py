@@ -1,4 +1,4 @@
-"""The arms of a comparison that are a form of the detector: frozen routers, and layers that are causal by confidence."""
+"""Arms of a comparison that are a form of the detector: frozen routers, and layers that are causal by confidence."""
 
 import pytest
 import torch
