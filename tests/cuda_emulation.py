@@ -20,7 +20,10 @@ from typing import Any
 import pybind11
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths, library_paths
 
+from benchmarks.cuda_machine_code import build
+from route_kernels import cuda
 from route_kernels.ops.contract import last_dim_contiguous
 from route_kernels.ops.levels import flat_integers, level_pairs, level_starts
 from route_kernels.precision import accumulate_dtype
@@ -35,40 +38,66 @@ class EmulationError(Exception):
     """A kernel did what it must not do."""
 
 
-@functools.lru_cache
-def library(*flags: str, root: Path = ROOT) -> ModuleType:
-    """The kernels and the emulation in `root`, a module, compiled once for its content and `flags`."""
+def built(name: str, command: Sequence[object], sources: Sequence[Path]) -> Path:
+    """The library that `command` makes, compiled once for its content; `NAME` in the command is that of the module."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulation with")
-    simt, kernels = root / "tests/simt", root / "csrc"
-    sources = [path for folder in (simt, kernels) for path in sorted(folder.rglob("*")) if path.is_file()]
-    includes = [f"-I{path}" for path in (simt, sysconfig.get_path("include"), pybind11.get_include())]
-    content = hashlib.sha256(repr((compiler, FLAGS, flags, includes[1:])).encode())
+    content = hashlib.sha256(repr((compiler, command, torch.__version__)).encode())
     for path in sources:
         content.update(path.name.encode() + path.read_bytes())
-    name = f"emulated_{content.hexdigest()[:24]}"
-    made = ROOT / "build" / "simt" / f"{name}.so"
+    made = ROOT / "build" / "simt" / f"{name}_{content.hexdigest()[:24]}.so"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         unfinished = made.with_suffix(f".{os.getpid()}")
-        command = [
-            compiler,
-            *FLAGS,
-            *flags,
-            *includes,
-            f"-DSIMT_MODULE={name}",
-            simt / "ms_deform_attn.cpp",
-            simt / "block.cpp",
-        ]
-        built = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
-        if built.returncode != 0:
-            raise EmulationError(f"the kernels do not compile over the emulation:\n{built.stderr}")
+        command = [compiler, *(str(part).replace("NAME", made.stem) for part in command), "-o", unfinished]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise EmulationError(f"the kernels do not compile over the emulation:\n{done.stderr}")
         os.replace(unfinished, made)
-    specification = importlib.util.spec_from_file_location(name, made)
+    return made
+
+
+def sources_in(root: Path) -> list[Path]:
+    folders = (root / "tests/simt", root / "csrc")
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@functools.lru_cache
+def library(*flags: str, root: Path = ROOT) -> ModuleType:
+    """The kernels and the emulation in `root`, a module, compiled for `flags`."""
+    simt = root / "tests/simt"
+    includes = [f"-I{path}" for path in (simt, sysconfig.get_path("include"), pybind11.get_include())]
+    command = [*FLAGS, *flags, *includes, "-DSIMT_MODULE=NAME", simt / "ms_deform_attn.cpp", simt / "block.cpp"]
+    made = built("emulated", command, sources_in(root))
+    specification = importlib.util.spec_from_file_location(made.stem, made)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+HOST_FLAGS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-w", "-Wl,-Bsymbolic")
+HOST_SOURCES = ("tests/simt/cuda_op.cpp", "tests/simt/block.cpp", "csrc/ms_deform_attn/cuda_op.cpp")
+_schemas: list[torch.library.Library] = []
+
+
+@functools.lru_cache
+def host_library() -> Any:
+    """torch.ops.route_kernels_emulated: the CUDA library's ops, with its schemas and host half, for CPU tensors.
+
+    Inputs of the kernels, workspaces, sorts and sums are those of a GPU; devices and streams are not.
+    """
+    torch_flags = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    libraries = [f"-l{name}" for name in ("torch_cpu", "torch", "c10")]
+    command = [*HOST_FLAGS, *build().HOST_FLAGS, "-Itests/simt", *torch_flags, *HOST_SOURCES, *libraries]
+    made = built("cuda_op", command, sources_in(ROOT))
+    _schemas.append(torch.library.Library("route_kernels_emulated", "DEF"))
+    for op in cuda.OPS:
+        for direction in ("forward", "backward"):
+            packet = getattr(torch.ops.route_kernels_native, f"{op}_{direction}")
+            _schemas[0].define(str(packet.default._schema).partition("::")[2])
+    torch.ops.load_library(made)
+    return torch.ops.route_kernels_emulated
 
 
 class Kernels:

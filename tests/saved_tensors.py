@@ -7,6 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 
 
+def kept_tensors(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The result of `run`, and what is saved for its backward."""
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        return run(), kept
+
+
 def kept_bytes(run: Callable[[], torch.Tensor], but: Iterable[torch.Tensor] = ()) -> int:
     """Bytes of the storages that `run` keeps for backward, each counted once, without those of `but` and its result."""
     kept: dict[int, int] = {}

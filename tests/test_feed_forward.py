@@ -14,61 +14,11 @@ from route_kernels.testing import (
     EAGER,
     add_linear_arguments,
     call,
-    check_accuracy,
     errors,
     feed_forward_arguments,
     named_tensors,
     outcome,
 )
-
-DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-SHAPES = {
-    "one token": dict(batch=1, queries=1),
-    "fewer tokens than chunks": dict(batch=1, queries=3, chunks=8),
-    "a last chunk of one": dict(batch=1, queries=9, chunks=4),
-    "gelu": dict(queries=17, activation="gelu", channels=5, hidden=23, chunks=3),
-    "silu, no biases": dict(queries=17, activation="silu", biases=False),
-    "as in a detector": dict(queries=200, channels=64, hidden=256, chunks=8),
-}
-LINEAR_SHAPES = {
-    "one position": dict(queries=7),
-    "a position of each image": dict(batch=3, positions=3, queries=5, outputs=3),
-    "more images than chunks": dict(batch=19, queries=2, bias=False),
-}
-each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-
-
-@each_dtype
-@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-def test_accuracy_of_feed_forward(sizes, dtype):
-    check_accuracy("feed_forward", feed_forward_arguments(dtype=dtype, **sizes))
-
-
-@each_dtype
-@pytest.mark.parametrize("sizes", LINEAR_SHAPES.values(), ids=LINEAR_SHAPES)
-def test_accuracy_of_add_linear(sizes, dtype):
-    check_accuracy("add_linear", add_linear_arguments(dtype=dtype, **sizes))
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-def test_gradcheck_of_feed_forward(activation):
-    arguments = feed_forward_arguments(queries=3, channels=4, hidden=6, activation=activation, dtype=torch.float64)
-    tensors = [tensor for _, tensor in named_tensors(arguments)]
-    assert torch.autograd.gradcheck(lambda *tensors: rk.feed_forward(*tensors, activation, 4), tensors)
-
-
-def test_gradcheck_of_add_linear():
-    tensors = [tensor for _, tensor in named_tensors(add_linear_arguments(queries=3, dtype=torch.float64))]
-    assert torch.autograd.gradcheck(rk.add_linear, tensors)
-
-
-@pytest.mark.parametrize("op, make", [("feed_forward", feed_forward_arguments), ("add_linear", add_linear_arguments)])
-def test_gradients_agree_with_what_it_replaces(op, make):
-    arguments = make(batch=3, queries=100, channels=32, dtype=torch.float64)
-    grad_output = torch.randn_like(call(op, arguments))
-    found = outcome(lambda **given: call(op, given), arguments, grad_output)
-    for name, expected in outcome(EAGER[op], arguments, grad_output).items():
-        assert (found[name] - expected).abs().max() <= 1e-9 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -86,35 +36,10 @@ def test_chunks_cost_weight_gradients_no_accuracy(dtype):
             assert error <= 0.6 * allowed, (name, error, allowed)  # `allowed` is twice eager's and more
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)], ids=["no rows", "no tokens"])
-def test_no_tokens(shape):
+def test_vectors():
     arguments = feed_forward_arguments()
-    arguments["x"] = torch.zeros(shape, requires_grad=True)
-    output = call("feed_forward", arguments)
-    assert output.shape == shape
-    grads = torch.autograd.grad(output.sum(), [tensor for _, tensor in named_tensors(arguments)])
-    assert all(not grad.any() for grad in grads)
-
-
-def test_no_images_or_outputs():
-    weight = torch.randn(3, 4, requires_grad=True)
-    output = rk.add_linear(torch.zeros(0, 2, 4), torch.zeros(1, 2, 4), weight)
-    assert output.shape == (0, 2, 3) and not torch.autograd.grad(output.sum(), weight)[0].any()
-
-
-def test_views_and_vectors():
-    arguments = feed_forward_arguments(queries=6)
-    expected = call("feed_forward", arguments).detach()
-    x = arguments["x"].detach()
-    for view in (x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
-        assert not view.is_contiguous()
-        torch.testing.assert_close(rk.feed_forward(**{**arguments, "x": view}), expected)
-    torch.testing.assert_close(rk.feed_forward(**{**arguments, "x": x[0, 0]}), expected[0, 0])
-    linear = add_linear_arguments(queries=6)
-    expected = call("add_linear", linear).detach()
-    x, grad = linear["x"].detach().transpose(0, 1).contiguous().transpose(0, 1), torch.ones(()).expand_as(expected)
-    torch.testing.assert_close(rk.add_linear(**{**linear, "x": x}), expected)
-    rk.add_linear(**linear).backward(grad)
+    one = {**arguments, "x": arguments["x"][0, 0]}
+    torch.testing.assert_close(rk.feed_forward(**one), call("feed_forward", arguments)[0, 0])
 
 
 def test_the_hidden_layer_is_not_kept():

@@ -6,13 +6,13 @@
 import fcntl
 import os
 import tempfile
-from importlib import import_module
 
 import gpu_checks
 import pytest
-import test_ms_deform_attn_fused
 import test_routed_attention
 import torch
+from test_matrix import VIEWS
+from test_routed_attention import LARGE
 
 import route_kernels as rk
 from route_kernels.backends import OPS
@@ -22,7 +22,6 @@ from route_kernels.testing import (
     check_accuracy,
     declaration,
     map_tensors,
-    ms_deform_attn_fused_arguments,
     named_tensors,
     routed_attention_arguments,
     sample_arguments,
@@ -38,7 +37,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f
 HALVES_AND_F32 = {name: DTYPES[name] for name in ("f32", "bf16", "f16")}
 SAMPLES = [(op, label) for op in OPS for label in sample_arguments(op)]
 FIRST_SAMPLES = [(op, next(iter(sample_arguments(op)))) for op in OPS]
-TABLES = {op: import_module(f"test_{op}").SHAPES for op in OPS}
+TABLES = {op: declaration(op).SHAPES for op in OPS}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 each_short_dtype = pytest.mark.parametrize("dtype", HALVES_AND_F32.values(), ids=HALVES_AND_F32)
@@ -197,54 +196,39 @@ def test_shapes(op, shape, dtype, backend):
     check_accuracy(op, on_device(op, declaration(op).arguments(dtype=dtype, **TABLES[op][shape]), backend))
 
 
-@pytest.mark.parametrize("shape", test_routed_attention.MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("letters", test_routed_attention.MASKS)
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_masks(shape, kind, backend):
-    drawn = torch.randn(shape)
-    mask = drawn if kind == "float" else drawn > -0.3
-    arguments = test_routed_attention.masked_arguments(torch.bfloat16, attn_mask=mask)
+def test_masks(letters, kind, backend):
+    drawn = torch.randn(LARGE.shape(letters))
+    arguments = LARGE.arguments(torch.bfloat16, attn_mask=drawn if kind == "float" else drawn > -0.3)
     check_accuracy("routed_attention", on_device("routed_attention", arguments, backend))
 
 
-@pytest.mark.parametrize("batch", [(), (test_routed_attention.B,)], ids=["shared", "per image"])
+@pytest.mark.parametrize("letters", ["N", "BN"], ids=["shared", "per image"])
 @each_short_dtype
-def test_key_ranges(batch, dtype, backend):
-    ranges = test_routed_attention.random_ranges(*batch, test_routed_attention.N)
-    arguments = test_routed_attention.masked_arguments(dtype, key_ranges=ranges)
+def test_key_ranges(letters, dtype, backend):
+    arguments = LARGE.arguments(dtype, key_ranges=LARGE.random_ranges(*LARGE.shape(letters)))
     check_accuracy("routed_attention", on_device("routed_attention", arguments, backend))
 
 
 @pytest.mark.parametrize("how", ["bool", "float", "ranges", "both"])
 @pytest.mark.parametrize("every", [5, 1], ids=["some", "all"])
 def test_rows_with_no_key_give_zero_and_zero_gradients(how, every, backend):
-    rows = torch.arange(test_routed_attention.N) % every == 0
-    arguments = test_routed_attention.masked_arguments(torch.bfloat16, **test_routed_attention.hide(how, rows))
-    arguments = on_device("routed_attention", arguments, backend)
+    rows = torch.arange(LARGE.N) % every == 0
+    arguments = on_device("routed_attention", LARGE.arguments(torch.bfloat16, **LARGE.hide(how, rows)), backend)
     results = gpu_checks.results_of(rk.routed_attention, arguments)
     assert all(tensor.isfinite().all() for tensor in results.values())
     for name in ("output", "grad query"):
         assert (results[name][:, :, rows.to(DEVICE)] == 0).all(), name
 
 
-@pytest.mark.parametrize(
-    "view",
-    [test_routed_attention.transposed, test_routed_attention.sliced, test_routed_attention.as_projected],
-)
+@pytest.mark.parametrize("view", VIEWS)
 def test_views(view, backend):
     arguments = routed_attention_arguments(queries=37, keys=45, dtype=torch.bfloat16)
-    viewed = map_tensors(arguments, lambda tensor: view(tensor.detach().to(DEVICE)).requires_grad_())
-    arguments = on_device("routed_attention", arguments, backend)
-    expected = gpu_checks.results_of(rk.routed_attention, arguments)
+    viewed = map_tensors(arguments, lambda tensor: VIEWS[view](tensor.detach().to(DEVICE)).requires_grad_())
+    same = map_tensors(viewed, lambda tensor: tensor.detach().contiguous().requires_grad_())
+    expected = gpu_checks.results_of(rk.routed_attention, on_device("routed_attention", same, backend))
     gpu_checks.assert_equal(gpu_checks.results_of(rk.routed_attention, viewed), expected)
-
-
-@pytest.mark.parametrize("reference", test_ms_deform_attn_fused.REFERENCES)
-@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
-@each_dtype
-def test_references_and_mask(reference, masked, dtype, backend):
-    sizes = test_ms_deform_attn_fused.REFERENCES[reference]
-    arguments = ms_deform_attn_fused_arguments(dtype=dtype, masked=masked, **sizes)
-    check_accuracy("ms_deform_attn_fused", on_device("ms_deform_attn_fused", arguments, backend))
 
 
 BAD = [bad for bad in BAD_INPUTS if "elsewhere" not in bad.name]  # those say on which device they expect what

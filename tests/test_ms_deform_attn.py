@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention against its equations and grid_sample, with tolerances measured on PyTorch's own."""
+"""Deformable attention: where samples fall, levels in every form, memory; the matrix has the rest."""
 
 import math
 
@@ -7,76 +7,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix import assert_same, check, each_dtype, each_way, results, running, runs
+from saved_tensors import kept_tensors
 from torch.nn import functional as F
 
 import route_kernels as rk
 from route_kernels.testing import (
-    EAGER,
+    call,
     check_accuracy,
     converted,
+    declaration,
     map_tensors,
     ms_deform_attn_arguments,
-    outcome,
-)
+    named_tensors,
+)  # fmt: skip
 
-DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+OP = "ms_deform_attn"
+BOTH = (OP, "ms_deform_attn_fused")
 LEVELS = ((5, 7), (3, 4), (1, 1))
-
-SHAPES = {  # channels around vectors of 2 to 16 lanes, points around blocks of 16, queries around batches of 8
-    "one of each": dict(levels=((1, 1),), batch=1, heads=1, channels=1, queries=1, points=1),
-    "3 channels": dict(channels=3, queries=8, points=1),
-    "8 channels": dict(channels=8, queries=17, heads=3),
-    "16 channels": dict(channels=16, queries=7, points=4),
-    "17 channels": dict(channels=17, queries=5, points=3, batch=1),
-    "32 channels, few queries": dict(levels=((20, 21),), channels=32, queries=3, points=4),
-    "32 channels, many queries": dict(levels=((6, 5), (3, 3)), channels=32, queries=40, points=8),
-    "64 channels": dict(channels=64, queries=9, points=5, heads=1),
-    "100 channels": dict(channels=100, queries=10, points=6, batch=1),
-    "16 levels": dict(levels=((2, 3), (4, 1)) * 8, channels=4, points=1),
-    "20 points": dict(levels=((3, 5),), channels=5, points=20),
-    "33 points": dict(levels=((3, 5), (1, 7), (9, 1)), channels=2, points=11),
-    "rows and columns": dict(levels=((1, 9), (9, 1), (1, 1)), channels=6),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-def test_output_and_gradients(sizes, dtype):
-    check_accuracy("ms_deform_attn", ms_deform_attn_arguments(dtype=dtype, **sizes))
-
-
-@pytest.mark.parametrize(
-    "dtype, point_dtype",
-    [("bf16", "f32"), ("f16", "f32"), ("f32", "bf16"), ("f32", "f16"), ("f16", "bf16"), ("f64", "f32"), ("f64", "f16")],
-)
-def test_points_of_another_dtype(dtype, point_dtype):
-    dtype, point_dtype = DTYPES[dtype], DTYPES[point_dtype]
-    arguments = ms_deform_attn_arguments(dtype=dtype, point_dtype=point_dtype)
-    check_accuracy("ms_deform_attn", arguments)
-    results = outcome(rk.ms_deform_attn, arguments, torch.ones(2, 9, 16))
-    assert results["output"].dtype == results["grad value"].dtype == dtype
-    assert results["grad sampling_locations"].dtype == results["grad attention_weights"].dtype == point_dtype
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_equals_grid_sample(backend):
-    arguments = ms_deform_attn_arguments(dtype=torch.float64, queries=30, points=4)
-    grad_output = torch.randn(2, 30, 16, dtype=torch.float64)
-    expected = outcome(EAGER["ms_deform_attn"], arguments, grad_output)
-    with rk.backend(backend):
-        results = outcome(rk.ms_deform_attn, arguments, grad_output)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(results[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
-
-
-def test_gradcheck():
-    arguments = ms_deform_attn_arguments(dtype=torch.float64, queries=3, channels=3, points=2, batch=1)
-    value, shapes, starts, locations, weights = arguments.values()
-
-    def sample(value, locations, weights):
-        return rk.ms_deform_attn(value, shapes, starts, locations, weights)
-
-    assert torch.autograd.gradcheck(sample, (value, locations, weights))
+FEW = dict(levels=((3, 4), (1, 2)), batch=1, queries=5)
+WITH_REFERENCE = ("cpu", "reference", "triton", "triton in order", "emulated", "emulated in order")
+on_triton = pytest.mark.skipif(not runs(OP, "triton"), reason="Triton does not run here")
 
 
 # ---- where samples fall ----------------------------------------------------------------------------------------------
@@ -94,7 +45,7 @@ def by_hand(level, x, y):
     return total
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@each_dtype
 @pytest.mark.parametrize("size", [(4, 8), (1, 1), (1, 8), (2, 1)], ids=str)
 def test_every_knot_edge_and_half_pixel(size, dtype):
     height, width = size  # powers of two, and values of few bits: every step is exact, in every dtype
@@ -110,22 +61,21 @@ def test_every_knot_edge_and_half_pixel(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-def test_gradients_on_knots_and_edges_are_the_references(dtype):
-    pixels = torch.cartesian_prod(torch.arange(-2.0, 10), torch.arange(-2.0, 6)).to(dtype)
-    locations = ((pixels + 0.5) / torch.tensor([8.0, 4.0])).to(dtype).view(1, -1, 1, 1, 1, 2)
+@each_way(OP, ways=("cpu", "triton"))
+def test_gradients_on_knots_edges_and_half_pixels_are_the_references(way, dtype):
+    step = 1 if way == "cpu" else 0.25
+    height, width = (4, 8) if way == "cpu" else (2, 4)
+    pixels = torch.cartesian_prod(torch.arange(-2.0, width + 2, step), torch.arange(-2.0, height + 2, step)).to(dtype)
+    locations = ((pixels + 0.5) / torch.tensor([width, height])).to(dtype).view(1, -1, 1, 1, 1, 2)
     arguments = {
-        "value": torch.randint(-4, 5, (1, 32, 1, 4)).to(dtype).requires_grad_(),
-        "spatial_shapes": ((4, 8),),
+        "value": torch.randint(-4, 5, (1, height * width, 1, 4)).to(dtype).requires_grad_(),
+        "spatial_shapes": ((height, width),),
         "level_start_index": None,
         "sampling_locations": locations.requires_grad_(),
         "attention_weights": torch.randint(1, 4, locations.shape[:-1]).to(dtype).requires_grad_(),
     }
     grad_output = torch.randint(-3, 4, (1, len(pixels), 4)).to(dtype)
-    results = outcome(rk.ms_deform_attn, arguments, grad_output)
-    with rk.backend("reference"):
-        expected = outcome(rk.ms_deform_attn, arguments, grad_output)
-    for name, tensor in expected.items():
-        assert torch.equal(results[name], tensor), name
+    assert_same(results(OP, arguments, way, grad_output), results(OP, arguments, "reference", grad_output))
 
 
 NOWHERE = {
@@ -134,32 +84,34 @@ NOWHERE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
-@pytest.mark.parametrize("place", NOWHERE.values(), ids=NOWHERE)
-@pytest.mark.parametrize("axis", [0, 1, slice(None)], ids=["x", "y", "both"])
-def test_a_sample_that_is_nowhere_adds_nothing(place, axis, dtype, backend):
-    arguments = ms_deform_attn_arguments(levels=((2, 2), (5, 3)), queries=11, dtype=dtype)
-    lost = torch.rand(2, 11, 2, 2, 2) < 0.4
-    with torch.no_grad():
-        arguments["sampling_locations"][..., axis][lost] = place
-    without = {**arguments, "attention_weights": arguments["attention_weights"].detach().masked_fill(lost, 0)}
-    without["sampling_locations"] = arguments["sampling_locations"].detach().masked_fill(lost.unsqueeze(-1), 0.5)
-    grad_output = torch.randn(2, 11, 16)
-    with rk.backend(backend):
-        results = outcome(rk.ms_deform_attn, arguments, grad_output)
-        expected = outcome(rk.ms_deform_attn, map_tensors(without, lambda x: x.detach().requires_grad_()), grad_output)
-    torch.testing.assert_close(results["output"], expected["output"])
-    torch.testing.assert_close(results["grad value"], expected["grad value"])
-    assert (results["grad sampling_locations"][lost] == 0).all() and (
-        results["grad attention_weights"][lost] == 0
-    ).all()
-    kept = results["grad sampling_locations"][~lost], expected["grad sampling_locations"][~lost]
-    torch.testing.assert_close(*kept)
+@pytest.mark.parametrize("place", NOWHERE)
+@each_way(OP, ways=WITH_REFERENCE)
+def test_a_sample_that_is_nowhere_adds_nothing(way, place):
+    many = way in ("cpu", "reference")
+    axes = [0, 1, slice(None)]
+    for axis in axes if many else [axes[list(NOWHERE).index(place) % 3]]:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16) if many else (torch.float32,):
+            arguments = ms_deform_attn_arguments(levels=((2, 2), (5, 3)), queries=5, dtype=dtype)
+            lost = torch.rand(2, 5, 2, 2, 2) < 0.4
+            with torch.no_grad():
+                arguments["sampling_locations"][..., axis][lost] = NOWHERE[place]
+            without = map_tensors(arguments, lambda x: x.detach().clone())
+            without["attention_weights"][lost] = 0
+            without["sampling_locations"][lost] = 0.5
+            without = map_tensors(without, lambda x: x.requires_grad_())
+            found, expected = results(OP, arguments, way), results(OP, without, way)
+            for name in ("output", "grad value"):
+                torch.testing.assert_close(found[name], expected[name])
+            assert not found["grad sampling_locations"][lost].any() and not found["grad attention_weights"][lost].any()
+            kept = found["grad sampling_locations"][~lost], expected["grad sampling_locations"][~lost]
+            torch.testing.assert_close(*kept)
 
 
 @pytest.mark.parametrize("queries", [2, 60], ids=["few", "many"])
-def test_poison_that_no_sample_touches_stays_where_it_is(queries):
+@each_way(OP, ways=("cpu", "triton", "emulated"))
+def test_poison_that_no_sample_touches_stays_where_it_is(way, queries):
+    if queries > 2 and way != "cpu":
+        pytest.skip("one way to read value")
     arguments = ms_deform_attn_arguments(levels=((9, 9), (3, 3)), channels=16, queries=queries, points=4)
     with torch.no_grad():
         arguments["sampling_locations"].clamp_(0.4, 0.6)
@@ -167,28 +119,24 @@ def test_poison_that_no_sample_touches_stays_where_it_is(queries):
     level = torch.ones(9, 9, dtype=torch.bool)
     level[2:7, 2:7] = False
     untouched = torch.cat([level.flatten(), torch.zeros(9, dtype=torch.bool)])
-    clean = rk.ms_deform_attn(**arguments)
     poisoned = {**arguments, "value": arguments["value"].detach().clone()}
     poisoned["value"][:, untouched] = math.nan
-    assert torch.equal(rk.ms_deform_attn(**poisoned), clean)
+    with running(way):
+        assert torch.equal(call(OP, poisoned), call(OP, arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
-def test_a_level_without_pixels_adds_nothing(dtype):
-    full = ms_deform_attn_arguments(levels=((4, 3), (0, 5), (2, 2), (3, 0)), dtype=dtype)
-    results = outcome(rk.ms_deform_attn, full, torch.ones(2, 9, 16))
-    some = converted(full, dtype) | {"spatial_shapes": ((4, 3), (2, 2))}
-    for name in ("sampling_locations", "attention_weights"):
-        some[name] = some[name].detach()[:, :, :, [0, 2]].requires_grad_()
-    expected = outcome(rk.ms_deform_attn, some, torch.ones(2, 9, 16))
-    assert torch.equal(results["output"], expected["output"]) and torch.equal(
-        results["grad value"], expected["grad value"]
-    )
-    for name in ("grad sampling_locations", "grad attention_weights"):
-        assert torch.equal(results[name][:, :, :, [0, 2]], expected[name]) and not results[name][:, :, :, [1, 3]].any()
+@each_way(OP, ways=("cpu", "triton", "emulated"))
+def test_a_corner_that_does_not_exist_is_not_multiplied_by_a_neighbouring_nan(way):
+    arguments = ms_deform_attn_arguments(levels=((2, 2), (1, 1)), queries=1, batch=1, points=1)
+    value = arguments["value"].detach().clone()
+    value[:, 4:] = math.nan  # the second level
+    locations = torch.full_like(arguments["sampling_locations"].detach(), 1.2)  # beyond the last pixel of the first
+    locations[:, :, :, 1] = 5.0
+    with running(way):
+        assert call(OP, arguments | {"value": value, "sampling_locations": locations}).isfinite().all()
 
 
-# ---- levels, strides, empty dimensions -------------------------------------------------------------------------------
+# ---- levels and points -----------------------------------------------------------------------------------------------
 
 
 def test_forms_of_levels_and_starts():
@@ -201,141 +149,148 @@ def test_forms_of_levels_and_starts():
             assert torch.equal(rk.ms_deform_attn(**given_so), expected)
 
 
-def test_levels_may_lie_apart_or_overlap():
-    arguments = ms_deform_attn_arguments(levels=((4, 5), (3, 3), (6, 4)))
-    grad_output = torch.randn(2, 9, 16)
+@pytest.mark.parametrize("points", [[3, 1, 2], torch.tensor([3, 1, 2]), torch.tensor([3, 1, 2], dtype=torch.int32)])
+def test_forms_of_points(points):
+    arguments = ms_deform_attn_arguments(counts=(3, 1, 2))
+    assert torch.equal(rk.ms_deform_attn(**arguments | {"points": points}), rk.ms_deform_attn(**arguments))
+
+
+@each_way(OP)
+def test_levels_may_lie_apart_or_overlap(way):
+    arguments = ms_deform_attn_arguments(points=1, **FEW)
+    check(OP, {**arguments, "level_start_index": (0, 3)}, way)
     padded = converted(arguments, torch.float32)
-    padded["value"] = F.pad(arguments["value"].detach(), (0, 0, 0, 0, 7, 9), value=math.nan).requires_grad_()
-    padded["level_start_index"] = (7, 27, 36)
-    results, expected = (outcome(rk.ms_deform_attn, given, grad_output) for given in (padded, arguments))
-    assert torch.equal(results["output"], expected["output"])
-    assert torch.equal(results["grad value"], F.pad(expected["grad value"], (0, 0, 0, 0, 7, 9)))
-    check_accuracy("ms_deform_attn", {**arguments, "level_start_index": (0, 3, 10)})
+    padded["value"] = F.pad(arguments["value"].detach(), (0, 0, 0, 0, 3, 2), value=math.nan).requires_grad_()
+    found, expected = results(OP, padded | {"level_start_index": (3, 15)}, way), results(OP, arguments, way)
+    expected["grad value"] = F.pad(expected["grad value"], (0, 0, 0, 0, 3, 2))
+    assert_same(found, expected, ["grad value"])
 
 
-def projected(tensor):
-    """[B, S, H, D] as a view of [B, H, S, D], as some modules keep it."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_dtype
+def test_equal_counts_are_the_unpacked_form(dtype, backend):
+    arguments = ms_deform_attn_arguments(dtype=dtype, points=3)
+    packed = converted(arguments, dtype) | {"points": (3, 3, 3)}
+    for name in ("sampling_locations", "attention_weights"):
+        packed[name] = packed[name].detach().flatten(3, 4).requires_grad_()
+    found, expected = results(OP, packed, backend), results(OP, arguments, backend)
+    assert_same({name: tensor.view(expected[name].shape) for name, tensor in found.items()}, expected)
 
 
-def sliced(tensor):
-    padded = F.pad(tensor, (3, 2, 1, 0, 1, 1))
-    return padded[:, 1:-1, 1:, 3:-2] if tensor.dim() == 4 else padded[..., 1:-1, 1:, 3:-2]
-
-
-def last_reversed(tensor):
-    return tensor.mT.contiguous().mT
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("queries", [3, 50], ids=["few", "many"])
-@pytest.mark.parametrize("view", [projected, sliced, last_reversed])
-def test_views(view, queries, dtype):
-    arguments = ms_deform_attn_arguments(channels=16, queries=queries, dtype=dtype)
-    viewed = map_tensors(arguments, lambda tensor: view(tensor.detach()).requires_grad_())
-    assert not viewed["value"].is_contiguous()
-    grad_output = torch.randn(2, queries, 32)
-    expected = outcome(rk.ms_deform_attn, arguments, grad_output)
-    for name, result in outcome(rk.ms_deform_attn, viewed, grad_output).items():
-        assert torch.equal(result, expected[name]), name
-
-
-@pytest.mark.parametrize(
-    "grad_output",
-    [torch.ones(()).expand(2, 9, 16), torch.randn(2, 1, 16).expand(2, 9, 16), torch.randn(2, 16, 9).mT,
-     torch.randn(9, 2, 16).transpose(0, 1), torch.randn(2, 9, 32)[..., ::2]],
-    ids=["one number", "per image", "transposed", "queries first", "every second"],
-)  # fmt: skip
-def test_incoming_gradient_of_any_strides(grad_output):
-    arguments = ms_deform_attn_arguments()
-    contiguous = outcome(rk.ms_deform_attn, arguments, grad_output.contiguous())
-    for name, result in outcome(rk.ms_deform_attn, arguments, grad_output).items():
-        assert torch.equal(result, contiguous[name]), name
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "channels", "points", "levels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_empty_dimensions(empty, dtype, backend):
-    arguments = ms_deform_attn_arguments(dtype=dtype, **{empty: () if empty == "levels" else 0})
-    with rk.backend(backend):
-        results = outcome(rk.ms_deform_attn, arguments, torch.ones(()).expand_as(rk.ms_deform_attn(**arguments)))
-    assert results["output"].shape == {"batch": (0, 9, 16), "queries": (2, 0, 16)}.get(
-        empty, (2, 9, 16 if empty in ("points", "levels") else 0)
-    )
-    assert all((tensor == 0).all() for tensor in results.values())
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_no_position_at_all(backend):
-    with rk.backend(backend):
-        arguments = ms_deform_attn_arguments(levels=((0, 0), (3, 0)))
-        results = outcome(rk.ms_deform_attn, arguments, torch.ones(2, 9, 16))
-    assert results["grad value"].shape == (2, 0, 2, 8) and all((tensor == 0).all() for tensor in results.values())
-
-
-# ---- autocast, properties --------------------------------------------------------------------------------------------
-
-
-def test_autocast_lowers_value_and_no_coordinate():
-    arguments = ms_deform_attn_arguments()
-    by_hand = rk.ms_deform_attn(**{**arguments, "value": arguments["value"].bfloat16()})
-    for backend in (None, "reference"):
-        with torch.autocast("cpu", torch.bfloat16), rk.backend(backend):
-            output = rk.ms_deform_attn(**arguments)
-            assert rk.ms_deform_attn(**converted(arguments, torch.float64)).dtype == torch.float64
-        assert output.dtype == torch.bfloat16
-        torch.testing.assert_close(output, by_hand, rtol=0.01, atol=0.01)
-        if backend is None:
-            assert torch.equal(output, by_hand)
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    levels=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4),
-    channels=st.integers(1, 40), heads=st.integers(1, 3), queries=st.integers(1, 20), points=st.integers(1, 6),
+    levels=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 7)), min_size=1, max_size=5),
+    channels=st.integers(1, 40), heads=st.integers(1, 3), queries=st.integers(1, 20), packed=st.booleans(),
     seed=st.integers(0, 99),
 )  # fmt: skip
-def test_properties(levels, channels, heads, queries, points, seed):
+def test_properties(levels, channels, heads, queries, packed, seed):
+    counts = tuple(count for *_, count in levels)
     arguments = ms_deform_attn_arguments(
-        levels=tuple(levels), channels=channels, heads=heads, queries=queries, points=points, dtype=torch.float64,
-        seed=seed,
+        levels=tuple(size for *size, _ in levels), channels=channels, heads=heads, queries=queries, points=counts[0],
+        counts=counts if packed else None, dtype=torch.float64, seed=seed,
     )  # fmt: skip
-    output = rk.ms_deform_attn(**arguments)
-    with rk.backend("reference"):
-        torch.testing.assert_close(output, rk.ms_deform_attn(**arguments), rtol=1e-11, atol=1e-11)
+    found = results(OP, arguments, "cpu")
+    assert_same(found, expected := results(OP, arguments, "reference"), expected, 1e-11)
     order = torch.randperm(queries)
     permuted = {name: arguments[name][:, order] for name in ("sampling_locations", "attention_weights")}
-    assert torch.equal(rk.ms_deform_attn(**{**arguments, **permuted}), output[:, order])
+    assert torch.equal(rk.ms_deform_attn(**{**arguments, **permuted}), found["output"][:, order])
     twice = {**arguments, "attention_weights": 2 * arguments["attention_weights"]}
-    assert torch.equal(rk.ms_deform_attn(**twice), 2 * output)
+    assert torch.equal(rk.ms_deform_attn(**twice), 2 * found["output"])
     constant = {**arguments, "value": torch.ones_like(arguments["value"])}
     assert (rk.ms_deform_attn(**constant) <= 1 + 1e-12).all()  # weights sum to 1, bilinear weights to at most 1
+
+
+# ---- plain and fused: autocast, memory, order of sums ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", BOTH)
+def test_autocast_lowers_value_and_no_coordinate(op):
+    arguments = declaration(op).arguments()
+    by_hand = call(op, {**arguments, "value": arguments["value"].bfloat16()})
+    for backend in ("cpu", "reference"):
+        with torch.autocast("cpu", torch.bfloat16), running(backend):
+            output = call(op, arguments)
+        assert output.dtype == torch.bfloat16
+        torch.testing.assert_close(output, by_hand, rtol=0.01, atol=0.01)
+        assert backend == "reference" or torch.equal(output, by_hand)
+
+
+@each_way(*BOTH, ways=("cpu", "triton", "emulated"))
+def test_backward_keeps_the_inputs_and_nothing_else(op, way):
+    options = {"masked": True} if op == "ms_deform_attn_fused" else {}
+    arguments = declaration(op).arguments(queries=3, **options)
+    with running(way):
+        _, kept = kept_tensors(lambda: call(op, arguments))
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for _, tensor in named_tensors(arguments)}
+
+
+@pytest.mark.parametrize("op", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("layout", ["queries last", "heads first"])
+def test_no_copy_of_value(op, dtype, layout):
+    arguments = declaration(op).arguments(
+        levels=((64, 64),), heads=8, channels=32, queries=2000, points=2, batch=1, dtype=dtype
+    )
+    value = arguments["value"].detach()
+    arguments["value"] = value.transpose(1, 2).contiguous().transpose(1, 2) if layout == "heads first" else value
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        call(op, arguments)
+    used = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 2000 * 8 * 32 * dtype.itemsize <= used < value.nbytes, "the output, and nothing as large as value"
+
+
+@on_triton
+@pytest.mark.parametrize("op", BOTH)
+def test_triton_sums_the_gradient_of_value_in_a_fixed_order_where_asked_for(op, monkeypatch):
+    from route_kernels.triton import launch
+    from route_kernels.triton.ms_deform_attn.backward import ms_deform_attn_backward
+
+    sums_of_atomics, run = [], launch.run
+
+    def noted(function, grid, *arguments):
+        if function is ms_deform_attn_backward.function:
+            sums_of_atomics.append(arguments[1])
+        run(function, grid, *arguments)
+
+    monkeypatch.setattr(launch, "run", noted)
+    for way in ("triton", "triton in order"):
+        results(op, declaration(op).arguments(**FEW), way)
+    assert sums_of_atomics[0] is not None and sums_of_atomics[1:] == [None]
+
+
+@on_triton
+@pytest.mark.parametrize("sizes", [(1, 0, 16, 2**24), (2**31, 7, 48, 3)], ids=str)
+def test_no_size_of_a_level_makes_triton_compile_anew(sizes):
+    from route_kernels.triton.ms_deform_attn.host import Points
+
+    points = Points(torch.empty(0), torch.empty(0), None, None, (*sizes, 0, 2**33, 4, 0))
+    assert all(number % 16 and number != 1 for number in points.packed_levels())
+    assert [(number >> 1) - 1 for number in points.packed_levels()] == [*sizes[:2], 0, 4, *sizes[2:], 2**33, 0]
 
 
 # ---- the tests themselves --------------------------------------------------------------------------------------------
 
 
-def corners_aligned(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+def corners_aligned(spatial_shapes, sampling_locations, **given):
     """The mistake of reading location 0 as the centre of the first pixel and 1 as that of the last."""
     sizes = sampling_locations.new_tensor([(w, h) for h, w in spatial_shapes])[:, None]
     wrong = (sampling_locations * (sizes - 1) + 0.5) / sizes
-    return rk.ms_deform_attn(value, spatial_shapes, level_start_index, wrong, attention_weights)
+    return rk.ms_deform_attn(spatial_shapes=spatial_shapes, sampling_locations=wrong, **given)
 
 
-def rows_for_columns(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    return rk.ms_deform_attn(
-        value, spatial_shapes, level_start_index, sampling_locations.flip(-1), attention_weights
-    )  # fmt: skip
+def rows_for_columns(sampling_locations, **given):
+    return rk.ms_deform_attn(sampling_locations=sampling_locations.flip(-1), **given)
 
 
-def weight_not_differentiated(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    weights = attention_weights.detach() + 0 * attention_weights
-    return rk.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, weights)
+def weight_not_differentiated(attention_weights, **given):
+    return rk.ms_deform_attn(attention_weights=attention_weights.detach() + 0 * attention_weights, **given)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@each_dtype
 @pytest.mark.parametrize("mistake", [corners_aligned, rows_for_columns, weight_not_differentiated])
 def test_a_mistake_is_caught(mistake, dtype):
     with pytest.raises(AssertionError, match="RMS error"):
-        check_accuracy("ms_deform_attn", ms_deform_attn_arguments(dtype=dtype, queries=30), mistake)
+        check_accuracy(OP, ms_deform_attn_arguments(dtype=dtype, queries=30), mistake)

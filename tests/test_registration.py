@@ -113,7 +113,12 @@ def test_every_public_op_declares_what_tests_need():
     assert set(testing.NAMES) == set(PUBLIC)
     for op in PUBLIC:
         declared = declaration(op)
-        assert declared.EMPTY and declared.BAD_INPUTS and {bad.op for bad in declared.BAD_INPUTS} == {op}
+        assert (
+            declared.SHAPES
+            and declared.EMPTY
+            and declared.BAD_INPUTS
+            and {bad.op for bad in declared.BAD_INPUTS} == {op}
+        )
         if op in OPS:
             assert declared.TINY and declared.DETECTOR and declared.OF_WORKERS and declared.MANY_GIGABYTES
             assert declared.MANY["batch"] > 2**16

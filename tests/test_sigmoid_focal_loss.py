@@ -1,40 +1,15 @@
-"""Sigmoid focal loss of class indices, with its gradient from the forward pass."""
+"""Sigmoid focal loss of class indices, with its gradient from the forward pass; the matrix has the rest."""
 
 import math
 
 import pytest
 import torch
+from matrix import DTYPES, assert_same, each_way, results
 from saved_tensors import kept_bytes
 from torch import nn
 
 import route_kernels as rk
-from route_kernels import native
-from route_kernels.testing import EAGER, call, check_accuracy, outcome, sigmoid_focal_loss_arguments
-
-DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-
-SHAPES = {  # around vectors of 2 to 16 lanes
-    "one query": dict(batch=1, queries=1, classes=5),
-    "one class": dict(queries=300, classes=1),
-    "7": dict(queries=31, classes=7, gamma=1.5),
-    "91": dict(queries=33, classes=91),
-    "1203": dict(batch=1, queries=5, classes=1203),
-    "weighted": dict(queries=17, classes=20, weighted=True, alpha=0.75),
-    "cross entropy": dict(queries=17, classes=20, gamma=0.0, alpha=0.5),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-def test_accuracy(sizes, dtype):
-    check_accuracy("sigmoid_focal_loss", sigmoid_focal_loss_arguments(dtype=dtype, **sizes))
-
-
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 2.5])
-def test_gradcheck(gamma):
-    arguments = sigmoid_focal_loss_arguments(queries=5, dtype=torch.float64, weighted=True)
-    logits, targets, weight = arguments["logits"], arguments["targets"], arguments["weight"]
-    assert torch.autograd.gradcheck(lambda x: rk.sigmoid_focal_loss(x, targets, 0.3, gamma, weight), logits)
+from route_kernels.testing import EAGER, call, outcome, sigmoid_focal_loss_arguments
 
 
 def by_hand(logit, is_target, alpha, gamma):
@@ -70,11 +45,22 @@ def test_agrees_with_the_criterion_s_formula():
     assert (ours["grad logits"] - grad).abs().max() <= 1e-9 * grad.abs().max()
 
 
-def test_any_number_that_is_no_class_is_background():
-    logits = torch.randn(5, 3)
-    targets = torch.tensor([3, -1, 100, -(2**62), 2**62])
-    background = rk.sigmoid_focal_loss(logits, torch.full((5,), 3), reduction="none")
-    assert torch.equal(rk.sigmoid_focal_loss(logits, targets, reduction="none"), background)
+@each_way("sigmoid_focal_loss", ways=("cpu", "reference", "triton"))
+def test_any_number_that_is_no_class_is_background(way):
+    logits, targets = torch.randn(5, 3, requires_grad=True), torch.tensor([3, -1, 100, -(2**62), 2**62])
+    given = {"logits": logits, "reduction": "none"}
+    found, expected = (
+        results("sigmoid_focal_loss", {**given, "targets": each}, way) for each in (targets, torch.full((5,), 3))
+    )
+    assert_same(found, expected)
+
+
+def test_nan_stays_with_its_query():
+    arguments = sigmoid_focal_loss_arguments()
+    with torch.no_grad():
+        arguments["logits"][1, 3, 2] = math.nan
+    loss = call("sigmoid_focal_loss", arguments)
+    assert loss.isnan().sum() == 1 and loss[1, 3].isnan()
 
 
 def test_weights_count_queries():
@@ -119,44 +105,3 @@ def test_huge_logits(dtype):
     torch.testing.assert_close(rows[1].double(), logits[0, 0].detach().double())  # 0.75 huge + 0.25 huge
     (grad,) = torch.autograd.grad(rows.sum(), logits)
     assert torch.equal(grad.double(), torch.tensor([[0, 0], [0.75, -0.25]], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["batch", "queries", "classes"])
-def test_empty_dimensions(shape):
-    logits = torch.zeros(shape, requires_grad=True)
-    loss = rk.sigmoid_focal_loss(logits, torch.zeros(shape[:2], dtype=torch.int64))
-    assert loss == 0 and torch.autograd.grad(loss, logits)[0].shape == shape
-
-
-def test_views():
-    arguments = sigmoid_focal_loss_arguments(queries=6)
-    expected = call("sigmoid_focal_loss", arguments).detach()
-    x = arguments["logits"].detach()
-    for view in (x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
-        assert not view.is_contiguous()
-        assert torch.equal(rk.sigmoid_focal_loss(**{**arguments, "logits": view}), expected)
-    packed = torch.stack([x, -x], 1).requires_grad_()  # one branch of two
-    torch.testing.assert_close(rk.sigmoid_focal_loss(**{**arguments, "logits": packed[:, 0]}), expected)
-    same = arguments["targets"][:1, :1].expand(2, 6)
-    torch.testing.assert_close(
-        rk.sigmoid_focal_loss(x, same), rk.sigmoid_focal_loss(x, same.contiguous()), rtol=0, atol=0
-    )
-
-
-def test_nan_stays_with_its_query():
-    arguments = sigmoid_focal_loss_arguments()
-    with torch.no_grad():
-        arguments["logits"][1, 3, 2] = math.nan
-    loss = call("sigmoid_focal_loss", arguments)
-    assert loss.isnan().sum() == 1 and loss[1, 3].isnan()
-
-
-@pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error))
-@pytest.mark.parametrize("threads", [2, 3, 5])
-def test_threads_change_nothing(threads):
-    arguments = sigmoid_focal_loss_arguments(queries=2000, classes=11)
-    grad_output = torch.randn(2, 2000)
-    alone = outcome(rk.sigmoid_focal_loss, arguments, grad_output)
-    torch.set_num_threads(threads)
-    for name, tensor in outcome(rk.sigmoid_focal_loss, arguments, grad_output).items():
-        assert torch.equal(tensor, alone[name]), name

@@ -4,8 +4,18 @@ Each module declares
 
     arguments(*, batch, queries, ..., dtype, device, seed)    a call, scaled as a detector's is
     samples(dtype, **sizes)     by label, calls that together reach every argument; `sizes` go to `arguments`
+    SHAPES                      by label, sizes for `arguments` at which kernels may break
+    GRADCHECK                   sizes small enough for finite differences
     EMPTY                       by dimension, a call in which it has size 0
     BAD_INPUTS                  calls that break the contract, and the one error of each
+
+an op of which a query gives the same whatever the others are
+
+    PER_QUERY                   by argument, and of "output", the dimension of the queries
+
+an op whose arguments may differ in dtype
+
+    MIXED                       options for `arguments` by which they do
 
 an op with numbers among its arguments also
 
@@ -13,6 +23,8 @@ an op with numbers among its arguments also
 
 and an op with kernels of its own, as sizes for `arguments`,
 
+    SMALL_SHAPES                SHAPES for the interpreters, which are slow and take small tiles
+    SUMMED_BY_ATOMICS           results that need not be bitwise the same twice but in PyTorch's deterministic mode
     TINY                        for checks in Triton's interpreter
     DETECTOR                    of a decoder; the queries vary
     OF_WORKERS                  work for several workers, and too few elements for several of PyTorch's own threads

@@ -37,6 +37,27 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {  # around vectors of 2 to 16 lanes, and parts of 64 tokens
+    "one token": dict(batch=1, queries=1, channels=16),
+    "one channel": dict(queries=5, channels=1),
+    "as many channels as are kept": dict(queries=3, channels=4),
+    "7": dict(queries=63, channels=7, zeros=1),
+    "odd": dict(batch=3, queries=65, channels=33, zeros=2),
+    "256": dict(queries=130, channels=256, zeros=4),
+    "1000": dict(batch=1, queries=9, channels=1000),
+    "all lost, normalized": dict(queries=70, channels=40, zeros=40, keep="normalized"),
+}
+SMALL_SHAPES = {  # around tiles of 256 elements, and parts of 64 tokens
+    "one token": dict(batch=1, queries=1, channels=16),
+    "one channel": dict(queries=5, channels=1),
+    "as many channels as are kept": dict(queries=3, channels=4, zeros=2),
+    "several tokens a tile": dict(queries=7, channels=8, zeros=4),
+    "odd, two parts": dict(batch=1, queries=65, channels=17, zeros=2),
+    "wider than a tile": dict(batch=1, queries=3, channels=260),
+    "all lost, normalized": dict(queries=5, channels=10, zeros=10, keep="normalized"),
+}
+GRADCHECK = tuple(dict(queries=3, channels=6, zeros=2, keep=keep) for keep in ("output", "normalized"))
+PER_QUERY = {"x": 1, "residual": 1, "output": 1}
 EMPTY = empty(arguments, "batch", "queries", "channels")
 NUMBERS = {"eps": 0.25}
 TINY = dict(batch=2, queries=5, channels=7, zeros=1)

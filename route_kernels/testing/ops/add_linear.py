@@ -32,6 +32,14 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {
+    "one position": dict(queries=7),
+    "a position of each image": dict(batch=3, positions=3, queries=5, outputs=3),
+    "more images than chunks": dict(batch=19, queries=2, bias=False),
+    "as in a detector": dict(batch=3, queries=100, channels=32),
+}
+GRADCHECK = (dict(queries=3),)
+PER_QUERY = {"x": 1, "position": 1, "output": 1}
 EMPTY = empty(arguments, "batch", "queries", "channels", "outputs")
 BAD_INPUTS = bad_inputs(
     "add_linear",

@@ -35,6 +35,16 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {
+    "one token": dict(batch=1, queries=1),
+    "fewer tokens than chunks": dict(batch=1, queries=3, chunks=8),
+    "a last chunk of one": dict(batch=1, queries=9, chunks=4),
+    "gelu": dict(queries=17, activation="gelu", channels=5, hidden=23, chunks=3),
+    "silu, no biases": dict(queries=17, activation="silu", biases=False),
+    "as in a detector": dict(queries=200, channels=64, hidden=256, chunks=8),
+}
+GRADCHECK = tuple(dict(queries=3, channels=4, hidden=6, activation=name) for name in ("relu", "gelu", "silu"))
+PER_QUERY = {"x": 1, "output": 1}
 EMPTY = empty(arguments, "batch", "queries", "channels", "hidden")
 EMPTY["outputs"] = lambda: {
     name: argument.detach()[:0].requires_grad_() if name in ("w2", "b2") else argument

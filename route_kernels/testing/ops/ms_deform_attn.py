@@ -43,7 +43,51 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {  # channels around vectors of 2 to 16 lanes, points around blocks of 16, queries around batches of 8
+    "one of each": dict(levels=((1, 1),), batch=1, heads=1, channels=1, queries=1, points=1),
+    "3 channels": dict(channels=3, queries=8, points=1),
+    "8 channels": dict(channels=8, queries=17, heads=3),
+    "16 channels": dict(channels=16, queries=7, points=4),
+    "17 channels": dict(channels=17, queries=5, points=3, batch=1),
+    "32 channels, few queries": dict(levels=((20, 21),), channels=32, queries=3, points=4),
+    "32 channels, many queries": dict(levels=((6, 5), (3, 3)), channels=32, queries=40, points=8),
+    "64 channels": dict(channels=64, queries=9, points=5, heads=1),
+    "100 channels": dict(channels=100, queries=10, points=6, batch=1),
+    "16 levels": dict(levels=((2, 3), (4, 1)) * 8, channels=4, points=1),
+    "20 points": dict(levels=((3, 5),), channels=5, points=20),
+    "33 points": dict(levels=((3, 5), (1, 7), (9, 1)), channels=2, points=11),
+    "rows and columns": dict(levels=((1, 9), (9, 1), (1, 1)), channels=6),
+    "few points of uneven levels": dict(counts=(4, 1, 1), queries=20),
+    "many points of uneven levels": dict(counts=(17, 1, 15), queries=20),
+}
+SMALL_SHAPES = {  # channels of no power of two, more queries than a block, levels of one pixel, row and column
+    "one of each": dict(levels=((1, 1),), batch=1, heads=1, channels=1, queries=1, points=1),
+    "3 channels": dict(levels=((5, 7), (3, 4)), channels=3, queries=8, points=1),
+    "several blocks": dict(levels=((6, 5),), channels=16, queries=37, points=2, heads=1),
+    "24 channels": dict(levels=((4, 3), (2, 2)), channels=24, queries=11, points=2, batch=1),
+    "rows and columns": dict(levels=((1, 9), (9, 1), (1, 1)), channels=8, batch=1, points=3),
+    "8 levels": dict(levels=((2, 3), (4, 1)) * 4, channels=4, points=1, batch=1),
+}
+GRADCHECK = (
+    dict(queries=3, channels=3, points=2, batch=1),
+    dict(queries=3, channels=3, counts=(2, 0, 1), batch=1, seed=1),
+)
+PER_QUERY = {"sampling_locations": 1, "attention_weights": 1, "output": 1}
+SUMMED_BY_ATOMICS = ("grad value",)
+MIXED = tuple(
+    dict(dtype=dtype, point_dtype=point_dtype)
+    for dtype, point_dtype in (
+        (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16), (torch.float16, torch.bfloat16), (torch.float64, torch.float32),
+        (torch.float64, torch.float16),
+    )
+)  # fmt: skip
 EMPTY = empty(arguments, "batch", "queries", "heads", "channels", "points")
+EMPTY["levels"] = lambda: arguments(levels=())
+EMPTY["pixels of every level"] = lambda: arguments(levels=((0, 0), (3, 0), (0, 2)))
+EMPTY["pixels of a level"] = lambda: arguments(levels=((4, 3), (0, 5), (2, 2), (3, 0)))
+EMPTY["points of a level"] = lambda: arguments(counts=(1, 0, 5))
+EMPTY["points of two levels"] = lambda: arguments(counts=(0, 6, 0))
 TINY = dict(batch=2, heads=1, queries=3, channels=4, points=1, levels=((2, 3), (1, 1)))
 DETECTOR = dict(batch=1, heads=8, channels=32, points=4)
 OF_WORKERS = dict(queries=100)

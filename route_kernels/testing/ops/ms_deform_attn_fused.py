@@ -42,7 +42,61 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {  # channels around vectors of 2 to 16 lanes, points around blocks of 16, queries around batches of 8
+    "one of each": dict(levels=((1, 1),), batch=1, heads=1, channels=1, queries=1, points=1, masked=True),
+    "3 channels": dict(channels=3, queries=8, points=1, masked=True),
+    "17 channels": dict(channels=17, queries=5, points=3, batch=1, masked=True),
+    "32 channels, few queries": dict(levels=((20, 21),), channels=32, queries=3, points=4, masked=True),
+    "32 channels, many queries": dict(levels=((6, 5), (3, 3)), channels=32, queries=40, points=8, masked=True),
+    "64 channels": dict(channels=64, queries=9, points=5, heads=1, masked=True),
+    # seed 0 has a float16 sample on a knot
+    "100 channels": dict(channels=100, queries=10, points=6, batch=1, seed=1, masked=True),
+    "16 levels": dict(levels=((2, 3), (4, 1)) * 8, channels=8, points=1, masked=True),
+    "33 points": dict(levels=((3, 5), (1, 7), (9, 1)), channels=16, points=11, masked=True),
+    "point a level": dict(reference_levels=3),
+    "point a level, masked": dict(reference_levels=3, masked=True),
+    "box": dict(coordinates=4),
+    "box, masked": dict(coordinates=4, masked=True),
+    "box a level": dict(coordinates=4, reference_levels=3),
+}
+SMALL_SHAPES = {  # channels of no power of two, more queries than a block, levels of one pixel, row and column
+    label: sizes | dict(coordinates=4, masked=True)
+    for label, sizes in {
+        "one of each": dict(levels=((1, 1),), batch=1, heads=1, channels=1, queries=1, points=1),
+        "3 channels": dict(levels=((5, 7), (3, 4)), channels=3, queries=8, points=1),
+        "several blocks": dict(levels=((6, 5),), channels=16, queries=37, points=2, heads=1),
+        "24 channels": dict(levels=((4, 3), (2, 2)), channels=24, queries=11, points=2, batch=1),
+        "rows and columns": dict(levels=((1, 9), (9, 1), (1, 1)), channels=8, batch=1, points=3),
+        "8 levels": dict(levels=((2, 3), (4, 1)) * 4, channels=4, points=1, batch=1),
+        "box a level": dict(levels=((3, 4), (1, 2)), batch=1, queries=5, reference_levels=2),
+    }.items()
+} | {
+    "point": dict(levels=((3, 4), (1, 2)), batch=1, queries=5),
+    "point a level": dict(levels=((3, 4), (1, 2)), batch=1, queries=5, reference_levels=2, masked=True),
+}
+GRADCHECK = tuple(
+    dict(queries=3, channels=3, batch=1, masked=True, coordinates=coordinates, reference_levels=levels)
+    for coordinates in (2, 4)
+    for levels in (1, 3)
+)
+PER_QUERY = {"reference_points": 1, "sampling_offsets": 1, "attention_logits": 1, "output": 1}
+SUMMED_BY_ATOMICS = ("grad value",)
+MIXED = tuple(
+    dict(dtype=dtype, point_dtype=point_dtype, coordinates=4)
+    for dtype, point_dtype in (
+        (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16), (torch.float16, torch.bfloat16), (torch.float64, torch.float32),
+        (torch.float64, torch.float16),
+    )
+)  # fmt: skip
 EMPTY = empty(arguments, "batch", "queries", "heads", "channels", "points")
+EMPTY["queries of boxes"] = lambda: arguments(queries=0, coordinates=4, masked=True)
+EMPTY["points of boxes"] = lambda: arguments(points=0, coordinates=4)
+EMPTY["levels"] = lambda: arguments(levels=())
+EMPTY["pixels of every level"] = lambda: arguments(levels=((0, 0), (3, 0), (0, 2)))
+EMPTY["pixels of a level"] = lambda: arguments(levels=((4, 3), (0, 5), (2, 2)), coordinates=4)
+EMPTY["points of a level"] = lambda: arguments(coordinates=4, reference_levels=3) | {"points": (1, 0, 5)}
+EMPTY["points of two levels"] = lambda: arguments() | {"points": (0, 6, 0)}
 TINY = dict(batch=2, heads=1, queries=3, channels=4, points=1, levels=((2, 3), (1, 1)))
 DETECTOR = dict(batch=1, heads=8, channels=32, points=4)
 OF_WORKERS = dict(queries=100)

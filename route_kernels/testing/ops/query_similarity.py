@@ -25,6 +25,27 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     return {mode: arguments(mode=mode, dtype=dtype, **sizes) for mode in ("relu", "mean")}
 
 
+SHAPES = {  # around tiles of 32 to 256 queries, and around vectors of 2 to 16 lanes
+    "one query": dict(queries=1, channels=4),
+    "two queries": dict(queries=2, channels=1),
+    "31": dict(queries=31, channels=7, batch=1),
+    "33": dict(queries=33, channels=16, batch=3),
+    "65": dict(queries=65, channels=8),
+    "129": dict(queries=129, channels=31),
+    "255": dict(queries=255, channels=3),
+    "257": dict(queries=257, channels=33, batch=1),
+    "600": dict(queries=600, channels=256, batch=1),
+    "65, mean": dict(queries=65, channels=8, mode="mean"),
+    "257, mean": dict(queries=257, channels=33, batch=1, mode="mean"),
+}
+SMALL_SHAPES = {  # around tiles of 16 queries and chunks of 16 channels
+    "one query": dict(queries=1, channels=4),
+    "one channel": dict(queries=15, channels=1),
+    "whole tiles": dict(queries=32, channels=16, batch=1),
+    "ragged": dict(queries=37, channels=9),
+    "several chunks": dict(queries=18, channels=53, batch=3),
+}
+GRADCHECK = (dict(queries=5, channels=3, mode="mean"),)
 EMPTY = empty(arguments, "batch", "queries", "channels")
 TINY = dict(batch=2, queries=5, channels=3)
 DETECTOR = dict(batch=1, channels=256)

@@ -67,6 +67,46 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {  # around tiles of 32 to 256 queries and keys, and around vectors of 2 to 16 lanes
+    "one pair": dict(queries=1, keys=1, channels=1, rank=1, gate_rank=1, heads=1, batch=1),
+    "one query": dict(queries=1, keys=300, channels=32, rank=16, gate_rank=3),
+    "one key": dict(queries=33, keys=1, channels=5, rank=2, gate_rank=2),
+    "31 x 32": dict(queries=31, keys=32, channels=2, rank=3, gate_rank=1, heads=3),
+    "32 x 31": dict(queries=32, keys=31, channels=3, rank=5, gate_rank=4, heads=1),
+    "33 x 255": dict(queries=33, keys=255, channels=7, rank=8, gate_rank=5),
+    "32 x 256": dict(queries=32, keys=256, channels=16, rank=16, gate_rank=3),
+    "63 x 129": dict(queries=63, keys=129, channels=10, rank=6, gate_rank=3),
+    "64 x 128": dict(queries=64, keys=128, channels=11, rank=2, gate_rank=3, heads=3),
+    "65 x 127": dict(queries=65, keys=127, channels=31, rank=17, gate_rank=3),
+    "129 x 65": dict(queries=129, keys=65, channels=4, rank=4, gate_rank=3),
+    "255 x 257": dict(queries=255, keys=257, channels=9, rank=7, gate_rank=3, batch=1),
+    "256 x 33": dict(queries=256, keys=33, channels=15, rank=1, gate_rank=32, batch=1),
+    "257 x 256": dict(queries=257, keys=256, channels=17, rank=9, gate_rank=2, batch=1, heads=1),
+    "300 x 300": dict(queries=300, channels=32, rank=16, gate_rank=3, batch=1, heads=8),
+    "long rows": dict(queries=40, keys=70, channels=128, rank=64, gate_rank=32),
+    "uneven rows": dict(queries=5, keys=9, channels=127, rank=63, gate_rank=31, batch=3),
+    "many keys": dict(queries=3, keys=800, channels=33, rank=4, gate_rank=1, batch=1),
+    "plain, 45 x 270": dict(queries=45, keys=270, routed=False),
+    "no limit, 45 x 270": dict(queries=45, keys=270, limit=None),
+    "limit bites": dict(queries=45, keys=270, limit=0.3),
+    "limit beyond reach": dict(queries=45, keys=270, limit=1e30),
+}
+SMALL_SHAPES = {  # tiles are 16 x 16 in Triton's interpreter, of two heads at a time
+    "one pair": dict(queries=1, keys=1, channels=1, rank=1, gate_rank=1, heads=1, batch=1),
+    "one query": dict(queries=1, keys=33, channels=32, rank=16),
+    "one key": dict(queries=17, keys=1, channels=5, rank=2, gate_rank=2, batch=1),
+    "15 x 16": dict(queries=15, keys=16, channels=16, rank=16, gate_rank=4, heads=1),
+    "16 x 17, odd heads": dict(queries=16, keys=17, channels=17, rank=17, gate_rank=5, heads=3, batch=1),
+    "33 x 15": dict(queries=33, keys=15, channels=31, rank=3, gate_rank=1, heads=5, batch=1),
+    "long rows": dict(queries=5, keys=18, channels=128, rank=64, gate_rank=32, batch=1),
+    "uneven rows": dict(queries=18, keys=5, channels=65, rank=33, gate_rank=31, batch=3, heads=1),
+    "limit 0": dict(batch=1, queries=17, keys=18, limit=0.0),
+    "limit bites": dict(batch=1, queries=17, keys=18, limit=0.3),
+    "limit beyond reach": dict(batch=1, queries=17, keys=18, limit=1e30),
+}
+GRADCHECK = tuple(dict(queries=4, keys=3, channels=3, rank=2, gate_rank=2, limit=limit) for limit in (None, 0.8))
+PER_QUERY = {"query": 2, "routing.sup_q": 1, "routing.del_q": 1, "routing.gate_q": 1, "output": 2}
+MIXED = tuple(dict(rank=16, dtype=dtype, factor_dtype=torch.float32) for dtype in (torch.bfloat16, torch.float16))
 EMPTY = empty(arguments, "batch", "heads", "queries", "keys", "rank", "gate_rank")
 EMPTY["channels"] = lambda: {**arguments(channels=0), "scale": 0.5}
 NUMBERS = {"scale": 0.375, "routing.limit": 0.5}

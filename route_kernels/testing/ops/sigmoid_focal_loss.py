@@ -39,6 +39,25 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {  # around vectors of 2 to 16 lanes
+    "one query": dict(batch=1, queries=1, classes=5),
+    "one class": dict(queries=300, classes=1),
+    "7": dict(queries=31, classes=7, gamma=1.5),
+    "91": dict(queries=33, classes=91),
+    "1203": dict(batch=1, queries=5, classes=1203),
+    "weighted": dict(queries=17, classes=20, weighted=True, alpha=0.75),
+    "cross entropy": dict(queries=17, classes=20, gamma=0.0, alpha=0.5),
+}
+SMALL_SHAPES = {  # around tiles of 128 elements
+    "one query": dict(batch=1, queries=1, classes=5),
+    "one class": dict(queries=70, classes=1),
+    "several queries a tile": dict(queries=9, classes=7, gamma=1.5),
+    "several tiles of classes": dict(batch=1, queries=3, classes=150),
+    "weighted": dict(queries=3, classes=20, weighted=True, alpha=0.75, reduction="sum"),
+    "cross entropy": dict(queries=3, classes=20, gamma=0.0, alpha=0.5),
+}
+GRADCHECK = tuple(dict(queries=5, weighted=True, alpha=0.3, gamma=gamma) for gamma in (0.0, 1.0, 2.0, 2.5))
+PER_QUERY = {"logits": 1, "targets": 1, "output": 1}
 EMPTY = empty(arguments, "batch", "queries")
 EMPTY["classes"] = lambda: {
     name: argument.detach()[..., :0].requires_grad_() if name == "logits" else argument
