@@ -376,8 +376,8 @@ def scaled(arguments, factor):
 @each_backend
 def test_logits_of_ten_thousands_do_not_overflow(dtype, limit, way):
     if runs(OP, way, dtype):
-        queries, keys = (40, 300) if way == "cpu" else (9, 40)
-        given = routed_attention_arguments(batch=1, queries=queries, keys=keys, limit=limit, dtype=dtype)
+        batch, queries, keys = (2, 40, 300) if way == "cpu" else (1, 9, 40)
+        given = routed_attention_arguments(batch=batch, queries=queries, keys=keys, limit=limit, dtype=dtype)
         peaked = scaled(given, 64)
         assert all(tensor.isfinite().all() for tensor in results(OP, peaked, way).values())
         with torch.no_grad():

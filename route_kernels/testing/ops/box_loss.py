@@ -34,6 +34,14 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {
+    "one": dict(batch=1, queries=1, targets=1),
+    "one target": dict(queries=33, targets=1),
+    "more targets than boxes": dict(batch=1, queries=7, targets=50),
+    "several workers": dict(batch=3, queries=5000, targets=20),
+}
+GRADCHECK = (dict(),)
+PER_QUERY = {"boxes": 1, "target": 1, "output": 1}
 EMPTY = empty(arguments, "batch", "queries", "targets")
 NUMBERS = {"l1_weight": 3, "giou_weight": 0.5}
 TINY = dict(batch=2, queries=5, targets=4)

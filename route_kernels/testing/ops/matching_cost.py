@@ -41,6 +41,17 @@ def samples(dtype: torch.dtype, **sizes: Any) -> dict[str, Arguments]:
     }
 
 
+SHAPES = {  # around blocks of 256 predictions and vectors of 2 to 16 lanes
+    "one of each": dict(batch=1, branches=1, queries=1, classes=1, targets=1),
+    "one class": dict(queries=300, classes=1, targets=4),
+    "7": dict(queries=31, classes=7, gamma=1.5),
+    "256": dict(queries=256, targets=2),
+    "257": dict(batch=3, branches=1, queries=257, classes=20),
+    "1203": dict(batch=1, queries=5, classes=1203, targets=9),
+    "more targets than predictions": dict(queries=3, targets=8),
+    "softmax": dict(queries=33, classes=92, class_cost="softmax"),
+}
+PER_QUERY = {"logits": 2, "boxes": 2, "output": 2}
 EMPTY = empty(arguments, "batch", "branches", "queries", "targets")
 NUMBERS = {"class_weight": 1.5, "l1_weight": 3, "giou_weight": 0.5, "alpha": 0.75, "gamma": 3}
 TINY = dict(batch=2, branches=1, queries=5, classes=4, targets=1)
