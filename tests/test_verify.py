@@ -69,7 +69,7 @@ def test_other_bits_the_second_time_are_found(one_op, monkeypatch):
     assert broken_by(lambda output: output * (1 + 1e-7 * torch.rand(())), monkeypatch)[0] == "repeats"
 
 
-def test_other_bits_with_other_threads_are_told(one_op, monkeypatch):
+def test_other_bits_with_other_threads_are_found(one_op, monkeypatch):
     fault = broken_by(lambda output: output * (1 + 1e-6 * (torch.get_num_threads() == 3)), monkeypatch)
     assert fault == ["threads"]
 
