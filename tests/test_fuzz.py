@@ -1,6 +1,6 @@
 """Whatever a call holds, it is right or refused: seeded, time-boxed draws of sizes, strides, dtypes, masks and garbage.
 
-`make sanitize` runs them with instrumented kernels; each op and test has FUZZ_SECONDS, and one round at least.
+`tests/sanitize.py` runs them with instrumented kernels; each op and test has FUZZ_SECONDS, and one round at least.
 """
 
 import os

@@ -55,12 +55,16 @@ inline Parallel torch_threads(int64_t at_most) {
   std::unique_lock<std::mutex> lock(one_at_a_time, std::defer_lock);
   if (in_forked_child()) lock.lock();
   const int64_t workers = std::max<int64_t>(1, std::min(int64_t(torch::stable::get_num_threads()), at_most));
-  if (in_forked_child()) return {workers, run_on_new_threads};
-  return {workers, [](int64_t count, Parallel::Body body, const void* context) {
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t worker = begin; worker < end; ++worker) body(worker, context);
-            });
-          }};
+#ifndef RK_NEW_THREADS  // defined for ThreadSanitizer, which does not see how PyTorch's threads synchronise
+  if (!in_forked_child()) {
+    return {workers, [](int64_t count, Parallel::Body body, const void* context) {
+              torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+                for (int64_t worker = begin; worker < end; ++worker) body(worker, context);
+              });
+            }};
+  }
+#endif
+  return {workers, run_on_new_threads};
 }
 
 // Scratch memory from PyTorch's allocator while `kernel` runs: an out-of-memory is PyTorch's error, and nothing leaks.
