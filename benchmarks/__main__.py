@@ -23,16 +23,14 @@ COMMANDS = {
     "tune": "the fastest block sizes on this GPU",
     "tables": "results out of their JSON: for a terminal, or into the README",
     "gpu-report": "everything for whoever holds a GPU for ten minutes",
-    "gpu-run": "of the report: speed and memory of one part's cases",
-    "gpu-profile": "of the report: one profile of each kernel against its roofline",
-    "gpu-tables": "of the report: its JSON as tables",
+    "gpu-part": "of the report: one of its parts",
     "peak": "of ops: the peak memory of one call in this process",
     "stepper": "of train-step and memory-levels: steps of a detector in this process",
     "drop-in-step": "of drop-ins: steps of a codebase in this process",
 }
 """By name, what each says of itself. The module has that name, and `main(argv)` returns the exit code."""
 
-MODULES = {"ops": "run", "tables": "report", "peak": "memory"}
+MODULES = {"ops": "test_ops", "tables": "report", "peak": "memory"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from route_kernels import native
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "numpy", "transformers", "torch-ms-deform-attn", "ultralytics", "rfdetr")
+PACKAGES = ("torch", "numpy", "transformers", "torch-ms-deform-attn", "deformops", "ultralytics", "rfdetr")
 
 
 def cpu_model() -> str:

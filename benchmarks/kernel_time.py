@@ -59,7 +59,7 @@ def rows(op: str | None, repeat: int, take_seconds: Callable[[], float]) -> Iter
 
     from .registry import cases
 
-    for case in cases():
+    for case in cases("cpu"):
         if op not in (None, case.op):
             continue
         arguments = case.make_arguments()

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from route_kernels.testing import Arguments, map_tensors, outcome
 
+from .contenders import PLAIN_SDPA
 from .device import ROOT
-from .ops.routed_attention import EAGER_ROUTING, PLAIN_SDPA, ROUTED_ATTENTION, attention_arguments
-from .verification import Results, complaint, yardstick
+from .measure import Results, complaint, yardstick
+from .ops.routed_attention import EAGER_ROUTING, ROUTED_ATTENTION, attention_arguments
 
 CONTENDERS = {"fused": ROUTED_ATTENTION, "plain": PLAIN_SDPA, "eager": EAGER_ROUTING}
 CHECKED_ROWS = 64
@@ -38,14 +39,16 @@ class MemoryCase:
 
     key: str
     queries: int
+    quick: bool = False
     target_bytes: int | None = None
 
 
-def cases(quick: bool) -> list[MemoryCase]:
-    if quick:
-        return [MemoryCase(key, 2048) for key in CONTENDERS]
-    at_4096 = [MemoryCase(key, 4096) for key in CONTENDERS]
-    return [*at_4096, MemoryCase("plain", 16384), MemoryCase("fused", 16384, target_bytes=1_500_000_000)]
+CASES = (
+    *(MemoryCase(key, 2048, quick=True) for key in CONTENDERS),
+    *(MemoryCase(key, 4096) for key in CONTENDERS),
+    MemoryCase("plain", 16384),
+    MemoryCase("fused", 16384, target_bytes=1_500_000_000),
+)
 
 
 def _status_bytes(field: str) -> int:

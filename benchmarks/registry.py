@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,27 +15,29 @@ from route_kernels.testing import EAGER, Arguments, map_tensors
 
 OURS = "route-kernels"
 MIB = 2**20
-DEVICE = torch.device("cuda", 0)
 
 
 class Unavailable(Exception):
     """A contender cannot run here; the message says why."""
 
 
+def everything(arguments: Arguments) -> Arguments:
+    """Arguments that most contenders take."""
+    return arguments
+
+
 @dataclass(frozen=True)
 class Contender:
-    """`call(**arguments)` gives the output; `formula` is what it should compute, in PyTorch's own operators.
+    """`call(**taken(arguments))` gives the output; `formula` is what it should compute, in PyTorch's own operators.
 
-    `takes` names the arguments that both are given; None is all.
+    Output and gradients are computed within `around()`.
     """
 
     name: str
     call: Callable[..., Tensor]
     formula: Callable[..., Tensor]
-    takes: tuple[str, ...] | None = None
-
-    def taken(self, arguments: Arguments) -> Arguments:
-        return arguments if self.takes is None else {name: arguments[name] for name in self.takes}
+    taken: Callable[[Arguments], Arguments] = everything
+    around: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,14 @@ class Target:
     at_most: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """A row: `contenders[0]` is ours; what `make_arguments` marks as requiring a gradient is differentiated."""
+    """A row: `contenders[0]` is ours; what `make_arguments` marks as requiring a gradient is differentiated.
+
+    Attributes:
+        part: of a report on a GPU, the process that it is measured in.
+        peak_at_most, microseconds_at_most: targets of ours alone: bytes beside the inputs, time.
+    """
 
     op: str
     name: str
@@ -56,18 +64,16 @@ class Case:
     contenders: Sequence[Contender]
     targets: Sequence[Target] = ()
     quick: bool = False
-
-
-@dataclass(frozen=True)
-class GpuCase(Case):
-    """A row; `part` is the process it is measured in, `peak_at_most` a target for our bytes beside the inputs."""
-
     part: str = ""
     peak_at_most: int | None = None
+    microseconds_at_most: float | None = None
+
+    @property
+    def passes(self) -> str:
+        return "forward + backward" if self.backward else "forward"
 
     def arguments_on(self, device: torch.device) -> Arguments:
-        moved = map_tensors(self.make_arguments(), lambda x: x.detach().to(device).requires_grad_(x.requires_grad))
-        return moved
+        return map_tensors(self.make_arguments(), lambda x: x.detach().to(device).requires_grad_(x.requires_grad))
 
 
 def eager(op: str, name: str) -> Contender:
@@ -84,27 +90,18 @@ def without_gradients(make: Callable[[], Arguments]) -> Callable[[], Arguments]:
     return lambda: map_tensors(make(), torch.Tensor.detach)
 
 
-def cases() -> list[Case]:
-    """Every row of speed, an op at a time."""
-    return [case for op in _declared() for case in op.cases()]
-
-
-def gpu_cases() -> list[GpuCase]:
-    """Every row of speed on a GPU, the most important first."""
-    return [case for op in by_value() for case in op.gpu_cases()]
+def cases(device: str) -> list[Case]:
+    """Every row of speed on a device of type "cpu" or "cuda", the ops by value: a report may end early."""
+    return [case for op in by_value() for case in op.cases(device)]
 
 
 def parts() -> list[str]:
-    """Parts of the measurements on a GPU, each for a process of its own, by value."""
-    return list(dict.fromkeys(case.part for case in gpu_cases()))
+    """Names of processes that measure on a GPU, by value."""
+    return list(dict.fromkeys(case.part for case in cases("cuda")))
 
 
 def by_value() -> list[ModuleType]:
-    """The declarations of the ops, the headline first: a report on a GPU may end early."""
-    return sorted(_declared(), key=lambda op: -op.GPU_SECONDS)
-
-
-def _declared() -> list[ModuleType]:
+    """The declarations of the ops, the headline first."""
     from . import ops  # whose files need the classes above
 
-    return [ops.declaration(op) for op in ops.NAMES]
+    return sorted(map(ops.declaration, ops.NAMES), key=lambda op: -op.GPU_SECONDS)

@@ -18,6 +18,31 @@ DROP_INS_BEGIN, DROP_INS_END = "<!-- drop-ins: begin -->", "<!-- drop-ins: end -
 Row = Mapping[str, Any]
 
 
+def read(file: Path) -> dict[str, Any]:
+    """Results with rows, out of what `pytest benchmarks --benchmark-json` wrote, or what has rows already."""
+    results = json.loads(file.read_text())
+    if "benchmarks" not in results:
+        return results
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for each in (*(benchmark["extra_info"] | benchmark for benchmark in results["benchmarks"]), *results["not_timed"]):
+        where = {name: each[name] for name in ("op", "case", "pass")}
+        row = rows.setdefault(tuple(where.values()), {**where, "failure": None, "contenders": {}, "targets": []})
+        if "stats" not in each:
+            reasons = {name: each[name] for name in ("unavailable", "failure") if name in each}
+            row["contenders"][each["contender"]] = reasons
+            row["failure"] = row["failure"] or (each.get("failure") if each["contender"] == OURS else None)
+            continue
+        spread = {name: round(each["stats"][name] * 1e3, 4) for name in ("median", "min", "max")}
+        found = {"milliseconds": spread, "rounds": each["stats"]["rounds"]}
+        found |= {name: each[name] for name in ("our_time_over_its",) if name in each}
+        row["contenders"][each["contender"]] = found
+        row["targets"] += each["targets"]
+    for row in rows.values():
+        row["contenders"] = dict(sorted(row["contenders"].items(), key=lambda item: item[0] != OURS))
+    machine = results["machine_info"] | {name: results[name] for name in ("commit", "dirty", "date")}
+    return {**machine, "speed": list(rows.values()), "memory": results["memory"]}
+
+
 def is_of_drop_ins(results: Row) -> bool:
     """Whether these are the results of `drop-ins`, not those of `ops`."""
     return "codebases" in results
@@ -25,7 +50,9 @@ def is_of_drop_ins(results: Row) -> bool:
 
 def _milliseconds(contender: Row) -> str:
     if "unavailable" in contender:
-        return "not installed"
+        return "not available"
+    if "failure" in contender:
+        return "failed, not timed"
     median, least, most = (_three_digits(contender["milliseconds"][part]) for part in ("median", "min", "max"))
     return f"{median} ms ({least} to {most})"
 
@@ -234,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="an ops.json or drop_ins.json")
     parser.add_argument("--readme", type=Path, help="page whose marked section is filled in")
     args = parser.parse_args(argv)
-    results = json.loads(args.results.read_text())
+    results = read(args.results)
     print(text(results))
     if args.readme is not None:
         link = Path(os.path.relpath(args.results.resolve(), args.readme.resolve().parent)).as_posix()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -31,7 +32,7 @@ class Stepper:
 
     def __init__(
         self, *, route: bool, fused: bool, preset: str, batch: int, height: int, width: int, queries: int,
-        memory: str = "lean",
+        memory: str = "lean", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self.backend = None if fused else "eager"
         config = named_config(preset).updated(
@@ -44,19 +45,20 @@ class Stepper:
             }
         )
         torch.manual_seed(0)
-        self.detector = Detector(config.detector).train()
+        self.detector = Detector(config.detector).train().to(device)
+        self.autocast = partial(torch.autocast, torch.device(device).type, dtype, enabled=dtype != torch.float32)
         if route:
             self.detector.set_routing(STRENGTH, AUX_WEIGHT)
         self.criterion = Criterion(config.train)
         trained = [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.train.learning_rate)
         self.clip_norm = config.train.clip_norm
-        self.images = torch.randn(batch, 3, height, width)
+        self.images = torch.randn(batch, 3, height, width).to(device)
         self.targets = [
             Target(
                 image_id=index,
-                boxes=torch.cat([torch.rand(BOXES, 2) * 0.6 + 0.2, torch.rand(BOXES, 2) * 0.2 + 0.1], dim=1),
-                labels=torch.randint(config.detector.num_classes, (BOXES,)),
+                boxes=torch.cat([torch.rand(BOXES, 2) * 0.6 + 0.2, torch.rand(BOXES, 2) * 0.2 + 0.1], dim=1).to(device),
+                labels=torch.randint(config.detector.num_classes, (BOXES,)).to(device),
                 size=(height, width),
                 original_size=(height, width),
             )
@@ -67,13 +69,14 @@ class Stepper:
     def step(self) -> dict[str, float]:
         """Everything that a step of `route-detr train` does but reading images."""
         started = perf_counter()
-        with rk.backend(self.backend):
+        with rk.backend(self.backend), self.autocast():
             losses = self.criterion(self.detector(self.images, None, self.targets), self.targets)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip_norm)
         self.optimizer.step()
-        return {"seconds": perf_counter() - started, "loss": losses["loss"].item(), "gradient_norm": norm.item()}
+        answer = {"loss": losses["loss"].item(), "gradient_norm": norm.item()}  # waits for a GPU
+        return {"seconds": perf_counter() - started, **answer}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks.verification import Results, complaint, yardstick
+from benchmarks.measure import Results, complaint, yardstick
 from route_kernels.testing import EAGER, Arguments, call, declaration, map_tensors, named_tensors, outcome
 
 Function = Callable[..., Tensor]

@@ -1,13 +1,20 @@
 """The benchmarks do not lie: wrong results are not timed, missing peers are named, missed targets are shown."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import route_kernels as rk
-from benchmarks import memory, memory_levels, report, run, train_step, worker
-from benchmarks.ops.ms_deform_attn import PEER, Sampling
+from benchmarks import contenders, memory, memory_levels, report, test_ops, train_step, worker
+from benchmarks.contenders import PEER
+from benchmarks.device import ROOT
+from benchmarks.measure import measured
+from benchmarks.ops.ms_deform_attn import DETECTORS, Sampling
 from benchmarks.registry import OURS, Case, Contender, Target, Unavailable, cases
 from benchmarks.timing import ratio, spread, time_in_turns
 from route_kernels.testing import EAGER, check_accuracy, routed_attention_arguments
@@ -20,13 +27,17 @@ def small_case(*others, targets=()):
     return Case("routed_attention", "small", True, routed_attention_arguments, (ours, *others), targets)
 
 
+def row_of(case, seconds=0.0):
+    return measured(case, torch.device("cpu"), seconds)[0]
+
+
 def unavailable(**arguments):
     raise Unavailable("no such package here")
 
 
 def test_row_has_spread_ratio_and_verdict():
     targets = [Target("eager", 1e9), Target("eager", 1e-9)]
-    row = run.measured(small_case(EAGER_FORM, targets=targets), seconds=0)
+    row = row_of(small_case(EAGER_FORM, targets=targets))
     assert row["failure"] is None
     for contender in row["contenders"].values():
         times = contender["milliseconds"]
@@ -45,9 +56,16 @@ def test_row_has_spread_ratio_and_verdict():
     ids=["off by a thousandth", "a row missing", "NaN"],
 )
 def test_wrong_result_is_not_timed(wrong):
-    row = run.measured(small_case(Contender("wrong", wrong, EAGER["routed_attention"])), seconds=0)
-    assert row["failure"].startswith("wrong: ") and row["contenders"] == {}
-    assert "milliseconds" not in json.dumps(row)
+    row = row_of(small_case(Contender("wrong", wrong, EAGER["routed_attention"])))
+    assert set(row["contenders"]["wrong"]) == {"failure"} and row["failure"] is None
+    assert "milliseconds" in row["contenders"][OURS]
+    assert "failed, not timed" in report.text({**LEAST, "speed": [row], "memory": []})
+
+
+def test_nothing_is_timed_where_ours_is_wrong():
+    wrong = Contender(OURS, lambda **x: 1.001 * EAGER["routed_attention"](**x), EAGER["routed_attention"])
+    row = row_of(dataclasses.replace(small_case(), contenders=(wrong, EAGER_FORM)))
+    assert row["failure"].startswith(f"{OURS}: ") and "milliseconds" not in json.dumps(row)
     assert "failed, not timed" in report.text({**LEAST, "speed": [row], "memory": []})
 
 
@@ -55,13 +73,14 @@ def test_wrong_gradient_is_not_timed():
     def detached_value(**x):
         return EAGER["routed_attention"](**{**x, "value": x["value"].detach()}) + 0 * x["value"]
 
-    row = run.measured(small_case(Contender("wrong", detached_value, EAGER["routed_attention"])), seconds=0)
-    assert "grad value" in row["failure"] and "milliseconds" not in json.dumps(row)
+    row = row_of(small_case(Contender("wrong", detached_value, EAGER["routed_attention"])))
+    (reason,) = row["contenders"]["wrong"].values()
+    assert "grad value" in reason
 
 
 def test_missing_peer_is_named_and_its_target_is_open():
     missing = Contender("peer", unavailable, EAGER["routed_attention"])
-    row = run.measured(small_case(missing, targets=[Target("peer", 1.0)]), seconds=0)
+    row = row_of(small_case(missing, targets=[Target("peer", 1.0)]))
     assert row["contenders"]["peer"] == {"unavailable": "no such package here"}
     assert row["targets"][0]["met"] is None
     assert "milliseconds" in row["contenders"][OURS]
@@ -69,8 +88,8 @@ def test_missing_peer_is_named_and_its_target_is_open():
 
 
 def test_cases_are_those_that_the_targets_speak_of():
-    rows = {(case.op, case.name, case.backward): case for case in cases()}
-    assert len(rows) == len(cases())
+    rows = {(case.op, case.name, case.backward): case for case in cases("cpu")}
+    assert len(rows) == len(cases("cpu"))
     limits = {
         ("routed_attention", "B 2 N 900", True): ("plain SDPA, no bias", 1.2),
         ("routed_attention", "B 1 N 2048", True): ("plain SDPA, no bias", 1.0),
@@ -84,22 +103,24 @@ def test_cases_are_those_that_the_targets_speak_of():
         assert case.contenders[0].name == OURS
         assert {target.against for target in case.targets} <= {contender.name for contender in case.contenders[1:]}
     assert {op for op, _, _ in rows} == set(rk.backends.OPS)
-    goals = {(case.queries, case.target_bytes) for case in memory.cases(quick=False) if case.target_bytes}
+    goals = {(case.queries, case.target_bytes) for case in memory.CASES if case.target_bytes}
     assert goals == {(16384, 1_500_000_000)}
 
 
+@pytest.mark.parametrize("points", [4, (3, 1)])
 @pytest.mark.parametrize("near", [False, True])
-def test_both_deformable_ops_get_the_same_samples(near):
-    sampling = Sampling(((4, 6), (2, 3)), batch=2, queries=30, near=near)
+def test_both_deformable_ops_get_the_same_samples(near, points):
+    sampling = Sampling(((4, 6), (2, 3)), batch=2, queries=30, near=near, points=points)
     plain, fused = sampling.arguments(backward=False)
     torch.testing.assert_close(rk.ms_deform_attn(**plain), rk.ms_deform_attn_fused(**fused), rtol=1e-4, atol=1e-5)
-    pixels = plain["sampling_locations"] * torch.tensor([[6.0, 4.0], [3.0, 2.0]])[:, None] - 0.5
+    sizes = torch.tensor([[6.0, 4.0], [3.0, 2.0]]).repeat_interleave(torch.tensor(sampling.counts), 0)
+    pixels = plain["sampling_locations"].reshape(2, 30, 8, -1, 2) * sizes - 0.5
     fractions = pixels - pixels.floor()
     assert fractions.min() > 0.04 and fractions.max() < 0.96
 
 
 def test_eager_peer_of_similarity_is_right():
-    (contender,) = {case.contenders[1] for case in cases() if case.op == "query_similarity"}
+    (contender,) = {case.contenders[1] for case in cases("cpu") if case.op == "query_similarity"}
     check_accuracy("query_similarity", {"x": torch.randn(2, 9, 4), "mode": "relu"}, contender.call)
 
 
@@ -198,8 +219,99 @@ LEAST = {
 }
 
 
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """Some of `pytest benchmarks`, saved and then compared with."""
+    folder = tmp_path_factory.mktemp("suite")
+    written = folder / "ops.json"
+    chosen = ["-k", "query_similarity and 300 or add_layer_norm and 900 or (rfdetr and fused and not backward)"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", *chosen, "-p", "no:cacheprovider"]
+    command += ["--benchmark-storage", str(folder / "saved")]
+    for options in ([f"--benchmark-json={written}", "--benchmark-save=first"], ["--benchmark-compare"]):
+        done = subprocess.run(
+            [*command, *options], cwd=ROOT, capture_output=True, text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    return written, done.stdout
+
+
+def test_suite_of_pytest_benchmark_has_groups_ratios_and_reasons(suite):
+    written, printed = suite
+    content = json.loads(written.read_text())
+    groups = {each["group"] for each in content["benchmarks"]}
+    assert {"query_similarity, B 2 N 300, forward", "add_layer_norm, B 1 N 900, forward + backward"} <= groups
+    for each in content["benchmarks"]:
+        info, stats = each["extra_info"], each["stats"]
+        assert each["group"] == f"{info['op']}, {info['case']}, {info['pass']}" and stats["min"] > 0
+        assert (info["contender"] == OURS) == ("our_time_over_its" not in info)
+    reasons = {(each["op"], each["contender"]): each["unavailable"] for each in content["not_timed"]}
+    assert "as many points" not in "".join(reasons.values())
+    assert any(name.startswith(contenders.DEFORMOPS) for _, name in reasons)
+    assert "(0001_first)" in printed  # compared with
+
+
+def test_tables_come_from_the_json_of_the_suite(suite):
+    results = report.read(suite[0])
+    content = json.loads(suite[0].read_text())
+    for row in results["speed"]:
+        assert next(iter(row["contenders"])) == OURS
+    timed = [each for row in results["speed"] for each in row["contenders"].values() if "milliseconds" in each]
+    assert len(timed) == len(content["benchmarks"])
+    page = report.text(results)
+    assert f"commit {content['commit'][:12]}" in page and "not available" in page and "sum and layer_norm" in page
+
+
+def test_clock_of_the_suite_shows_each_sample():
+    clock, found = test_ops.Clock(), []
+    clock.set([0.25, 0.5])
+    for _ in range(2):
+        clock.rewind()
+        start = clock()
+        clock.advance()
+        found.append(clock() - start)
+    assert found == [0.25, 0.5]
+
+
+def test_disabled_benchmarks_are_verified_alone():
+    row, samples = measured(small_case(EAGER_FORM), torch.device("cpu"), None)
+    assert row["contenders"] == {OURS: {}, "eager": {}} and samples == {}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_shapes_of_other_detectors_are_measured_everywhere(name):
+    for device in ("cpu", "cuda"):
+        found = [case for case in cases(device) if case.name.startswith(name)]
+        assert {(case.op, case.backward) for case in found} == {
+            (op, backward) for op in ("ms_deform_attn", "ms_deform_attn_fused") for backward in (False, True)
+        }
+
+
+def test_concatenation_is_attention_with_an_ungated_bias():
+    arguments = routed_attention_arguments()
+    taken = contenders.FLASH_BIAS.taken(arguments)
+    row = row_of(small_case(contenders.FLASH_BIAS))
+    assert set(taken) == {"query", "key", "value", "sup_q", "sup_k"}
+    assert "milliseconds" in row["contenders"][contenders.FLASH_BIAS.name], row["contenders"]
+
+
+@pytest.mark.parametrize("contender", [contenders.TRIANGLE, contenders.FLEX_LOOKED_UP], ids=lambda each: each.name)
+def test_contenders_that_need_a_gpu_say_so(contender):
+    row = row_of(small_case(contender))
+    assert set(row["contenders"][contender.name]) == {"unavailable"}
+
+
+def test_peers_say_why_they_are_not_there():
+    arguments = Sampling(((4, 6), (2, 3)), 1, 5, near=False, points=(3, 1)).arguments(False)[0]
+    for contender in contenders.PEERS:
+        with pytest.raises(Unavailable, match="as many points"):
+            contender.call(**arguments)
+    with pytest.raises(Unavailable, match="package nowhere cannot be imported"):
+        contenders.package("package nowhere", "no_such_package")
+
+
 def test_report_draws_and_fills_the_marked_section(tmp_path):
-    row = run.measured(small_case(EAGER_FORM), seconds=0)
+    row = row_of(small_case(EAGER_FORM))
     held = {"op": "routed_attention", "case": "B 1 N 96", "pass": "forward + backward", "contender": OURS}
     held |= {"failure": None, "target_bytes": 10, "target_met": False, "peak_bytes": 20_000_000, "before_bytes": 10}
     results = {**LEAST, "speed": [row], "memory": [held]}

@@ -6,14 +6,15 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_report, gpu_tables
+from benchmarks import gpu_report
+from benchmarks.gpu_parts import LAUNCH, PARTS, PROFILE, STEP, TRAINING
 from benchmarks.gpu_report import Part, Report, run_part, run_parts
-from benchmarks.gpu_run import LAUNCH
 
 ROOT = Path(gpu_report.__file__).parents[1]
 ROW = {"kind": "speed", "op": "routed_attention", "case": "small", "pass": "forward", "failure": None, "contenders": {}}
@@ -120,24 +121,40 @@ def test_all_parts_together_take_less_than_nine_minutes():
         < 9 * 60
     )
     names = [part.name for part in parts]
-    assert names[:2] == ["build", "tests"] and names[-2:] == ["profile", "flex"]
-    assert set(names) == {"build", "tests", *gpu_report.speed_parts(), LAUNCH, "profile"}
+    assert names[:6] == ["build", "tests", "attention", "flex", "ms_deform_attn", "ms_deform_attn_fused"]
+    assert set(names) == {"build", "tests", *PARTS}
     assert all(part.command[0] == sys.executable for part in parts)
 
 
+def test_peers_come_out_of_a_folder_of_wheels(tmp_path, monkeypatch, log):
+    monkeypatch.setattr(gpu_report, "INSTALLED", tmp_path / "installed")
+    with zipfile.ZipFile(tmp_path / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_peer.py", "SAYS = 'here'\n")
+        wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\n")
+        wheel.writestr("a_peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("a_peer-1.0.dist-info/RECORD", "")
+    first, *_ = gpu_report.the_parts(tmp_path)
+    assert first.name == gpu_report.PEERS
+    assert run_part(first, 60.0, lambda row: None, log)["status"] == "done"
+    rows = []
+    code = "import a_peer, json; print(json.dumps({'kind': a_peer.SAYS}))"
+    assert run_part(part("attention", code), 60.0, rows.append, log)["status"] == "done"
+    assert rows == [{"kind": "here"}]
+
+
 def test_every_kind_of_row_has_its_place(report):
-    for kind in ("speed", LAUNCH, "ceiling", "profile"):
+    for kind in ("speed", LAUNCH, "ceiling", PROFILE, STEP, TRAINING):
         report.add({"kind": kind, "op": kind})
     report.add({"kind": "test", "test": "t::a", "outcome": "passed", "seconds": 0.1})
     report.add({"kind": "test", "test": "t::b", "outcome": "skipped", "reason": "no second GPU", "seconds": 0.0})
     report.add({"kind": "test", "test": "t::c", "outcome": "failed", "reason": "wrong", "seconds": 0.1})
     report.write()
     results = on_disk(report)
-    assert [len(results[name]) for name in ("speed", "launch", "ceilings", "profiles")] == [1, 1, 1, 1]
+    assert [len(results[name]) for name in ("speed", "launch", "ceilings", "profiles", "steps", "trainings")] == [1] * 6
     assert results["tests"] == {
         "passed": 1, "failed": [{"test": "t::c", "reason": "wrong"}], "skipped": {"no second GPU": 1},
     }  # fmt: skip
-    assert gpu_tables.tests_line(results["tests"]) == "tests: 1 passed, 1 failed, 1 skipped"
+    assert gpu_report.tests_line(results["tests"]) == "tests: 1 passed, 1 failed, 1 skipped"
 
 
 def test_the_file_is_replaced_as_a_whole(report, monkeypatch):
@@ -193,7 +210,7 @@ def test_outcomes_of_tests_are_lines(tmp_path, report, log, workers):
     if workers:
         pytest.importorskip("xdist")
     (tmp_path / "test_sample.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcome_lines", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_report", "-q", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(tmp_path), "-c", os.devnull, *workers, str(tmp_path / "test_sample.py")]
     outcome = run_part(Part("tests", command, 120.0), 120.0, report.add, log)
     assert outcome["status"] == "ended with 1"

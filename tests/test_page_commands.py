@@ -47,6 +47,7 @@ CANNOT_RUN_HERE = {
     r"route-kernels tune": "needs a GPU",
     r"python -m benchmarks ": "measures for minutes: each has a test of its own",
     r"python -m pytest": "these tests",
+    r"pytest benchmarks": "measures for minutes: tests/test_benchmarks.py runs some",
     r"(\S+=\S+ )?(pip install|(\.venv/bin/)?python setup\.py)": "sets up the environment that these tests run in",
     r"make ": "tests/test_readme.py knows the targets",
     r"export |for |done|compute-sanitizer": "the shell's, or needs a GPU",

@@ -2,8 +2,8 @@
 
 Each module declares
 
-    cases(), gpu_cases()        rows of speed (`registry.Case`): on this machine's processor and on a GPU
-    GPU_SECONDS                 of a report on a GPU, what the part of the op's name gets
+    cases(device)               rows of speed (`registry.Case`) on "cpu" or "cuda"
+    GPU_SECONDS                 seconds that a report on a GPU would spend on it: more valuable ops come first
     is_gpu_headline(case)          whether a case is one whose kernels are profiled
     COUNTED                     by name, least work and headline sizes (`work.Counted`)
     sizes_of(arguments)         of a call, by the names of the op's docstring

@@ -13,8 +13,8 @@ from torch import Tensor
 from route_kernels.precision import FLOATING, accumulate_dtype
 from route_kernels.testing import add_layer_norm_arguments
 
-from ..gpu_contenders import DTYPES, compiled_eager
-from ..registry import Case, GpuCase, eager, ours
+from ..contenders import DTYPES, compiled_eager
+from ..registry import Case, eager, ours
 from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
 OP = "add_layer_norm"
@@ -24,24 +24,22 @@ MAKE = partial(add_layer_norm_arguments, channels=256)
 CONTENDERS = (ours(OP), eager(OP, "sum and layer_norm"))
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
+    if device == "cuda":
+        return [
+            Case(
+                OP, f"B 2 N 22223 {suffix}", True, partial(MAKE, batch=2, queries=22223, dtype=dtype),
+                (*CONTENDERS, compiled_eager(OP)), part=OP,
+            )
+            for dtype, suffix in DTYPES
+        ]  # fmt: skip
     return [
         Case(OP, f"B 1 N {n}", True, partial(MAKE, batch=1, queries=n), CONTENDERS, quick=n == 900)
         for n in (900, 22223)
     ]
 
 
-def gpu_cases() -> list[GpuCase]:
-    return [
-        GpuCase(
-            OP, f"B 2 N 22223 {suffix}", True, partial(MAKE, batch=2, queries=22223, dtype=dtype),
-            (*CONTENDERS, compiled_eager(OP)), part=OP,
-        )
-        for dtype, suffix in DTYPES
-    ]  # fmt: skip
-
-
-def is_gpu_headline(case: GpuCase) -> bool:
+def is_gpu_headline(case: Case) -> bool:
     return True
 
 

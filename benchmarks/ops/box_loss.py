@@ -16,8 +16,8 @@ from torch import Tensor
 from route_kernels.precision import FLOATING, accumulate_dtype
 from route_kernels.testing import box_loss_arguments
 
-from ..gpu_contenders import DTYPES, compiled_eager
-from ..registry import Case, GpuCase, eager, ours
+from ..contenders import DTYPES, compiled_eager
+from ..registry import Case, eager, ours
 from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
 OP = "box_loss"
@@ -26,7 +26,16 @@ GPU_SECONDS = 6
 CONTENDERS = (ours(OP), eager(OP, "eager, gathered pairs"))
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
+    if device == "cuda":
+        return [
+            Case(
+                OP, f"B 96 N 900 {suffix}", True,
+                partial(box_loss_arguments, batch=96, queries=900, targets=1600, dtype=dtype),
+                (*CONTENDERS, compiled_eager(OP)), part=OP,
+            )
+            for dtype, suffix in DTYPES
+        ]  # fmt: skip
     return [
         Case(
             OP, f"B {batch} N {queries}", True, partial(box_loss_arguments, batch=batch, queries=queries, targets=100),
@@ -36,18 +45,7 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
-def gpu_cases() -> list[GpuCase]:
-    return [
-        GpuCase(
-            OP, f"B 96 N 900 {suffix}", True,
-            partial(box_loss_arguments, batch=96, queries=900, targets=1600, dtype=dtype),
-            (*CONTENDERS, compiled_eager(OP)), part=OP,
-        )
-        for dtype, suffix in DTYPES
-    ]  # fmt: skip
-
-
-def is_gpu_headline(case: GpuCase) -> bool:
+def is_gpu_headline(case: Case) -> bool:
     return True
 
 

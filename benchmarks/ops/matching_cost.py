@@ -18,8 +18,8 @@ from torch import Tensor
 from route_kernels.precision import FLOATING, accumulate_dtype
 from route_kernels.testing import matching_cost_arguments
 
-from ..gpu_contenders import DTYPES, compiled_eager
-from ..registry import Case, GpuCase, eager, ours
+from ..contenders import DTYPES, compiled_eager
+from ..registry import Case, eager, ours
 from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
 OP = "matching_cost"
@@ -35,7 +35,17 @@ SIZES = {
 }
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
+    if device == "cuda":
+        sizes = SIZES["decoder"]
+        return [
+            Case(
+                OP, f"decoder 100 boxes {suffix}", False,
+                partial(matching_cost_arguments, targets=100, dtype=dtype, **sizes),
+                (*CONTENDERS, compiled_eager(OP)), part=OP,
+            )
+            for dtype, suffix in DTYPES
+        ]  # fmt: skip
     return [
         Case(
             OP, f"{name} {targets} boxes", False, partial(matching_cost_arguments, targets=targets, **sizes),
@@ -46,19 +56,7 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
-def gpu_cases() -> list[GpuCase]:
-    sizes = SIZES["decoder"]
-    return [
-        GpuCase(
-            OP, f"decoder 100 boxes {suffix}", False,
-            partial(matching_cost_arguments, targets=100, dtype=dtype, **sizes),
-            (*CONTENDERS, compiled_eager(OP)), part=OP,
-        )
-        for dtype, suffix in DTYPES
-    ]  # fmt: skip
-
-
-def is_gpu_headline(case: GpuCase) -> bool:
+def is_gpu_headline(case: Case) -> bool:
     return True
 
 

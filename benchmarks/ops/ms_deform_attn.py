@@ -18,29 +18,26 @@ References as (x, y).
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from route_kernels.precision import FLOATING
-from route_kernels.testing import EAGER, Arguments
+from route_kernels.testing import Arguments
 
-from ..gpu_contenders import DTYPES, compiled_eager, on_backend
-from ..registry import Case, Contender, GpuCase, Target, Unavailable, eager, ours
+from ..contenders import DTYPES, FLOAT32_SUMS, PEER, PEERS, Levels, compiled_eager, in_the_fast_mode, on_backend
+from ..registry import Case, Contender, Target, eager, ours
 from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
 OP = "ms_deform_attn"
-PEER = "torch-ms-deform-attn 0.1.1"
 HEADS, CHANNELS, POINTS = 8, 32, 4
 R50_LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # of an 800 x 1333 image
 SMALL_LEVELS = ((64, 64), (32, 32), (16, 16), (8, 8))
-Levels = Sequence[tuple[int, int]]
 
 TUNED_LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))  # of an 800 x 1066 image
 TUNED_POSITIONS = sum(height * width for height, width in TUNED_LEVELS)
@@ -53,99 +50,146 @@ GPU_SECONDS = 55
 
 @dataclass(frozen=True)
 class Sampling:
-    """Where the queries of a deformable case sample: near their own feature position, or anywhere."""
+    """Where the queries of a deformable case sample: near their own feature position, or anywhere.
+
+    `points` of each level, or of all; `quick`: it takes milliseconds.
+    """
 
     levels: Levels
     batch: int
     queries: int
     near: bool
+    heads: int = HEADS
+    channels: int = CHANNELS
+    points: int | tuple[int, ...] = POINTS
+    quick: bool = False
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Points of each level."""
+        return (self.points,) * len(self.levels) if isinstance(self.points, int) else self.points
 
     def locations(self) -> tuple[Tensor, Tensor]:
-        """Reference points [B, N, L, 2] and sampling locations [B, N, H, L, P, 2], as (x, y) in [0, 1].
+        """Reference points [B, N, L, 2] and sampling locations [B, N, H, K, 2], as (x, y) in [0, 1].
 
         Fractions of a pixel lie in [0.05, 0.95]: at a pixel's centre, rounding decides which of two slopes is taken.
         """
         generator = torch.Generator().manual_seed(0)
-        sizes = torch.tensor([(width, height) for height, width in self.levels], dtype=torch.float32)[:, None]
-        shape = (self.batch, self.queries, HEADS, len(self.levels), POINTS, 2)
+        sizes = self._sizes()
+        shape = (self.batch, self.queries, self.heads, sum(self.counts), 2)
         if self.near:
             centres = [
                 torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in self.levels
             ]
             reference = torch.cat(centres).flip(-1).expand(self.batch, -1, -1)
-            pixels = reference[:, :, None, None, None] * sizes - 0.5 + 3 * torch.randn(shape, generator=generator)
+            pixels = reference[:, :, None, None] * sizes - 0.5 + 3 * torch.randn(shape, generator=generator)
         else:
             reference = torch.rand(self.batch, self.queries, 2, generator=generator)
             pixels = torch.rand(shape, generator=generator) * sizes - 0.5
         pixels = pixels.floor() + 0.05 + 0.9 * (pixels - pixels.floor())
         return reference[:, :, None].expand(-1, -1, len(self.levels), -1).contiguous(), (pixels + 0.5) / sizes
 
+    def _sizes(self) -> Tensor:
+        """[K, 2]: width and height of each point's level."""
+        sizes = torch.tensor([(width, height) for height, width in self.levels], dtype=torch.float32)
+        return sizes.repeat_interleave(torch.tensor(self.counts), 0)
+
     def arguments(self, backward: bool) -> tuple[Arguments, Arguments]:
         """Equal calls of `ms_deform_attn` and of `ms_deform_attn_fused`, without gradients unless `backward`."""
         generator = torch.Generator().manual_seed(1)
-        sizes = torch.tensor([(width, height) for height, width in self.levels])[:, None]
         reference, locations = self.locations()
-        positions = sum(height * width for height, width in self.levels)
-        value = torch.randn(self.batch, positions, HEADS, CHANNELS, generator=generator)
-        logits = torch.randn(self.batch, self.queries, HEADS, len(self.levels) * POINTS, generator=generator)
-        offsets = ((locations - reference[:, :, None, :, None]) * sizes).flatten(3, 4)
-        weights = logits.softmax(-1).unflatten(-1, (len(self.levels), POINTS))
+        positions, levels = sum(height * width for height, width in self.levels), len(self.levels)
+        value = torch.randn(self.batch, positions, self.heads, self.channels, generator=generator)
+        logits = torch.randn(locations.shape[:-1], generator=generator)
+        of_points = reference.repeat_interleave(torch.tensor(self.counts), 2)  # [B, N, K, 2]
+        offsets, weights = (locations - of_points[:, :, None]) * self._sizes(), logits.softmax(-1)
+        if isinstance(self.points, int):
+            locations, weights = locations.unflatten(3, (levels, -1)), weights.unflatten(3, (levels, -1))
         for tensor in (value, locations, weights, offsets, logits):
             tensor.requires_grad_(backward)
         start = {"value": value, "spatial_shapes": self.levels}
         plain = {"level_start_index": None, "sampling_locations": locations, "attention_weights": weights}
         fused = {"reference_points": reference, "sampling_offsets": offsets, "attention_logits": logits}
-        return {**start, **plain}, {**start, **fused}
+        uneven = {} if isinstance(self.points, int) else {"points": self.points}
+        return {**start, **plain, **uneven}, {**start, **fused, **uneven}
 
 
-def _peer(value, spatial_shapes, level_start_index, sampling_locations, attention_weights) -> Tensor:
-    """`ms_deform_attn` of the strongest package on PyPI."""
-    try:
-        package = importlib.import_module("torch_ms_deform_attn")
-    except (ImportError, OSError) as error:
-        raise Unavailable(f"{PEER} cannot be imported: {error}") from error
-    shapes, starts = _level_tensors(tuple(spatial_shapes), value.device)
-    return package.ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
-
-
-@cache  # a copy to a GPU cannot be captured into a graph
-def _level_tensors(spatial_shapes: Levels, device: torch.device) -> tuple[Tensor, Tensor]:
-    shapes = torch.tensor(spatial_shapes)
-    starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-    return shapes.to(device), starts.to(device)
-
-
-CONTENDERS = (ours(OP), Contender(PEER, _peer, EAGER[OP]), eager(OP, "eager grid_sample"))
+CONTENDERS = (ours(OP), *PEERS, eager(OP, "eager grid_sample"))
+RT_DETR_LEVELS = ((80, 80), (40, 40), (20, 20))  # of a 640 x 640 image
+ENCODER = "N = S = 22223, near"
 SAMPLINGS = {
-    "B 1 N 900, uniform": Sampling(R50_LEVELS, 1, 900, near=False),
-    "B 1 N = S = 22223, uniform": Sampling(R50_LEVELS, 1, 22223, near=False),
-    "B 1 N = S = 22223, near": Sampling(R50_LEVELS, 1, 22223, near=True),
-    "B 2 N = S = 5440, near": Sampling(SMALL_LEVELS, 2, 5440, near=True),
+    "cpu": {
+        "B 1 N 300, uniform": Sampling(R50_LEVELS, 1, 300, near=False, quick=True),
+        "B 1 N 900, uniform": Sampling(R50_LEVELS, 1, 900, near=False, quick=True),
+        "B 1 N = S = 22223, uniform": Sampling(R50_LEVELS, 1, 22223, near=False),
+        f"B 1 {ENCODER}": Sampling(R50_LEVELS, 1, 22223, near=True),
+        "B 2 N = S = 5440, near": Sampling(SMALL_LEVELS, 2, 5440, near=True),
+    },
+    "cuda": {  # all larger than an L2 cache, or rotated until they are
+        f"B 2 {ENCODER}": Sampling(R50_LEVELS, 2, 22223, near=True),
+        f"B 4 {ENCODER}": Sampling(R50_LEVELS, 4, 22223, near=True),
+        f"B 1 {ENCODER}": Sampling(R50_LEVELS, 1, 22223, near=True),
+        "B 2 N 300, uniform": Sampling(R50_LEVELS, 2, 300, near=False),
+        "B 2 N 900, uniform": Sampling(R50_LEVELS, 2, 900, near=False),
+        "B 4 N = S = 22223, uniform": Sampling(R50_LEVELS, 4, 22223, near=False),
+    },
 }
+DETECTORS = {
+    "rfdetr: B 1 H 16 D 16 L 1 P 2 N 13 x 300": Sampling(
+        ((36, 36),), 1, 13 * 300, near=False, heads=16, channels=16, points=2, quick=True
+    ),
+    "RT-DETR: B 4 L 3 N 300": Sampling(RT_DETR_LEVELS, 4, 300, near=False, quick=True),
+    "D-FINE: B 4 L 3 P 3 6 3 N 300": Sampling(RT_DETR_LEVELS, 4, 300, near=False, points=(3, 6, 3), quick=True),
+}
+"""Shapes of other detectors: on every device."""
+
+IN_FLOAT32 = (f"B 2 {ENCODER}", "B 2 N 900, uniform")  # on a GPU, the others in bfloat16 alone
+HEADLINE = f"B 2 {ENCODER} bf16"
+AT_MOST_US = 150.0  # of forward at the headline
+OF_THE_BEST = 1 / 2.5  # our time at the headline, with backward, of that of the strongest peer that sums in float32
+DETERMINISTIC = 1.5  # times the fast mode
 
 
-def sampled_cases(op: str, contenders: Sequence[Contender], targets: Callable[[Sampling], list[Target]]) -> list[Case]:
-    """Rows of `ms_deform_attn` or `ms_deform_attn_fused`."""
-    fused = op != OP
-    return [
-        Case(
-            op, name, backward, lambda sampling=sampling, backward=backward: sampling.arguments(backward)[fused],
-            contenders, targets(sampling), quick=in_decoder(sampling),
-        )
-        for name, sampling in SAMPLINGS.items()
-        for backward in (False, True)
-    ]  # fmt: skip
+def sampled_cases(
+    op: str,
+    device: str,
+    contenders: Sequence[Contender],
+    targets: Callable[[str, Sampling, bool], list[Target]],
+) -> Iterator[Case]:
+    """Rows of `ms_deform_attn` or `ms_deform_attn_fused`; `targets` by name, sampling and whether with backward."""
+    dtypes = DTYPES if device == "cuda" else ((torch.float32, ""),)
+    fused, headline = op != OP, HEADLINE if device == "cuda" else "B 1 N 900, uniform"
+    for dtype, suffix in dtypes:
+        for sampled, sampling in (SAMPLINGS[device] | DETECTORS).items():
+            if suffix == "f32" and sampled not in IN_FLOAT32:
+                continue
+            for backward in (True, False) if device == "cuda" else (False, True):
+                name = f"{sampled} {suffix}".rstrip()
+                others = (*contenders, on_backend(op, "triton"))
+                if name == headline:
+                    others = (*others, compiled_eager(op))  # compiling takes long
+                yield Case(
+                    op, name, backward, partial(sampled_on, sampling, dtype, backward, fused), others,
+                    targets(name, sampling, backward), quick=sampling.quick, part=op,
+                    microseconds_at_most=AT_MOST_US if name == HEADLINE and not backward else None,
+                )  # fmt: skip
 
 
-def in_decoder(sampling: Sampling) -> bool:
-    return sampling.queries == 900
+def cases(device: str) -> list[Case]:
+    def targets(name: str, sampling: Sampling, backward: bool) -> list[Target]:
+        if device == "cuda":
+            return [Target(FLOAT32_SUMS, OF_THE_BEST)] if name == HEADLINE and backward else []
+        return [Target(PEER, 1 / 3)] if sampling.queries > 5000 else []
+
+    found = list(sampled_cases(OP, device, CONTENDERS, targets))
+    deterministic, fast = in_the_fast_mode(OP)
+    like = next(case for case in found if case.backward and case.name in (HEADLINE, "B 2 N = S = 5440, near"))
+    held = [Target(fast.name, DETERMINISTIC)] if device == "cuda" else []
+    both = Case(OP, f"{like.name}, deterministic", True, like.make_arguments, (deterministic, fast), held, part=OP)
+    return [*found, both]
 
 
-def cases() -> list[Case]:
-    return sampled_cases(OP, CONTENDERS, lambda sampling: [] if in_decoder(sampling) else [Target(PEER, 1 / 3)])
-
-
-def sampled_on_gpu(sampling: Sampling, dtype: torch.dtype, backward: bool, fused: bool) -> Arguments:
+def sampled_on(sampling: Sampling, dtype: torch.dtype, backward: bool, fused: bool) -> Arguments:
     """value in `dtype`; plain: locations and weights in float32; fused: raw offsets and logits in `dtype`.
 
     Offsets of a short dtype are odd sixteenths of a pixel, which it holds: rounding puts no sample on a pixel's centre.
@@ -160,41 +204,7 @@ def sampled_on_gpu(sampling: Sampling, dtype: torch.dtype, backward: bool, fused
     return arguments
 
 
-GPU_SAMPLINGS = {  # all larger than an L2 cache, or rotated until they are
-    "B 4 N = S = 22223, near": Sampling(R50_LEVELS, 4, 22223, near=True),
-    "B 4 N = S = 22223, uniform": Sampling(R50_LEVELS, 4, 22223, near=False),
-    "B 1 N = S = 5440, near": Sampling(SMALL_LEVELS, 1, 5440, near=True),
-    "B 2 N 900, uniform": Sampling(R50_LEVELS, 2, 900, near=False),
-}
-HEADLINE = "B 4 N = S = 22223, near bf16"
-OF_THE_BEST = {False: 1 / 2, True: 1 / 2.5}
-"""Our time at the headline, forward or with backward, at most of that of every other."""
-
-
-def sampled_gpu_cases(
-    op: str, contenders: Sequence[Contender], targets: Callable[[bool, Sequence[Contender]], list[Target]]
-) -> Iterator[GpuCase]:
-    """Rows of `ms_deform_attn` or `ms_deform_attn_fused`; `targets` those of the headline and its contenders."""
-    for dtype, suffix in DTYPES:
-        for sampled, sampling in GPU_SAMPLINGS.items():
-            for backward in (True, False):
-                name = f"{sampled} {suffix}"
-                make = partial(sampled_on_gpu, sampling, dtype, backward, op != OP)
-                others, held = (*contenders, on_backend(op, "triton")), []
-                if name == HEADLINE:
-                    others = (*others, compiled_eager(op))  # compiling takes long
-                    held = targets(backward, others)
-                yield GpuCase(op, name, backward, make, others, held, part=op)
-
-
-def gpu_cases() -> list[GpuCase]:
-    def targets(backward: bool, contenders: Sequence[Contender]) -> list[Target]:
-        return [Target(other.name, OF_THE_BEST[backward]) for other in contenders[1:]]
-
-    return list(sampled_gpu_cases(OP, CONTENDERS, targets))
-
-
-def is_gpu_headline(case: GpuCase) -> bool:
+def is_gpu_headline(case: Case) -> bool:
     return case.backward and "N = S" in case.name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +13,19 @@ import route_kernels as rk
 from route_kernels.precision import FLOATING
 from route_kernels.testing import EAGER
 
-from ..registry import Case, Contender, GpuCase, Target, eager, ours
+from ..contenders import FUSED_PEERS, equal_points, located
+from ..registry import Case, Contender, Target, eager, ours
 from ..work import R50_POSITIONS, Counted, KernelCall, name_of
 from .ms_deform_attn import (
+    DETECTORS,
+    HEADLINE,
     KERNEL_LEVELS,
     R50_LEVELS,
     R50_SIZES,
     TUNED,  # noqa: F401
-    Levels,
+    Sampling,
     is_gpu_headline,  # noqa: F401
     sampled_cases,
-    sampled_gpu_cases,
     sampled_sizes,
     sampling_work,
 )
@@ -35,29 +37,24 @@ OF_THE_PARTS = 1 / 1.3
 """Our time at the headline of that of its parts apart, at most."""
 
 
-@cache
-def _widths_and_heights(spatial_shapes: Levels, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor([(width, height) for height, width in spatial_shapes], dtype=dtype).to(device)  # [L, 2]
-
-
-def _apart(value, spatial_shapes, reference_points, sampling_offsets, attention_logits) -> Tensor:
+def _apart(value, spatial_shapes, reference_points, sampling_offsets, attention_logits, points=None) -> Tensor:
     """The steps that `ms_deform_attn_fused` takes in one pass, one after the other."""
-    levels = len(spatial_shapes)
-    weights = attention_logits.softmax(-1).unflatten(-1, (levels, -1))
-    sizes = _widths_and_heights(tuple(spatial_shapes), sampling_offsets.dtype, sampling_offsets.device)
-    offsets = sampling_offsets.unflatten(3, (levels, -1)) / sizes[:, None]
-    return rk.ms_deform_attn(value, spatial_shapes, None, reference_points[:, :, None, :, None] + offsets, weights)
+    equal_points("this", points)
+    weights = attention_logits.softmax(-1).unflatten(-1, (len(spatial_shapes), -1))
+    locations = located(spatial_shapes, reference_points, sampling_offsets)
+    return rk.ms_deform_attn(value, spatial_shapes, None, locations, weights)
 
 
-CONTENDERS = (ours(OP), Contender(APART, _apart, EAGER[OP]), eager(OP, "eager grid_sample"))
+CONTENDERS = (ours(OP), Contender(APART, _apart, EAGER[OP]), *FUSED_PEERS, eager(OP, "eager grid_sample"))
 
 
-def cases() -> list[Case]:
-    return sampled_cases(OP, CONTENDERS, lambda sampling: [Target(APART, 1.0)])
+def cases(device: str) -> list[Case]:
+    def targets(name: str, sampling: Sampling, backward: bool) -> list[Target]:
+        if device == "cuda":
+            return [Target(APART, OF_THE_PARTS)] if name == HEADLINE else []
+        return [Target(APART, 1.0)] if isinstance(sampling.points, int) and sampling not in DETECTORS.values() else []
 
-
-def gpu_cases() -> list[GpuCase]:
-    return list(sampled_gpu_cases(OP, CONTENDERS, lambda backward, contenders: [Target(APART, OF_THE_PARTS)]))
+    return list(sampled_cases(OP, device, CONTENDERS, targets))
 
 
 COUNTED = {OP: Counted(partial(sampling_work, fused=True), {**R50_SIZES, "L_ref": 4})}

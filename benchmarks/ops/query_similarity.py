@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from route_kernels.precision import FLOATING
 from route_kernels.testing import EAGER, query_similarity_arguments
 
-from ..gpu_contenders import compiled_eager
-from ..registry import Case, Contender, GpuCase, eager, ours
+from ..contenders import compiled_eager
+from ..registry import Case, Contender, ours
 from ..work import Counted, KernelCall, Sizes, Work, name_of
 
 OP = "query_similarity"
@@ -34,43 +34,31 @@ TUNED = {
     for batch, queries in ((2, 300), (16, 1100))
 }
 GPU_SECONDS = 10
+MAKE = partial(query_similarity_arguments, channels=256)
 
 
-def cases() -> list[Case]:
-    def written_out(x: Tensor, mode: str) -> Tensor:
-        unit = F.normalize(x, dim=-1)
-        cosines = (unit @ unit.mT).relu_()
-        cosines.diagonal(dim1=1, dim2=2).zero_()
-        return cosines.mean(dim=-1)
+def written_out(x: Tensor, mode: str) -> Tensor:
+    unit = F.normalize(x, dim=-1)
+    cosines = (unit @ unit.mT).relu_()
+    cosines.diagonal(dim1=1, dim2=2).zero_()
+    return cosines.mean(dim=-1)
 
-    contenders = (
-        ours(OP),
-        Contender("eager, N x N written out", written_out, EAGER[OP]),
-    )
+
+def cases(device: str) -> list[Case]:
+    contenders = (ours(OP), Contender("eager, N x N written out", written_out, EAGER[OP]))
+    if device == "cuda":
+        make = partial(MAKE, batch=16, queries=1100, dtype=torch.bfloat16)
+        return [Case(OP, "B 16 N 1100 bf16", False, make, (*contenders, compiled_eager(OP)), part=OP)]
     return [
         Case(
-            OP,
-            f"B {batch} N {queries}",
-            False,
-            partial(query_similarity_arguments, batch=batch, queries=queries, channels=256),
-            contenders,
+            OP, f"B {batch} N {queries}", False, partial(MAKE, batch=batch, queries=queries), contenders,
             quick=queries == 300,
         )
         for batch, queries in ((2, 300), (2, 900), (1, 2048))
-    ]
+    ]  # fmt: skip
 
 
-def gpu_cases() -> list[GpuCase]:
-    contenders = (
-        ours(OP),
-        eager(OP, "eager, N x N written out"),
-        compiled_eager(OP),
-    )
-    make = partial(query_similarity_arguments, batch=16, queries=1100, channels=256, dtype=torch.bfloat16)
-    return [GpuCase(OP, "B 16 N 1100 bf16", False, make, contenders, part=OP)]
-
-
-def is_gpu_headline(case: GpuCase) -> bool:
+def is_gpu_headline(case: Case) -> bool:
     return True
 
 

@@ -29,13 +29,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from route_kernels.precision import FLOATING
 from route_kernels.testing import Arguments, routed_attention_arguments
 
-from ..gpu_contenders import COMPILED_PUBLIC, FLEX_FACTORED, FLEX_LOOKED_UP, PUBLIC
-from ..registry import MIB, Case, Contender, GpuCase, Target, eager, ours, without_gradients
+from ..contenders import (
+    COMPILED_PUBLIC,
+    FLASH_BIAS,
+    FLEX_FACTORED,
+    FLEX_LOOKED_UP,
+    PLAIN_SDPA,
+    PUBLIC,
+    TRIANGLE,
+)
+from ..registry import MIB, Case, Target, eager, ours, without_gradients
 from ..work import Counted, KernelCall, Sizes, Work, name_of
 
 OP = "routed_attention"
@@ -46,10 +53,8 @@ TUNED = {
 }
 GPU_SECONDS = 60
 ROUTED_ATTENTION = ours(OP)
-PLAIN_SDPA = Contender(
-    "plain SDPA, no bias", F.scaled_dot_product_attention, ROUTED_ATTENTION.formula, ("query", "key", "value")
-)
 EAGER_ROUTING = eager(OP, "eager, bias written out")
+CONTENDERS = (ROUTED_ATTENTION, PUBLIC, EAGER_ROUTING, PLAIN_SDPA, FLASH_BIAS, TRIANGLE)
 
 
 def attention_arguments(batch: int, queries: int, dtype: torch.dtype = torch.float32) -> Arguments:
@@ -57,43 +62,39 @@ def attention_arguments(batch: int, queries: int, dtype: torch.dtype = torch.flo
     return routed_attention_arguments(batch=batch, queries=queries, dtype=dtype, **DECODER)
 
 
-def cases() -> list[Case]:
-    contenders = (ROUTED_ATTENTION, PLAIN_SDPA, EAGER_ROUTING)
-    rows = ((2, 300, None), (2, 900, 1.2), (2, 1100, None), (1, 2048, 1.0))
-    return [
-        Case(
-            OP,
-            f"B {batch} N {queries}",
-            True,
-            partial(attention_arguments, batch, queries),
-            contenders,
-            [] if at_most is None else [Target(PLAIN_SDPA.name, at_most)],
-            quick=queries == 300,
-        )
-        for batch, queries, at_most in rows
-    ]
-
-
-def gpu_cases() -> list[GpuCase]:
-    alone = (ROUTED_ATTENTION, PUBLIC, EAGER_ROUTING, PLAIN_SDPA)
-    with_compiler = (*alone, COMPILED_PUBLIC)  # in one case: compiling is what takes long
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        rows = ((2, 300, None), (2, 900, 1.2), (2, 1100, None), (1, 2048, 1.0))
+        compilers = (COMPILED_PUBLIC, FLEX_LOOKED_UP)
+        return [
+            Case(
+                OP,
+                f"B {batch} N {queries}",
+                True,
+                partial(attention_arguments, batch, queries),
+                (*CONTENDERS, *compilers) if queries == 900 else CONTENDERS,
+                [] if at_most is None else [Target(PLAIN_SDPA.name, at_most)],
+                quick=queries == 300,
+            )
+            for batch, queries, at_most in rows
+        ]
+    with_compiler = (*CONTENDERS, COMPILED_PUBLIC)  # in one case: compiling is what takes long
     flex = (ROUTED_ATTENTION, FLEX_FACTORED, FLEX_LOOKED_UP)
     bf16 = torch.bfloat16
     headline, decoder = partial(attention_arguments, 16, 1100, bf16), partial(attention_arguments, 2, 900, bf16)
     targets = [Target(PUBLIC.name, 1 / 8), Target(PLAIN_SDPA.name, 1.4)]
     against_flex = [Target(contender.name, 1 / 2) for contender in flex[1:]]
+    part = "attention"
     return [
-        GpuCase(
-            OP, "B 16 N 1100 bf16", True, headline, with_compiler, targets, part="attention", peak_at_most=130 * MIB
-        ),
-        GpuCase(OP, "B 16 N 1100 bf16", False, without_gradients(headline), alone, part="attention"),
-        GpuCase(OP, "B 2 N 900 bf16", True, decoder, alone, part="attention"),
-        GpuCase(OP, "B 2 N 900 f32", True, partial(attention_arguments, 2, 900), alone, part="attention"),
-        GpuCase(OP, "B 16 N 1100 bf16", True, headline, flex, against_flex, part="flex"),
+        Case(OP, "B 16 N 1100 bf16", True, headline, with_compiler, targets, part=part, peak_at_most=130 * MIB),
+        Case(OP, "B 16 N 1100 bf16", False, without_gradients(headline), CONTENDERS, part=part),
+        Case(OP, "B 2 N 900 bf16", True, decoder, CONTENDERS, part=part),
+        Case(OP, "B 2 N 900 f32", True, partial(attention_arguments, 2, 900), CONTENDERS, part=part),
+        Case(OP, "B 16 N 1100 bf16", True, headline, flex, against_flex, part="flex"),
     ]
 
 
-def is_gpu_headline(case: GpuCase) -> bool:
+def is_gpu_headline(case: Case) -> bool:
     return case.backward
 
 

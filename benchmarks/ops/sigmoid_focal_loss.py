@@ -14,8 +14,8 @@ from route_kernels.ops.sigmoid_focal_loss import kept_scale
 from route_kernels.precision import FLOATING, accumulate_dtype
 from route_kernels.testing import sigmoid_focal_loss_arguments
 
-from ..gpu_contenders import DTYPES, compiled_eager
-from ..registry import Case, GpuCase, eager, ours
+from ..contenders import DTYPES, compiled_eager
+from ..registry import Case, eager, ours
 from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
 OP = "sigmoid_focal_loss"
@@ -25,24 +25,22 @@ MAKE = partial(sigmoid_focal_loss_arguments, classes=91)
 CONTENDERS = (ours(OP), eager(OP, "eager, one-hot targets"))
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
+    if device == "cuda":
+        return [
+            Case(
+                OP, f"B 2 N 22223 {suffix}", True, partial(MAKE, batch=2, queries=22223, dtype=dtype),
+                (*CONTENDERS, compiled_eager(OP)), part=OP,
+            )
+            for dtype, suffix in DTYPES
+        ]  # fmt: skip
     return [
         Case(OP, f"B 1 N {n}", True, partial(MAKE, batch=1, queries=n), CONTENDERS, quick=n == 900)
         for n in (900, 22223)
     ]
 
 
-def gpu_cases() -> list[GpuCase]:
-    return [
-        GpuCase(
-            OP, f"B 2 N 22223 {suffix}", True, partial(MAKE, batch=2, queries=22223, dtype=dtype),
-            (*CONTENDERS, compiled_eager(OP)), part=OP,
-        )
-        for dtype, suffix in DTYPES
-    ]  # fmt: skip
-
-
-def is_gpu_headline(case: GpuCase) -> bool:
+def is_gpu_headline(case: Case) -> bool:
     return True
 
 
