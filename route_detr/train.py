@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -71,10 +71,6 @@ class Progress:
         self.step_in_epoch += 1
         self.elapsed += seconds
         self.trained += seconds
-
-    def finish_epoch(self) -> None:
-        self.epoch += 1
-        self.step_in_epoch = 0
 
     def done(self, steps_per_epoch: int, config: TrainConfig) -> bool:
         """Whether the run's last step has been made, by their number or by the time budget."""
@@ -150,72 +146,6 @@ class Step(NamedTuple):
         if bad:
             raise NonFiniteLoss(f"the loss is not finite at step {self.number}: {bad}")
         return named
-
-
-def train_one_epoch(
-    model: nn.Module,
-    criterion: Criterion,
-    optimizer: torch.optim.Optimizer,
-    dataset: CocoDetection,
-    progress: Progress,
-    config: Config,
-    accelerator: Accelerator,
-) -> Iterator[Step]:
-    """Train from ``progress`` to the end of its epoch; yields after each step, which the caller counts.
-
-    The steps depend on the weights, the optimizer and ``progress`` only, so a run continued from a checkpoint repeats
-    the uninterrupted one: what a step draws depends on the seed, its number and the rank, in every detector alike.
-    Losses are divided by the boxes of the global batch.
-
-    Raises:
-        NonFiniteLoss: the weights may be spoilt by then, but no step that was read is.
-    """
-    detector, pieces = accelerator.unwrap_model(model), accelerator.gradient_accumulation_steps
-    train = config.train
-    dataset.set_epoch(progress.epoch)
-    batches = epoch_batches(dataset.landscape, train.batch_size, train.seed, progress.epoch)
-    share = (accelerator.process_index, accelerator.num_processes, pieces)
-    loader = iter(batch_loader(dataset, micro_batches(batches[progress.step_in_epoch :], *share), train.workers))
-    model.train()
-    step = None
-    while micros := list(islice(loader, pieces)):
-        torch.manual_seed((train.seed * 1_000_003 + progress.step) * share[1] + share[0])
-        factor = progress.learning_rate_factor(len(batches), train)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        routing = routing_values(config, progress.step, len(batches))
-        detector.set_routing(*routing)
-        settings = {
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "routing_strength": max(routing.strengths, default=0.0),
-            "aux_weight": routing.aux_weight,
-        }
-
-        boxes = sum(len(target.labels) for batch in micros for target in batch.targets)
-        box_count = accelerator.reduce(torch.full((), float(boxes), device=accelerator.device), "sum")
-        box_count = box_count.clamp_min(1) / accelerator.num_processes  # gradients are averaged over the ranks
-        values = 0
-        for batch in micros:
-            batch = batch.to(accelerator.device, non_blocking=True)
-            with accelerator.accumulate(model):
-                try:
-                    output = model(batch.images, batch.padding_mask, batch.targets)
-                    losses = criterion(output, batch.targets, box_count)
-                except FloatingPointError as error:
-                    if step is not None:
-                        step.check()
-                    raise NonFiniteLoss(f"no finite loss at step {progress.step + 1}: {error}") from error
-                values = values + torch.stack([part.detach() for part in losses.values()])
-                accelerator.backward(losses["loss"] * pieces)
-                if accelerator.sync_gradients:
-                    average_gradients(accelerator, detector.decoder.routers)
-                    norm = accelerator.clip_grad_norm_(model.parameters(), train.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=values.device)
-        skipped = accelerator.scaler is not None and optimizer.step_was_skipped  # which the scaler has read back
-        step = Step(progress.step + 1, tuple(losses), values, norm, settings, skipped)
-        yield step
 
 
 class StopSignal:
@@ -330,17 +260,225 @@ class Training:
         several = accelerator.num_processes > 1
         self.host_group = torch.distributed.new_group(backend="gloo") if several else None
 
+    def fit(self, after_evaluation: Callable[[], object] = lambda: None) -> None:
+        """Train and evaluate until the last step is done or the time budget is spent.
+
+        after_evaluation is called on the main process when an epoch's evaluation has been recorded.
+
+        Raises:
+            NonFiniteLoss: of a step, the weights after it or an evaluation; the last checkpoint stands.
+            RunFailed: a rank or a process that reads images was lost; the last checkpoint stands.
+            DatasetError: an image cannot be read; the last checkpoint stands.
+            WriteError: the disk is full, or may no longer be written to; the last checkpoint stands.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint of this very step has been written.
+        """
+        progress, config, run, accelerator = self.progress, self.config.train, self.run, self.accelerator
+        total_steps = config.total_steps(self.steps_per_epoch)
+        bar = tqdm(
+            total=total_steps,
+            initial=progress.step,
+            unit="step",
+            smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 20.0,
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+        )
+        with self.stop.watched(), self._checkpoint_stands(), bar:
+            while not self.finished:
+                epoch = f"epoch {progress.epoch + 1}/{self.epochs}"
+                bar.set_description(epoch, refresh=False)
+                started = perf_counter()
+                with closing(self.steps()) as steps:
+                    while not self.epoch_is_trained:
+                        if self.evaluates_now:  # one line more of the learning curve; "best" is an epoch's
+                            bar.set_description(f"{epoch}, evaluating")
+                            where = {"kind": "evaluation", "epoch": progress.epoch, "step": progress.step}
+                            run.record({**where, **self._evaluated(), **self._seconds()})
+                            bar.set_description(epoch, refresh=False)
+                            started = perf_counter()
+                        step = next(steps)
+                        self.sums.add(step.names, step.values)
+                        seconds, stop = self._agreed(perf_counter() - started, self.stop.received)
+                        started = perf_counter()
+                        progress.count_step(seconds, step.skipped)
+                        if progress.skipped_in_a_row >= SKIPPED_AT_MOST:
+                            row = f"of {SKIPPED_AT_MOST} steps in a row, up to step {progress.step}"
+                            raise NonFiniteLoss(f"the float16 gradients {row}, are not finite at any scale")
+                        log, checkpoint = (progress.step % n == 0 for n in (config.log_every, config.checkpoint_every))
+                        save = checkpoint or stop or self.evaluates_now or self.epoch_is_trained
+                        if log or save:  # only then is anything read back from the device
+                            values = step.read(accelerator)
+                            shown = {"loss": f"{values['loss']:.3f}", "lr": f"{values['learning_rate']:.1e}"}
+                            if accelerator.scaler is not None:
+                                shown["skipped"] = values["skipped_steps"] = progress.skipped
+                            bar.set_postfix(shown, refresh=False)
+                        if log:
+                            where = {"kind": "step", "epoch": progress.epoch, "step": progress.step}
+                            run.record({**where, **values, **self._seconds()})
+                        if save:
+                            run.save(self.state())
+                        if config.time_budget:
+                            affordable = int(progress.step * config.time_budget / progress.elapsed)
+                            bar.total = min(total_steps, max(progress.step, affordable))
+                        bar.update()
+                        if stop:
+                            raise Interrupted(int(stop), progress.step)
+
+                metrics: dict[str, float | None] = {}
+                best = False
+                if progress.done(self.steps_per_epoch, config) or (progress.epoch + 1) % config.eval_every == 0:
+                    bar.set_description(f"{epoch}, evaluating")
+                    metrics = self._evaluated()
+                    best = metrics["AP"] > progress.best.get("AP", -1.0)
+                    progress.metrics = {**metrics, "epoch": progress.epoch + 1}
+                    progress.best = progress.metrics if best else progress.best
+                losses = {name: total / progress.step_in_epoch for name, total in self.sums.read().items()}
+                where = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step}
+                run.record({**where, **losses, **metrics, **self._seconds()})
+                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+                self.sums = self._loss_sums()
+                run.save(self.state(), best=best)
+                if accelerator.is_main_process:
+                    if metrics:
+                        after_evaluation()
+                    with suppress(OSError):  # the terminal has gone: SIGHUP comes, and stops the run after a step
+                        scores = f"  {in_words(metrics)}" if metrics else ""
+                        bar.write(f"{epoch}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
+
+    def steps(self) -> Iterator[Step]:
+        """Train from ``progress`` to the end of its epoch; yields after each step, which the caller counts.
+
+        The steps depend on the weights, the optimizer and ``progress`` only, so a run continued from a checkpoint
+        repeats the uninterrupted one: draws of a step depend on the seed, its number and the rank, in every detector
+        alike. Losses are divided by the boxes of the global batch.
+
+        Raises:
+            NonFiniteLoss: the weights may be spoilt by then, but no step that was read is.
+        """
+        model, criterion, optimizer, dataset = self.model, self.criterion, self.optimizer, self.train_set
+        progress, config, train, accelerator = self.progress, self.config, self.config.train, self.accelerator
+        detector, pieces = accelerator.unwrap_model(model), accelerator.gradient_accumulation_steps
+        dataset.set_epoch(progress.epoch)
+        batches = epoch_batches(dataset.landscape, train.batch_size, train.seed, progress.epoch)
+        share = (accelerator.process_index, accelerator.num_processes, pieces)
+        loader = iter(batch_loader(dataset, micro_batches(batches[progress.step_in_epoch :], *share), train.workers))
+        model.train()
+        step = None
+        while micros := list(islice(loader, pieces)):
+            torch.manual_seed((train.seed * 1_000_003 + progress.step) * share[1] + share[0])
+            factor = progress.learning_rate_factor(len(batches), train)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            routing = routing_values(config, progress.step, len(batches))
+            detector.set_routing(*routing)
+            settings = {
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "routing_strength": max(routing.strengths, default=0.0),
+                "aux_weight": routing.aux_weight,
+            }
+
+            boxes = sum(len(target.labels) for batch in micros for target in batch.targets)
+            box_count = accelerator.reduce(torch.full((), float(boxes), device=accelerator.device), "sum")
+            box_count = box_count.clamp_min(1) / accelerator.num_processes  # gradients are averaged over the ranks
+            values = 0
+            for batch in micros:
+                batch = batch.to(accelerator.device, non_blocking=True)
+                with accelerator.accumulate(model):
+                    try:
+                        output = model(batch.images, batch.padding_mask, batch.targets)
+                        losses = criterion(output, batch.targets, box_count)
+                    except FloatingPointError as error:
+                        if step is not None:
+                            step.check()
+                        raise NonFiniteLoss(f"no finite loss at step {progress.step + 1}: {error}") from error
+                    values = values + torch.stack([part.detach() for part in losses.values()])
+                    accelerator.backward(losses["loss"] * pieces)
+                    if accelerator.sync_gradients:
+                        average_gradients(accelerator, detector.decoder.routers)
+                        norm = accelerator.clip_grad_norm_(model.parameters(), train.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=values.device)
+            skipped = accelerator.scaler is not None and optimizer.step_was_skipped  # which the scaler has read back
+            step = Step(progress.step + 1, tuple(losses), values, norm, settings, skipped)
+            yield step
+
+    @property
+    def epochs(self) -> int:
+        """Those of the run, the last one perhaps cut short."""
+        return math.ceil(self.config.train.total_steps(self.steps_per_epoch) / self.steps_per_epoch)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step_in_epoch == 0 and self.progress.done(self.steps_per_epoch, self.config.train)
+
+    @property
+    def epoch_is_trained(self) -> bool:
+        """Whether the epoch has no step left; its evaluation may be to come."""
+        last = self.progress.step_in_epoch == self.steps_per_epoch
+        return last or self.progress.done(self.steps_per_epoch, self.config.train)
+
+    @property
+    def evaluates_now(self) -> bool:
+        """Whether an evaluation inside the epoch is due after this very step."""
+        progress, every = self.progress, self.config.train.eval_steps
+        return every is not None and progress.step_in_epoch > 0 and progress.step % every == 0
+
+    def _evaluated(self) -> dict[str, float | None]:
+        """The metrics now; the seconds that they take are counted. The model trains on."""
+        started = perf_counter()
+        metrics = evaluate(
+            *(self.model, self.val_set, self.config.train, self.accelerator),
+            after_batch=lambda images: self._stop_if_asked(),
+        )
+        self.model.train()
+        self.progress.elapsed += self._agreed(perf_counter() - started)[0]
+        return metrics
+
+    def _stop_if_asked(self) -> None:
+        """Between evaluation batches: the checkpoint of the last step stands."""
+        stop = int(self._agreed(self.stop.received)[0])
+        if stop:
+            raise Interrupted(stop, self.progress.step)
+
+    def _agreed(self, *values: float) -> list[float]:
+        """The maximum over the ranks of what they may see differently, without waiting for a device."""
+        if self.host_group is None:
+            return list(values)
+        agreed = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self.host_group)
+        return agreed.tolist()
+
+    def _seconds(self) -> dict[str, float]:
+        return {"seconds": round(self.progress.elapsed, 3), "train_seconds": round(self.progress.trained, 3)}
+
+    @contextmanager
+    def _checkpoint_stands(self) -> Iterator[None]:
+        """Tell of an error that ends the run in one sentence, with the name of the checkpoint that stands."""
+        stands = f"; {self.run.last} holds the run as it was before"
+        try:
+            yield
+        except (NonFiniteLoss, FloatingPointError) as error:
+            raise NonFiniteLoss(f"{error}{stands}") from error
+        except (WriteError, PermissionError) as error:
+            raise WriteError(f"{error}{'' if str(self.run.last) in str(error) else stands}") from error
+        except RuntimeError as error:
+            why = killed_worker(error)
+            if is_lost_connection(error):
+                rank = self.accelerator.process_index
+                why = f"rank {rank} lost the connection to another process, which has ended"
+            if why is None:
+                raise
+            raise RunFailed(f"{why}, at step {self.progress.step + 1}{stands}") from error
+        except DatasetError as error:
+            raise DatasetError(f"{error}{stands}") from error
+
     def _loss_sums(self, before: dict[str, float] | None = None) -> LossSums:
         return LossSums(lambda sums: self.accelerator.reduce(sums, "mean"), before)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_set) / self.config.train.batch_size)
-
-    @property
-    def epochs(self) -> int:
-        """Those of the run, the last one perhaps cut short."""
-        return math.ceil(self.config.train.total_steps(self.steps_per_epoch) / self.steps_per_epoch)
 
     def state(self) -> dict[str, Any]:
         """The contents of a checkpoint: tensors and plain containers, nothing of how the ranks share them."""
@@ -439,169 +577,6 @@ class Training:
             "accumulation": self.accelerator.gradient_accumulation_steps,
         }
         self.run.write_config({**self.config.to_dict(), "data": self.data, **here})
-
-    def fit(self, after_evaluation: Callable[[], object] = lambda: None) -> None:
-        """Train and evaluate until the last epoch is done or the time budget is spent.
-
-        after_evaluation is called on the main process when an epoch's evaluation has been recorded.
-
-        Raises:
-            NonFiniteLoss: of a step, the weights after it or an evaluation; the last checkpoint stands.
-            RunFailed: a rank or a process that reads images was lost; the last checkpoint stands.
-            DatasetError: an image cannot be read; the last checkpoint stands.
-            WriteError: the disk is full, or may no longer be written to; the last checkpoint stands.
-            Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint of this very step has been written.
-        """
-        progress, config = self.progress, self.config.train
-        bar = tqdm(
-            total=config.total_steps(self.steps_per_epoch),
-            initial=progress.step,
-            unit="step",
-            smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 20.0,
-            dynamic_ncols=True,
-            disable=not self.accelerator.is_main_process,
-        )
-        with self.stop.watched(), bar:
-            try:
-                while not self.finished:
-                    bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
-                    self._finish_steps(bar)
-                    self._finish_epoch(bar, after_evaluation)
-            except (NonFiniteLoss, FloatingPointError) as error:
-                raise NonFiniteLoss(f"{error}; {self.run.last} holds the run as it was before") from error
-            except (WriteError, PermissionError) as error:
-                stands = f"; {self.run.last} holds the run as it was before"
-                raise WriteError(f"{error}{'' if str(self.run.last) in str(error) else stands}") from error
-            except RuntimeError as error:
-                why = killed_worker(error)
-                if is_lost_connection(error):
-                    rank = self.accelerator.process_index
-                    why = f"rank {rank} lost the connection to another process, which has ended"
-                if why is None:
-                    raise
-                raise RunFailed(
-                    f"{why}, at step {progress.step + 1}; {self.run.last} holds the run as it was before"
-                ) from error
-            except DatasetError as error:
-                raise DatasetError(f"{error}; {self.run.last} holds the run as it was before") from error
-
-    @property
-    def finished(self) -> bool:
-        return self.progress.step_in_epoch == 0 and self.progress.done(self.steps_per_epoch, self.config.train)
-
-    def _finish_steps(self, bar: tqdm) -> None:
-        """The epoch's remaining steps; the last of them is followed by a checkpoint, before the evaluation."""
-        progress, config = self.progress, self.config.train
-        if progress.step_in_epoch == self.steps_per_epoch or progress.done(self.steps_per_epoch, config):
-            return
-        if self.evaluates_now:  # as it would have done, had it not been stopped
-            self._evaluate_inside(bar)
-        started = perf_counter()
-        steps = train_one_epoch(
-            *(self.model, self.criterion, self.optimizer, self.train_set, progress, self.config, self.accelerator)
-        )
-        for step in steps:
-            self.sums.add(step.names, step.values)
-            seconds, stop = self._agreed(perf_counter() - started, self.stop.received)
-            started = perf_counter()
-            progress.count_step(seconds, step.skipped)
-            if progress.skipped_in_a_row >= SKIPPED_AT_MOST:
-                steps = f"of {SKIPPED_AT_MOST} steps in a row, up to step {progress.step}"
-                raise NonFiniteLoss(f"the float16 gradients {steps}, are not finite at any scale")
-            ends = progress.step_in_epoch == self.steps_per_epoch or progress.done(self.steps_per_epoch, config)
-            due = ends or self.evaluates_now or progress.step % config.checkpoint_every == 0
-            self._note(step, bar, save=due or stop)
-            if stop:
-                raise Interrupted(int(stop), progress.step)
-            if ends:
-                return
-            if self.evaluates_now:
-                self._evaluate_inside(bar)
-                started = perf_counter()
-
-    def _note(self, step: Step, bar: tqdm, save: bool) -> None:
-        """Log and save what is due after a step; only then is anything read back from the device."""
-        progress, config = self.progress, self.config.train
-        log = progress.step % config.log_every == 0
-        if log or save:
-            values = step.read(self.accelerator)
-            shown = {"loss": f"{values['loss']:.3f}", "lr": f"{values['learning_rate']:.1e}"}
-            if self.accelerator.scaler is not None:
-                shown["skipped"] = values["skipped_steps"] = progress.skipped
-            bar.set_postfix(shown, refresh=False)
-        if log:
-            where = {"kind": "step", "epoch": progress.epoch, "step": progress.step}
-            self.run.record({**where, **values, **self._seconds()})
-        if save:
-            self.run.save(self.state())
-        if config.time_budget:
-            affordable = int(progress.step * config.time_budget / progress.elapsed)
-            bar.total = min(config.total_steps(self.steps_per_epoch), max(progress.step, affordable))
-        bar.update()
-
-    def _seconds(self) -> dict[str, float]:
-        return {"seconds": round(self.progress.elapsed, 3), "train_seconds": round(self.progress.trained, 3)}
-
-    @property
-    def evaluates_now(self) -> bool:
-        """Whether an evaluation inside the epoch is due after this very step."""
-        progress, every = self.progress, self.config.train.eval_steps
-        return every is not None and progress.step_in_epoch > 0 and progress.step % every == 0
-
-    def _evaluated(self, bar: tqdm) -> dict[str, float | None]:
-        """The metrics now; the seconds that they take are counted. The model trains on."""
-        progress, started = self.progress, perf_counter()
-        bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}, evaluating")
-        metrics = evaluate(
-            *(self.model, self.val_set, self.config.train, self.accelerator),
-            after_batch=lambda images: self._stop_if_asked(),
-        )
-        self.model.train()
-        progress.elapsed += self._agreed(perf_counter() - started)[0]
-        return metrics
-
-    def _evaluate_inside(self, bar: tqdm) -> None:
-        """One line more of the learning curve; the best checkpoint is that of an epoch's end."""
-        where = {"kind": "evaluation", "epoch": self.progress.epoch, "step": self.progress.step}
-        self.run.record({**where, **self._evaluated(bar), **self._seconds()})
-
-    def _finish_epoch(self, bar: tqdm, after_evaluation: Callable[[], object]) -> None:
-        progress, config = self.progress, self.config.train
-        last = progress.done(self.steps_per_epoch, config)
-        evaluated = last or (progress.epoch + 1) % config.eval_every == 0
-        metrics = self._evaluated(bar) if evaluated else {}
-        losses = {name: total / progress.step_in_epoch for name, total in self.sums.read().items()}
-        line = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step, **losses, **metrics}
-        best = evaluated and metrics["AP"] > progress.best.get("AP", -1.0)
-        progress.finish_epoch()
-        self.sums = self._loss_sums()
-        if evaluated:
-            progress.metrics = {**metrics, "epoch": progress.epoch}
-        if best:
-            progress.best = progress.metrics
-        self.run.record({**line, **self._seconds()})
-        self.run.save(self.state(), best=best)
-        if evaluated and self.accelerator.is_main_process:
-            after_evaluation()
-        scores = f"  {in_words(metrics)}" if evaluated else ""
-        if self.accelerator.is_main_process:
-            with suppress(OSError):  # the terminal has gone: SIGHUP comes, and stops the run after a step
-                bar.write(f"epoch {progress.epoch}/{self.epochs}  loss {losses['loss']:.3f}{scores}", file=sys.stderr)
-
-    def _agreed(self, *values: float) -> list[float]:
-        """The maximum over the ranks of what they may see differently, without waiting for a device."""
-        if self.host_group is None:
-            return list(values)
-        agreed = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self.host_group)
-        return agreed.tolist()
-
-    def _stop_if_asked(self) -> None:
-        """Between evaluation batches: the checkpoint of the last step stands."""
-        stop = int(self._agreed(self.stop.received)[0])
-        if stop:
-            raise Interrupted(stop, self.progress.step)
 
     def summary(self) -> str:
         """Average precision of the latest and the best evaluation, in words."""

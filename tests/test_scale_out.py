@@ -20,7 +20,7 @@ from route_detr.data.coco import coco_layout
 from route_detr.errors import UsageError
 from route_detr.run import Run, load_checkpoint
 from route_detr.scale_out import ACCUMULATION, accumulation, prepared, start_processes
-from route_detr.train import Training, train_one_epoch
+from route_detr.train import Training
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "tests" / "two_processes.py")
@@ -156,10 +156,7 @@ def test_a_killed_process_ends_the_run_clearly_and_one_process_can_go_on(tmp_pat
 
     training = Training(Run(folder), config, paths, start_processes("cpu"))
     training.resume()
-    following = train_one_epoch(
-        *(training.model, training.criterion, training.optimizer, training.train_set),
-        *(training.progress, training.config, training.accelerator),
-    )
+    following = training.steps()
     step = next(following).read(training.accelerator)
     assert step["loss"] == pytest.approx(steps(alone[0].run)[6]["loss"], rel=1e-5)
 
@@ -173,10 +170,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path, paths, config,
         for module in training.detector.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.register_forward_pre_hook(lambda norm, inputs: norm.eval() and None)
-        stepping = train_one_epoch(
-            *(training.model, training.criterion, training.optimizer, training.train_set),
-            *(training.progress, training.config, training.accelerator),
-        )
+        stepping = training.steps()
         values = []
         for step in stepping:
             training.progress.count_step(0.0)
@@ -223,10 +217,7 @@ def test_batches_are_computed_in_as_many_pieces_as_asked_for(way, tmp_path, path
     images, updates = [], []
     training.model.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
     training.optimizer.optimizer.register_step_post_hook(lambda *_: updates.append(1))
-    stepping = train_one_epoch(
-        *(training.model, training.criterion, training.optimizer, training.train_set),
-        *(training.progress, training.config, training.accelerator),
-    )
+    stepping = training.steps()
     assert len(list(stepping)) == len(updates) == 4
     assert images == ([4] * 4 if way == "none" else [2] * 8)
 

@@ -22,7 +22,7 @@ from route_detr.data.coco import coco_layout
 from route_detr.errors import CheckpointError, Interrupted, NonFiniteLoss, RunError, WriteError
 from route_detr.run import Run, load_checkpoint, save_checkpoint
 from route_detr.scale_out import start_processes
-from route_detr.train import LossSums, Progress, Step, Training, train_one_epoch
+from route_detr.train import LossSums, Progress, Step, Training
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -488,10 +488,7 @@ def test_a_run_killed_around_an_evaluation_inside_an_epoch_continues(tmp_path, d
 
 def test_one_epoch_without_routing_leaves_lambda_and_alpha_at_zero(tmp_path, data):
     training = new_training(tmp_path / "run", data, {"detector.route": False})
-    steps = train_one_epoch(
-        *(training.model, training.criterion, training.optimizer, training.train_set),
-        *(training.progress, training.config, training.accelerator),
-    )
+    steps = training.steps()
     values = [step.read(training.accelerator) for step in steps]
     assert len(values) == 4
     assert {(v["routing_strength"], v["aux_weight"]) for v in values} == {(0.0, 0.0)}
