@@ -45,8 +45,8 @@ from route_detr.memory.planner import GPU_BACKEND, LEVELS, Request, _built
 from route_detr.memory.precision import mixed_precision
 from route_detr.model.decoder import DecoderLayer
 from route_detr.model.encoder import EncoderLayer, grid_of
-from route_detr.model.structures import PaddedTargets
 from route_kernels.backends import assumed
+from route_kernels.nn import BoxTargets
 
 from . import counted
 from .device import ROOT
@@ -84,8 +84,8 @@ class Step(nn.Module):
         self.detector, self.counts = detector, [request.boxes] * request.batch
         with torch.device("meta"):
             self.register_buffer("padding", torch.empty(request.batch, *request.image, dtype=torch.bool))
-            self.register_buffer("labels", torch.empty(request.batch, request.boxes, dtype=torch.int64))
-            self.register_buffer("boxes", torch.empty(request.batch, request.boxes, 4))
+            self.register_buffer("labels", torch.empty(sum(self.counts), dtype=torch.int64))
+            self.register_buffer("boxes", torch.empty(sum(self.counts), 4))
 
     def levels(self) -> list[Tensor]:
         return [torch.empty(size, requires_grad=True) for size in self.sizes]
@@ -93,7 +93,7 @@ class Step(nn.Module):
     def forward(self, *levels: Tensor) -> list[Tensor]:
         """Everything that a criterion would take."""
         self.detector.feature_levels.levels = list(levels)
-        targets = PaddedTargets(self.labels, self.boxes, self.counts) if self.detector.denoising else None
+        targets = BoxTargets(self.boxes, self.labels, self.counts) if self.detector.denoising else None
         with self.detector.blocks.backend():
             output = self.detector.transformer([], self.padding, targets)
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -9,9 +9,9 @@ import route_kernels as rk
 from route_detr.config import TrainConfig
 from route_detr.model.boxes import inverse_sigmoid
 from route_detr.model.criterion import Criterion
-from route_detr.model.matcher import Matcher, padded_targets
 from route_detr.model.structures import Denoised, DenoisingTargets, DetectorOutput, Predictions
 from route_kernels.boxes import corners, generalized_iou
+from route_kernels.nn import HungarianMatcher, pack_targets
 
 CLASSES = 3
 
@@ -85,21 +85,25 @@ def cheapest_by_brute_force(logits, boxes, target, config):
     return min(sum(cost[q][t] for t, q in enumerate(chosen)) for chosen in itertools.permutations(range(rows), columns))
 
 
+def packed(targets, like):
+    return pack_targets(targets, like.device, like.dtype, CLASSES)
+
+
 def test_batched_matches_cost_as_little_as_brute_force():
     torch.manual_seed(0)
     config = TrainConfig()
     targets = random_targets(3, 0, 1, 5)
     sets = [random_predictions(4, 3, 4), random_predictions(4, 1, 5)]
-    padded = padded_targets(targets, like=sets[0].boxes)
-    matches = Matcher(config)(sets, padded, [["a0", "a1", "a2"], ["b"]])
+    matches = HungarianMatcher()([each[:2] for each in sets], packed(targets, sets[0].boxes))
     for predictions, found in zip(sets, matches, strict=True):
         queries = predictions.boxes.shape[2]
-        assert found.image.tolist() == [i for i, t in enumerate(targets) for _ in range(min(queries, len(t.labels)))]
+        assert found.counts == [min(queries, len(target.labels)) for target in targets]
         for branch, image in itertools.product(range(predictions.boxes.shape[1]), range(4)):
-            target, here = targets[image], found.image == image
-            chosen, wanted = found.query[branch, here].tolist(), found.target[branch, here].tolist()
-            assert len(set(chosen)) == len(chosen) and len(set(wanted)) == len(wanted)
-            if not chosen:
+            target, first = targets[image], sum(len(each.labels) for each in targets[:image])
+            (chosen,) = (found.target[image, branch] >= 0).nonzero(as_tuple=True)
+            wanted = found.target[image, branch][chosen] - first
+            assert len(chosen) == found.counts[image] == len(set(wanted.tolist()))
+            if not len(chosen):
                 continue
             logits, boxes = predictions.logits[image, branch], predictions.boxes[image, branch]
             total = sum(
@@ -109,12 +113,11 @@ def test_batched_matches_cost_as_little_as_brute_force():
             assert total == pytest.approx(cheapest_by_brute_force(logits, boxes, target, config), abs=1e-9)
 
 
-def test_costs_cross_to_the_host_once(monkeypatch):
-    copies = []
-    original = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or original(self))
+def test_the_criterion_waits_for_the_device_once(monkeypatch):
+    waits = []
+    monkeypatch.setattr(HungarianMatcher, "wait", staticmethod(waits.append))
     Criterion(TrainConfig())(random_output(2), random_targets(2, 3))
-    assert len(copies) == 1
+    assert waits == [torch.device("cpu")]
 
 
 def test_losses_equal_a_plain_loop_over_layers_branches_and_images():
@@ -133,10 +136,9 @@ def test_losses_equal_a_plain_loop_over_layers_branches_and_images():
         for image, target in enumerate(targets):
             logits, boxes = predictions.logits[image, branch], predictions.boxes[image, branch]
             labels = torch.zeros_like(target.labels) if name == "proposals" else target.labels
-            one = padded_targets([SimpleNamespace(boxes=target.boxes, labels=labels)], like=boxes)
-            alone = Predictions(logits[None, None], boxes[None, None])
-            found = Matcher(config)([alone], one, [["alone"]])[0]
-            query, matched = found.query[0], found.target[0]
+            one = packed([SimpleNamespace(boxes=target.boxes, labels=labels)], boxes)
+            (found,) = HungarianMatcher()([(logits[None, None], boxes[None, None])], one)
+            query, matched = found.query, found.own
             classes = torch.full((len(logits),), logits.shape[-1])
             classes[query] = labels[matched]
             expected["class"] += 1.5 * rk.sigmoid_focal_loss(logits, classes, 0.25, 2.0).item()
@@ -151,10 +153,10 @@ def test_denoising_losses_are_those_of_the_targets_that_queries_start_from():
     torch.manual_seed(2)
     config, output, targets = TrainConfig(), random_output(2), random_targets(2, 1)
     layers = [random_predictions(2, 1, 4), random_predictions(2, 2, 4)]
-    target = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
+    target, first = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]]), torch.tensor([[0], [2]])
     positive = torch.tensor([[True, True, False, False], [True, False, False, False]])
     present = torch.tensor([[True, True, True, True], [True, False, True, False]])
-    known = DenoisingTargets(target, positive, present, groups=3)
+    known = DenoisingTargets(target + first, positive, present, groups=3)
     losses = Criterion(config)(output._replace(denoising=Denoised(layers, known)), targets)
     plain = Criterion(config)(output, targets)
     rows = {"layer0": (layers[0], 0, 1.5), "layer1.main": (layers[1], 0, 1.0), "layer1.aux": (layers[1], 1, 0.5)}
@@ -218,7 +220,7 @@ def test_non_finite_cost_is_an_error_that_names_the_layer():
     output = random_output(2)
     with torch.no_grad():
         output.layers[1].logits[1, 1, 2, :] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"layer1\.aux, image 1 is not finite"):
+    with pytest.raises(FloatingPointError, match=r"layer1\.aux, image 1 is not finite \(target \d, prediction 2\)"):
         Criterion(TrainConfig())(output, random_targets(2, 3))
 
 
@@ -226,10 +228,40 @@ def test_non_finite_cost_is_an_error_that_names_the_layer():
 def test_label_out_of_range_is_a_clear_error(bad):
     targets = random_targets(2, 3)
     targets[1].labels[0] = bad
-    with pytest.raises(ValueError, match=r"targets\[1\]\.labels: expected numbers from 0 to 2"):
+    with pytest.raises(ValueError, match=rf"^targets\[1\]\.labels\[0\]: expected a number from 0 to 2, got {bad}$"):
         Criterion(TrainConfig())(random_output(2), targets)
 
 
 def test_wrong_number_of_targets_is_a_clear_error():
     with pytest.raises(ValueError, match="targets: expected one for each of 2 images, got 3"):
         Criterion(TrainConfig())(random_output(2), random_targets(1, 1, 1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_box_that_is_not_finite_is_a_clear_error(bad):
+    targets = random_targets(2, 0, 3)
+    targets[2].boxes[1, 3] = bad
+    with pytest.raises(ValueError, match=rf"^targets\[2\]\.boxes\[1\]: expected finite numbers, got \[.*, {bad}\]$"):
+        Criterion(TrainConfig())(random_output(3), targets)
+
+
+@pytest.mark.parametrize("name", ["boxes", "labels"])
+def test_targets_on_another_device_are_a_clear_error(name):
+    target = SimpleNamespace(**{each: SimpleNamespace(device=torch.device("cpu")) for each in ("boxes", "labels")})
+    setattr(target, name, SimpleNamespace(device=torch.device("cuda", 1)))
+    message = rf"^targets\[0\]\.{name}: expected on the host or on cuda:0, got one on cuda:1$"
+    with pytest.raises(ValueError, match=message):
+        pack_targets([target], torch.device("cuda", 0), torch.float32, CLASSES)
+
+
+@pytest.mark.parametrize("counts", [(9, 20), (7, 0)])
+def test_more_boxes_than_queries_work(counts):
+    output, targets = random_output(2), random_targets(*counts)
+    losses = Criterion(TrainConfig())(output, targets)
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and output.layers[1].boxes.grad[:, 1].abs().sum() > 0
+
+
+def test_a_batch_without_images_packs():
+    packed_targets = pack_targets([], torch.device("cpu"), torch.float32, CLASSES)
+    assert packed_targets.boxes.shape == (0, 4) and packed_targets.labels.dtype == torch.int64

@@ -5,9 +5,8 @@ from small_detector import VARIANTS, assert_close, small_batch, small_detector, 
 import route_kernels as rk
 from route_detr.config import DetectorConfig
 from route_detr.model.denoising import Denoising, group_similarity
-from route_detr.model.matcher import padded_targets
 from route_kernels.boxes import corners
-from route_kernels.nn import RoutedSelfAttention
+from route_kernels.nn import RoutedSelfAttention, pack_targets
 
 DINO = VARIANTS["tiny-dino"]
 COUNTS = (3, 1, 0)
@@ -20,7 +19,12 @@ def noisy_queries(counts=COUNTS, pairs=6, **changes):
     memory = detector.encoded(detector.backbone(images), padding_mask)
     _, queries = detector.proposals(memory)
     torch.manual_seed(0)
-    return detector, memory, queries, detector.denoising(queries, padded_targets(targets, like=images))
+    return (
+        detector,
+        memory,
+        queries,
+        detector.denoising(queries, pack_targets(targets, images.device, images.dtype, 91)),
+    )
 
 
 def test_each_target_has_a_positive_and_a_negative_in_each_group():

@@ -69,19 +69,19 @@ def on_all_pixels(monkeypatch):
     return len(points)
 
 
-def test_cost_is_the_formula_for_every_pair_and_zero_beyond_the_targets(on_all_pixels):
+def test_cost_is_the_formula_for_every_pair(on_all_pixels):
     torch.manual_seed(0)
     embeddings = torch.randn(2, 2, 4, 5, dtype=torch.float64)
     pixels = torch.randn(2, 5, 3, 2, dtype=torch.float64)
     masks = [truth(3), truth(1)]
-    costs = mask_cost(embeddings, pixels, whole(masks, pixels), on_all_pixels)
-    assert costs[0].shape == costs[1].shape == (2, 2, 4, 3)
-    assert not costs[0][1, :, :, 1:].any() and not costs[1][1, :, :, 1:].any()
+    targets = whole(masks, pixels)
+    costs = [mask_cost(embeddings[image], pixels, targets, image, on_all_pixels) for image in range(2)]
+    assert [tuple(each.shape) for image in costs for each in image] == [(3, 2, 4)] * 2 + [(1, 2, 4)] * 2
     for image, branch, query in np.ndindex(2, 2, 4):
         logits = torch.einsum("c,chw->hw", embeddings[image, branch, query], pixels[image])
         for target, mask in enumerate(masks[image]):
             expected = dice_and_cross_entropy(logits, mask[2::4, 2::4])
-            found = [cost[image, branch, query, target].item() for cost in costs]
+            found = [cost[target, branch, query].item() for cost in costs[image]]
             assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -121,7 +121,7 @@ def test_padding_is_neither_sampled_nor_predicted():
     targets = mask_targets([target], pixels)
     assert targets.extents.tolist() == [[0.5, 0.5]]
     embeddings = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    cross_entropy, _ = mask_cost(embeddings, pixels, targets, 500)
+    cross_entropy, _ = mask_cost(embeddings[0], pixels, targets, 0, 500)
     inside = functional.softplus(torch.tensor(-5.0)).item()
     assert cross_entropy.item() < 3  # at the image's border logits are interpolated towards the padding
     logits = image_mask_logits(embeddings[0, 0], pixels[0], (8, 12))

@@ -12,10 +12,10 @@ from route_detr.data.coco import coco_layout, open_splits
 from route_detr.model.backbone import Backbone
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
-from route_detr.model.matcher import padded_targets
 from route_detr.predict import stored_config
 from route_detr.tools.digits import write_digits
 from route_detr.train import parameter_groups
+from route_kernels.nn import pack_targets
 
 CONTENTS = {content: {"query_content": content} for content in ("encoded", "box", "joint")}
 ALL = {**VARIANTS, **CONTENTS}
@@ -166,7 +166,7 @@ def test_the_transformer_compiles_without_a_graph_break(variant, backend):
     detector.set_routing(0.3, 0.6)
     images, padding_mask, targets = small_batch(dtype=torch.float32)
     features = [feature.detach() for feature in detector.backbone(images)]
-    padded = padded_targets(targets, like=images) if detector.denoising else None
+    padded = pack_targets(targets, images.device, images.dtype, 91) if detector.denoising else None
     weights = list(detector.decoder.parameters())
 
     def outputs(transformer):

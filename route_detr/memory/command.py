@@ -45,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentPa
     parser.add_argument(
         "--image", type=image_size, default=(800, 1333), metavar="HxW", help="of the padded batch [800x1333]"
     )
+    parser.add_argument("--boxes", type=int, default=20, metavar="N", help="of each image [%(default)s]")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of autocast; fp32: none [%(default)s]")
     parser.add_argument(
         "--memory", metavar="LEVEL", help="none, fused, lean, tight, min, or all of them in one table [the preset's]"
@@ -55,7 +56,12 @@ def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentPa
         help="transformer: without backbone and optimizer, on the neck's outputs [%(default)s]",
     )  # fmt: skip
     parser.add_argument("--products", action="store_true", help="FLOPs of matrix products and convolutions as well")
-    parser.add_argument("--fit", choices=CARDS, metavar="CARD", help=f"largest batch for one of {', '.join(CARDS)}")
+    parser.add_argument(
+        "--fit",
+        choices=CARDS,
+        metavar="CARD",
+        help=f"largest batch of so many --boxes, for {', '.join(CARDS)}",
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="the rows as stacked bars and over queries and image sizes; "
         "without --memory and --public: all levels, and the public formulation",
@@ -143,7 +149,7 @@ def _request(options: argparse.Namespace) -> Request:
     if options.memory not in (None, "all"):
         changes["detector.memory"] = options.memory
     config, dtype = preset(options.preset).updated(changes), getattr(torch, DTYPES[options.dtype])
-    return Request(config, options.batch, options.image, dtype, options.scope, options.public)
+    return Request(config, options.batch, options.image, dtype, options.scope, options.public, options.boxes)
 
 
 def _rows(options: argparse.Namespace, request: Request) -> dict[str, Request]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import get_args
@@ -28,9 +28,8 @@ from route_detr.model.blocks import PredictionHead
 from route_detr.model.criterion import Criterion
 from route_detr.model.decoder import DecoderLayer
 from route_detr.model.detector import Detector
-from route_detr.model.matcher import Matcher
-from route_detr.model.structures import Matches, PaddedTargets, Predictions
 from route_kernels.backends import assumed
+from route_kernels.nn import BoxTargets, HungarianMatcher, Matches
 
 from .ledger import WORKSPACES, Ledger
 from .precision import mixed_precision
@@ -66,6 +65,8 @@ class Request:
     boxes: int = 20  # an image
 
     def __post_init__(self) -> None:
+        if self.boxes < 0:
+            raise ValueError(f"boxes: expected a number >= 0, got {self.boxes}")
         for name, value in (("batch", self.batch), ("image height", self.image[0]), ("image width", self.image[1])):
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -82,7 +83,7 @@ class Request:
 
     def __str__(self) -> str:
         height, width = self.image
-        return f"{self.scope}: batch {self.batch}, {height} x {width}, {self.dtype_name}"
+        return f"{self.scope}: batch {self.batch}, {height} x {width}, {self.boxes} boxes, {self.dtype_name}"
 
     def at(self, level: str) -> Request:
         """The same step at another memory level."""
@@ -104,7 +105,7 @@ def plan(request: Request, counter: FlopCounterMode | None = None) -> Plan:
     kernels = rk.backend("reference") if detector.config.memory == "none" else assumed(GPU_BACKEND)
     with FakeTensorMode(allow_non_fake_inputs=True), kernels, mixed_precision(request.dtype) as autocast:
         detector.to_empty(device="cpu")  # fake tensors of the same strides in place of those on the meta device
-        criterion.matcher = _UnsolvedMatcher(request.config.train)
+        criterion.boxes.matcher = _UnsolvedMatcher()
         shares = _label(detector, ledger)
         images, padding_mask, targets, optimizer = _inputs(request, detector, ledger)
         gc.collect()  # what a cycle holds would be alive in one run and not in the next
@@ -193,23 +194,25 @@ class _Given(nn.Module):
         return self.levels
 
 
-class _UnsolvedMatcher(Matcher):
-    """Costs as in `Matcher`, then matches without values: as many as there are boxes."""
+class _UnsolvedMatcher(HungarianMatcher):
+    """Costs as in `HungarianMatcher`, each gone once the host has it, then matches without values: one for each box."""
 
-    @torch.no_grad()
-    def __call__(self, sets: Sequence[Predictions], targets: PaddedTargets, names, pixels=None) -> list[Matches]:
-        costs = [self.cost(predictions, targets, pixels) for predictions in sets]
-        torch.cat([cost.flatten() for cost in costs])
-        counts = [min(sets[0].logits.shape[2], count) for count in targets.counts]
-        pairs = sum(counts)
-        return [
-            Matches(
-                torch.empty(pairs, dtype=torch.int64),
-                *torch.empty(2, predictions.logits.shape[1], pairs, dtype=torch.int64),
-                counts,
-            )
-            for predictions in sets
-        ]
+    def __call__(self, sets, targets: BoxTargets, names=None, more=None) -> list[Matches]:
+        with torch.no_grad():
+            for index, (logits, boxes) in enumerate(sets):
+                for _ in self._tables(index, logits, boxes, targets, more[index] if more else None):
+                    pass
+        matches = []
+        for _, boxes in sets:
+            counts = [min(boxes.shape[2], count) for count in targets.counts]
+            query, own = torch.empty(2, boxes.shape[1] * sum(counts), dtype=torch.int64)
+            matches.append(Matches(torch.empty(boxes.shape[:3], dtype=torch.int64), query, own, counts))
+        return matches
+
+    @staticmethod
+    def on_host(x: Tensor) -> Tensor:
+        """Nothing on the device."""
+        return x.to("meta")
 
 
 def _target(request: Request) -> Target:

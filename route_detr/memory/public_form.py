@@ -20,10 +20,9 @@ from torch.nn import functional
 from route_detr.config import DetectorConfig
 from route_detr.model.criterion import Criterion
 from route_detr.model.detector import Detector
-from route_detr.model.matcher import FOCAL, padded_targets
 from route_detr.model.structures import DetectorOutput, Predictions
 from route_kernels.backends import assumed
-from route_kernels.nn import FeedForward, MSDeformAttn, RoutedSelfAttention
+from route_kernels.nn import FeedForward, MSDeformAttn, PredictionSet, RoutedSelfAttention, pack_targets
 from route_kernels.ops.ms_deform_attn import ms_deform_attn
 from route_kernels.ops.routed_attention import RoutingFactors
 from route_kernels.reference.routed_attention import routing_bias, visible_keys
@@ -109,30 +108,24 @@ def _feed_forward(self: FeedForward, x: Tensor) -> Tensor:
 
 
 class PublicCriterion(Criterion):
-    """The same total, one layer of one branch at a time, in the dtypes of the predictions."""
+    """The same total, one layer of one branch at a time, as PyTorch users write it (backend `eager`)."""
 
     def __call__(self, output: DetectorOutput, targets: Sequence) -> dict[str, Tensor]:
-        """Return what `Criterion` does, without the parts; ValueError for a detector with masks."""
+        """{"loss": the total of `Criterion`}, without the parts; ValueError for a detector with masks."""
         if output.pixel_embeddings is not None:
             raise ValueError("masks: expected False for the public formulation, which has none, got True")
-        padded, losses = padded_targets(targets, like=output.boxes), []
-        for name, row, weight in _rows([output.proposals, *output.layers], output.aux_weight):
-            (matches,) = self.matcher([row], padded, [[name]])
-            losses.append(weight * sum(self._matched(row, matches, padded).values()))
-        if output.denoising is not None:
-            layers, known = output.denoising
-            for _, row, weight in _rows(layers, output.aux_weight):
-                losses.append(weight / known.groups * sum(self._denoised(row, known, padded).values()))
-        return {"loss": sum(losses).sum() / max(sum(padded.counts), 1)}
-
-    def _class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """[..., N] of logits [..., N, K]."""
-        truth = logits.new_zeros(*classes.shape, logits.shape[-1] + 1).scatter_(-1, classes[..., None], 1)[..., :-1]
-        alpha, gamma = FOCAL
-        p = logits.sigmoid()
-        weight = (1 - alpha) * p**gamma * (1 - truth) + truth * alpha * (1 - p) ** gamma
-        cross_entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        return self.config.class_weight * (cross_entropy * weight).sum(-1)
+        boxes, losses = output.proposals.boxes, []
+        packed = pack_targets(targets, boxes.device, boxes.dtype, output.logits.shape[-1])
+        known = None if output.denoising is None else output.denoising.targets
+        with assumed("eager"):
+            for name, row, weight in _rows([output.proposals, *output.layers], output.aux_weight):
+                ((rows, matches),) = self.boxes.matched([PredictionSet([name], *row[:2])], packed)
+                losses.append(weight * self.boxes.losses(rows, packed, matches)[1].sum())
+            for name, row, weight in _rows(output.denoising.layers if known else [], output.aux_weight):
+                target = known.target.masked_fill(~known.positive, -1)
+                rows = PredictionSet([name], *row[:2], None, target, known.present)
+                losses.append(weight / known.groups * self.boxes.losses(rows, packed, None)[1].sum())
+        return {"loss": sum(losses) / max(sum(packed.counts), 1)}
 
 
 def _rows(layers: Sequence[Predictions], aux_weight: Tensor) -> Iterator[tuple[str, Predictions, Tensor | float]]:

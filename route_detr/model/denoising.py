@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import route_kernels as rk
 from route_kernels.boxes import corners
+from route_kernels.nn import BoxTargets
 
 from .boxes import inverse_sigmoid
-from .structures import DenoisingTargets, PaddedTargets, Queries
+from .structures import DenoisingTargets, Queries
 
 if TYPE_CHECKING:
     from ..config import DetectorConfig
@@ -36,15 +37,16 @@ class Denoising(nn.Module):
         self.config = config
         self.content = nn.Embedding(config.num_classes, config.embed_dim)
 
-    def forward(self, queries: Queries, targets: PaddedTargets) -> Queries:
-        batch, fullest = targets.labels.shape
-        device, groups = targets.labels.device, max(1, self.config.denoising_pairs // max(1, fullest))
-        target = torch.arange(fullest, device=device).repeat_interleave(2).repeat(groups).expand(batch, -1)
-        present = target < torch.tensor(targets.counts, device=device)[:, None]
-        positive = present & (torch.arange(target.shape[1], device=device) % 2 == 0)
-        known = DenoisingTargets(target * present, positive, present, groups)
-        content = self.content(self._noisy_labels(targets.labels.gather(1, known.target)))
-        boxes = self._noisy_boxes(targets.boxes.gather(1, known.target[..., None].expand(-1, -1, 4)), ~positive)
+    def forward(self, queries: Queries, targets: BoxTargets) -> Queries:
+        device, fullest = targets.labels.device, max(targets.counts, default=0)
+        groups = max(1, self.config.denoising_pairs // max(1, fullest))
+        own = torch.arange(fullest, device=device).repeat_interleave(2).repeat(groups).expand(len(targets.counts), -1)
+        first, counts = torch.tensor([targets.first, targets.counts], device=device)[..., None]
+        present = own < counts
+        positive = present & (torch.arange(own.shape[1], device=device) % 2 == 0)
+        known = DenoisingTargets((first + own) * present, positive, present, groups)
+        content = self.content(self._noisy_labels(targets.labels[known.target]))
+        boxes = self._noisy_boxes(targets.boxes[known.target], ~positive)
         logits = inverse_sigmoid(boxes)[:, None].to(queries.box_logits.dtype)
         return queries._replace(
             content=torch.cat([queries.content, content[:, None].to(queries.content.dtype)], 2),

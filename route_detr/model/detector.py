@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from route_kernels.nn import BoxTargets, pack_targets
+
 from .backbone import Backbone, FeatureLevels
 from .blocks import Blocks
 from .decoder import Decoder
 from .denoising import Denoising
 from .encoder import Encoder
 from .masks import PixelEmbedding
-from .matcher import padded_targets
 from .proposals import Proposals
-from .structures import ROUTE_TYPES, Denoised, DetectorOutput, Memory, PaddedTargets, RouteType, Routing, RoutingValues
+from .structures import ROUTE_TYPES, Denoised, DetectorOutput, Memory, RouteType, Routing, RoutingValues
 
 if TYPE_CHECKING:
     from ..config import DetectorConfig
@@ -104,16 +105,16 @@ class Detector(nn.Module):
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence | None = None
     ) -> DetectorOutput:
         """targets (objects with boxes [T, 4] and labels [T], one an image) are what denoising queries start from."""
-        features, padded = self.checked_features(images, padding_mask), None
+        features, packed = self.checked_features(images, padding_mask), None
         if self.training and self.denoising is not None:
             if targets is None:
                 raise ValueError("targets: expected those of the images, to train with denoising queries, got none")
-            padded = padded_targets(targets, like=images)
+            packed = pack_targets(targets, images.device, images.dtype, self.config.num_classes)
         with self.blocks.backend():
-            return self.transformer(features, padding_mask, padded)
+            return self.transformer(features, padding_mask, packed)
 
     def transformer(
-        self, features: list[Tensor], padding_mask: Tensor | None = None, targets: PaddedTargets | None = None
+        self, features: list[Tensor], padding_mask: Tensor | None = None, targets: BoxTargets | None = None
     ) -> DetectorOutput:
         """All after the backbone, one graph: its feature maps and the images' padding -> DetectorOutput."""
         dual = self.training and self.config.route

@@ -71,23 +71,25 @@ def sampled(maps: Tensor, points: Tensor) -> Tensor:
     return functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)[:, :, 0]
 
 
-def mask_cost(embeddings: Tensor, pixels: Tensor, targets: MaskTargets, count: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice cost [B, G, N, T], T the most of an image, at `count` random points of each image.
+def mask_cost(
+    embeddings: Tensor, pixels: Tensor, targets: MaskTargets, image: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice cost [T, G, N] of one image at `count` random points; embeddings [G, N, C].
 
     Sampling and the dot product are linear, so the embeddings are sampled: no query's mask is formed. With logits x and
-    truth t, the mean of softplus(x) - x t; and 1 - (2 sum sigmoid(x) t + 1) / (sum sigmoid(x) + sum t + 1).
+    truth t, the mean of softplus(x) - x t; and 1 - (2 sum sigmoid(x) t + 1) / (sum sigmoid(x) + sum t + 1). Branches
+    come one by one: no more than three tables [N, points] at a time.
     """
-    shape = (*embeddings.shape[:3], max(len(masks) for masks in targets.masks))
-    cross_entropy, dice = embeddings.new_zeros(shape), embeddings.new_zeros(shape)
-    for image, masks in enumerate(targets.masks):
-        points = torch.rand(count, 2, dtype=pixels.dtype, device=pixels.device)
-        truth = targets.at(image, points)
-        logits = embeddings[image] @ sampled(pixels[image, None], (points * targets.extents[image])[None])[0]
+    points = torch.rand(count, 2, dtype=pixels.dtype, device=pixels.device)
+    truth = targets.at(image, points).T
+    seen = sampled(pixels[image, None], (points * targets.extents[image])[None])[0]
+    losses, dices = [], []
+    for branch in embeddings:
+        logits = branch @ seen
         inside = logits.sigmoid()
-        losses = functional.softplus(logits).sum(-1, keepdim=True) - logits @ truth.T
-        overlap = (2 * inside @ truth.T + 1) / (inside.sum(-1, keepdim=True) + truth.sum(1) + 1)
-        cross_entropy[image, ..., : len(masks)], dice[image, ..., : len(masks)] = losses / count, 1 - overlap
-    return cross_entropy, dice
+        losses.append((functional.softplus(logits).sum(-1) - (logits @ truth).T) / count)
+        dices.append(1 - (2 * inside @ truth + 1).T / (inside.sum(-1) + truth.sum(0)[:, None] + 1))
+    return torch.stack(losses, 1), torch.stack(dices, 1)
 
 
 def mask_losses(

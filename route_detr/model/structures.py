@@ -1,7 +1,7 @@
 """Named tuples that the parts of the detector hand to each other.
 
-B images, G branches (1, or main and auxiliary), N queries, D denoising queries, K classes, T targets of the fullest
-image, S positions of the L flattened feature levels, C channels, E channels of a mask embedding.
+B images, G branches (1, or main and auxiliary), N queries, D denoising queries, K classes, T targets of an image, S
+positions of the L flattened feature levels, C channels, E channels of a mask embedding.
 """
 
 from __future__ import annotations
@@ -62,15 +62,6 @@ class MaskTargets(NamedTuple):
         return (masks[:, row, column] if target is None else masks[target[:, None], row, column]).to(points.dtype)
 
 
-class PaddedTargets(NamedTuple):
-    """Targets of a batch, padded to T = the longest."""
-
-    labels: Tensor  # [B, T] int64
-    boxes: Tensor  # [B, T, 4] (cx, cy, w, h)
-    counts: list[int]  # boxes of each image
-    masks: MaskTargets | None = None
-
-
 class DenoisingTargets(NamedTuple):
     """Targets of each of D denoising queries of an image; `groups` copies of the targets lie side by side.
 
@@ -78,7 +69,7 @@ class DenoisingTargets(NamedTuple):
     where `positive`. Both are divided by `groups` times the number of target boxes.
     """
 
-    target: Tensor  # [B, D] int64, index among the image's targets; 0 where there is none
+    target: Tensor  # [B, D] int64, index among the packed targets; 0 where there is none
     positive: Tensor  # [B, D] bool: starts close to its target and is to find it
     present: Tensor  # [B, D] bool: positive or negative; False where images with fewer targets are filled up
     groups: int
@@ -163,12 +154,3 @@ class DetectorOutput(NamedTuple):
     def boxes(self) -> Tensor:
         """Boxes [B, N, 4] (cx, cy, w, h) in [0, 1] of the main branch's last layer."""
         return self.layers[-1].boxes[:, 0]
-
-
-class Matches(NamedTuple):
-    """M matched pairs for each of G prediction rows; every row matches min(N, T_b) targets of image b."""
-
-    image: Tensor  # [M]
-    query: Tensor  # [G, M]
-    target: Tensor  # [G, M]
-    counts: list[int]  # pairs of each image, which stand together

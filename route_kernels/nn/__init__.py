@@ -6,6 +6,21 @@ Parameter names and shapes are those of the public modules, so their checkpoints
 from .add_layer_norm import AddLayerNorm
 from .attention import MSDeformAttn, RoutedSelfAttention
 from .feed_forward import FeedForward
+from .matching import BoxTargets, HungarianMatcher, Matches, pack_targets
 from .router import QueryRouter, routing_factors
+from .set_criterion import PredictionSet, SetCriterion
 
-__all__ = ["AddLayerNorm", "FeedForward", "MSDeformAttn", "QueryRouter", "RoutedSelfAttention", "routing_factors"]
+__all__ = [
+    "AddLayerNorm",
+    "BoxTargets",
+    "FeedForward",
+    "HungarianMatcher",
+    "MSDeformAttn",
+    "Matches",
+    "PredictionSet",
+    "QueryRouter",
+    "RoutedSelfAttention",
+    "SetCriterion",
+    "pack_targets",
+    "routing_factors",
+]
