@@ -729,6 +729,7 @@ def compare(args: argparse.Namespace) -> int:
     from route_detr.compare import report
     from route_detr.compare.arms import parsed_arms
     from route_detr.compare.sitting import Member, Sitting, train_all
+    from route_detr.tools.plots import plot_comparison
 
     _check_numbers(args, "seeds", "steps", "seconds", "jobs", "threads")
     arms, folder = parsed_arms(args.arm, args.arms), Path("runs") / args.name
@@ -756,6 +757,7 @@ def compare(args: argparse.Namespace) -> int:
     train_all(members)
     found = report.analysed(sitting, arms, range(args.seeds))
     report.write(found, folder)
+    plot_comparison(found, folder / report.FILES["picture"])
     print(report.as_markdown(found))
     print(f"files in {folder}: {', '.join(report.FILES.values())}")
     return 0

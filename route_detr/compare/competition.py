@@ -194,7 +194,7 @@ class Moments:
         self.competing += len(competing), competing.sum()
 
     def correlations(self) -> dict[str, Any]:
-        """Of bias and gate with the others; None where one of the two never changes."""
+        """The correlations of bias and gate with the others; None where one of the two never changes."""
         mean = self.sums / max(self.count, 1)
         covariance = self.products / max(self.count, 1) - np.outer(mean, mean)
         spread = np.sqrt(np.maximum(np.diag(covariance), 0))

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import route_kernels
 from route_detr.compare.arms import Arm
@@ -19,11 +18,9 @@ from route_detr.compare.sitting import MEASURED, Member, Sitting
 from route_detr.compare.statistics import CONFIDENCE, RESAMPLES, Interval, interval, resampled_metrics, verdict
 from route_detr.data.coco import CocoDetection
 from route_detr.evaluation import METRICS, matched
-from route_detr.files import SOFTWARE, save_figure, write_text
+from route_detr.files import SOFTWARE, write_text
 from route_detr.run import Run
-from route_detr.tools.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, style
 
-COLOURS = (GREY, BLUE, RED, GREEN, ORANGE, PURPLE)
 AXES = {"step": "equal steps", "train_seconds": "equal time"}
 FILES = {"JSON": "compare.json", "picture": "compare.png", "report": "compare.md"}
 EVALUATIONS = 10  # of a run whose steps are known, unless train.eval_steps says something else
@@ -237,44 +234,7 @@ def _interval_text(found: dict[str, float | None]) -> str:
     return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Learning curves against steps and seconds, each with the range of its seeds, and the paired differences."""
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
-    by_steps, by_seconds, differences = figure.subplots(1, 3)
-    colours = dict(zip(found["arms"], (COLOURS * len(found["arms"]))[: len(found["arms"])], strict=True))
-    for axes, axis, label in ((by_steps, "step", "step"), (by_seconds, "train_seconds", "seconds of training steps")):
-        for name in found["arms"]:
-            runs = [run for run in found["runs"] if run["arm"] == name]
-            ends = np.linspace(0, min(run[axis] for run in runs), 101)
-            lines = [
-                np.interp(ends, *([0, *(p[k] for p in run["curve"])] for k in (axis, "AP")))
-                for run in runs
-            ]  # fmt: skip
-            axes.plot(ends, np.mean(lines, 0), color=colours[name], lw=2, label=name)
-            axes.fill_between(ends, np.min(lines, 0), np.max(lines, 0), color=colours[name], alpha=0.2, lw=0)
-        axes.set_ylim(bottom=0)
-        style(axes, f"AP; mean and range of {len(found['seeds'])} seeds", label)
-    rows = [(name, place) for name in found["differences"] for place in AXES.values()]
-    for height, (name, place) in enumerate(reversed(rows)):
-        ap = found["differences"][name][place]["AP"]
-        if ap["low"] is not None:
-            differences.plot([ap["low"], ap["high"]], [height] * 2, color=colours[name], lw=3, alpha=0.5)
-        by_seed = found["differences"][name][place]["AP_by_seed"]
-        differences.plot(by_seed, [height] * len(by_seed), "|", color=colours[name], ms=9)
-        differences.plot(ap["difference"], height, "o", color=colours[name])
-    differences.axvline(0, color="black", lw=0.8)
-    differences.set_yticks(range(len(rows)), [f"{name}\n{place}" for name, place in reversed(rows)], fontsize=9)
-    differences.set_ylim(-0.7, len(rows) - 0.3)
-    style(
-        differences,
-        f"AP less that of {next(iter(found['arms']))}, {CONFIDENCE:.0%} intervals",
-        "difference; a mark a seed",
-    )
-    save_figure(figure, path)
-
-
 def write(found: dict[str, Any], folder: Path) -> None:
-    """Write the three files into the comparison's folder."""
+    """Write numbers and text into the comparison's folder."""
     write_text(folder / FILES["JSON"], json.dumps(found, indent=1) + "\n")
-    plot(found, folder / FILES["picture"])
     write_text(folder / FILES["report"], f"<!-- {SOFTWARE} -->\n{as_markdown(found)}")

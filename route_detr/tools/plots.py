@@ -22,6 +22,7 @@ from route_detr.model.structures import RoutingValues
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+ARM_COLOURS = (GREY, BLUE, RED, GREEN, ORANGE, PURPLE)
 
 
 def style(axes: Axes, title: str, x: str = "", y: str = "") -> None:
@@ -265,3 +266,39 @@ def _plot_by_overlap(axes: Axes, iou: Tensor, bias: Tensor) -> None:
     axes.plot(*zip(*means, strict=True) if means else ([], []), color=BLUE, marker="o", lw=2, label="mean of the pairs")
     axes.axhline(0, color="black", lw=0.8)
     style(axes, "Does it act on competitors?", "overlap of the two queries' boxes (IoU)", "bias B")
+
+
+def plot_comparison(found: Mapping[str, Any], path: str | Path) -> None:
+    """Learning curves against steps and seconds, each with the range of its seeds, and the paired differences."""
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    by_steps, by_seconds, differences = figure.subplots(1, 3)
+    colours = dict(zip(found["arms"], (ARM_COLOURS * len(found["arms"]))[: len(found["arms"])], strict=True))
+    for axes, axis, label in ((by_steps, "step", "step"), (by_seconds, "train_seconds", "seconds of training steps")):
+        for name in found["arms"]:
+            runs = [run for run in found["runs"] if run["arm"] == name]
+            ends = np.linspace(0, min(run[axis] for run in runs), 101)
+            lines = [
+                np.interp(ends, *([0, *(p[k] for p in run["curve"])] for k in (axis, "AP")))
+                for run in runs
+            ]  # fmt: skip
+            axes.plot(ends, np.mean(lines, 0), color=colours[name], lw=2, label=name)
+            axes.fill_between(ends, np.min(lines, 0), np.max(lines, 0), color=colours[name], alpha=0.2, lw=0)
+        axes.set_ylim(bottom=0)
+        style(axes, f"AP; mean and range of {len(found['seeds'])} seeds", label)
+    rows = [(name, place) for name in found["differences"] for place in found["differences"][name]]
+    for height, (name, place) in enumerate(reversed(rows)):
+        ap = found["differences"][name][place]["AP"]
+        if ap["low"] is not None:
+            differences.plot([ap["low"], ap["high"]], [height] * 2, color=colours[name], lw=3, alpha=0.5)
+        by_seed = found["differences"][name][place]["AP_by_seed"]
+        differences.plot(by_seed, [height] * len(by_seed), "|", color=colours[name], ms=9)
+        differences.plot(ap["difference"], height, "o", color=colours[name])
+    differences.axvline(0, color="black", lw=0.8)
+    differences.set_yticks(range(len(rows)), [f"{name}\n{place}" for name, place in reversed(rows)], fontsize=9)
+    differences.set_ylim(-0.7, len(rows) - 0.3)
+    style(
+        differences,
+        f"AP less that of {next(iter(found['arms']))}, {found['method']['confidence']:.0%} intervals",
+        "difference; a mark a seed",
+    )
+    save_figure(figure, path)
