@@ -1,4 +1,4 @@
-"""What a comparison has found: compare.json, compare.png and compare.md."""
+"""The findings of a comparison: compare.json, compare.png and compare.md."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.2
 
 
 class Sitting(NamedTuple):
-    """What all runs of a comparison share."""
+    """The parts that all runs of a comparison share."""
 
     folder: Path
     begins: list[str]  # words of `route-detr train` that name the preset or the file
