@@ -27,7 +27,7 @@ MIN_AREA = 1e-6  # of a reference box, before the logarithm
 
 
 def attend_to_the_confident(attention: RoutedSelfAttention, x: Tensor, position: Tensor, confidence: Tensor) -> Tensor:
-    """Of queries x, position [B, N, C], confidence [B, N]: each to itself and those above it (arXiv 2605.23507)."""
+    """Queries x, position [B, N, C] attend to themselves and those of higher confidence [B, N] (arXiv 2605.23507)."""
     order = confidence.argsort(dim=1, descending=True, stable=True)[..., None]
     ranges = torch.zeros(order.shape[1], 2, 2, dtype=torch.int32, device=x.device)
     ranges[:, 0, 1] = torch.arange(1, len(ranges) + 1, device=x.device)  # of its rank: [0, rank]
