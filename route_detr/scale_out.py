@@ -143,9 +143,7 @@ def prepared(
         UsageError: DeepSpeed is asked for what it has not been made to do here: ZeRO stage 3, or float16.
     """
     if accelerator.num_processes > 1:
-        for module in detector.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = GlobalBatchNorm2d
+        share_norms(detector, accelerator.device)
     if accelerator.distributed_type == DistributedType.FSDP:
         detector.to(memory_format=torch.contiguous_format)  # a shard is cut from the first dimension
         detector.forward = convert_outputs_to_fp32(accelerator.autocast()(detector.forward))
@@ -159,6 +157,16 @@ def prepared(
         ignored = [name for name, parameter in detector.named_parameters() if id(parameter) in routers]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(detector, ignored)
     return accelerator.prepare(detector, optimizer)
+
+
+def share_norms(detector: nn.Module, device: torch.device) -> None:
+    """Batch norms that learn from the images of all ranks, in place: PyTorch's on a GPU, which it has alone."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        return
+    for module in detector.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d
 
 
 def _prepared_for_deepspeed(
@@ -199,7 +207,7 @@ def average_gradients(accelerator: Accelerator, routers: nn.Module) -> None:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all ranks, on any device: `nn.SyncBatchNorm` has none for CPUs."""
+    """Batch norm over the images of all ranks, for devices that `nn.SyncBatchNorm` does not know."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W]; B, H and W may differ between ranks. Statistics are in the weight's dtype."""

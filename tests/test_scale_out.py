@@ -19,7 +19,7 @@ from route_detr.config import preset
 from route_detr.data.coco import coco_layout
 from route_detr.errors import UsageError
 from route_detr.run import Run, load_checkpoint
-from route_detr.scale_out import ACCUMULATION, accumulation, prepared, start_processes
+from route_detr.scale_out import ACCUMULATION, GlobalBatchNorm2d, accumulation, prepared, share_norms, start_processes
 from route_detr.train import Training
 
 ROOT = Path(__file__).parents[1]
@@ -320,3 +320,12 @@ def test_what_deepspeed_is_not_made_to_do_here_is_refused(stage, precision, mess
     )  # fmt: skip
     with pytest.raises(UsageError, match=message):
         prepared(accelerator, nn.Linear(1, 1), None, config.train)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cuda", nn.SyncBatchNorm), ("cpu", GlobalBatchNorm2d)])
+def test_norms_of_all_ranks_keep_their_parameters(device, kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
+    before = dict(model.named_parameters())
+    share_norms(model, torch.device(device))
+    assert type(model[1][0]) is kind
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
