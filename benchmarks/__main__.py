@@ -30,7 +30,7 @@ COMMANDS = {
 }
 """By name, what each says of itself. The module has that name, and `main(argv)` returns the exit code."""
 
-MODULES = {"ops": "test_ops", "tables": "report", "peak": "memory"}
+MODULES = {"ops": "test_ops", "tables": "report", "peak": "memory", "gpu-part": "gpu_parts"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

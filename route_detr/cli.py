@@ -822,7 +822,8 @@ def write_digits(args: argparse.Namespace) -> int:
     from route_detr.tools import digits
 
     sizes = {name: getattr(args, name) for name in ("seed", "train_images", "val_images")}
-    sizes |= {"digits_per_image": tuple(args.digits), "image_size": args.image_size or digits.side_for(args.digits[1])}
+    side = digits.side_for(args.digits[1]) if args.image_size is None else args.image_size
+    sizes |= {"digits_per_image": tuple(args.digits), "image_size": side}
     try:
         written = digits.write_digits(args.out, **sizes)
     except ValidationError as error:

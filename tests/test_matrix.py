@@ -110,8 +110,8 @@ def one_for_all(tensor):
 
 
 VIEWS = {view.__name__: view for view in (heads_first, sliced, reversed_dimensions, rows_of_more_queries, one_for_all)}
-OTHER_SUMS = ("query_similarity", *PRODUCTS)
-"""PyTorch's own products sum in another order for other strides."""
+OTHER_SUMS = ("query_similarity", "matching_cost", *PRODUCTS)
+"""PyTorch's own products and its softmax sum in another order for other strides."""
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -125,7 +125,8 @@ def test_views(op, label, way, view):
     assert not all(x.is_contiguous() for _, x in named_tensors(viewed))
     same = map_tensors(viewed, lambda x: x.detach().contiguous().requires_grad_(x.requires_grad))
     expected = results(op, same, way)
-    loosely = expected if op in OTHER_SUMS else declared(op, "SUMMED_BY_ATOMICS")
+    in_other_lanes = way.startswith("emulated")  # the alignment decides how many channels a lane has
+    loosely = expected if op in OTHER_SUMS or in_other_lanes else declared(op, "SUMMED_BY_ATOMICS")
     tolerance = 16 * torch.finfo(expected["output"].dtype).eps
     assert_same(results(op, viewed, way), expected, loosely, max(tolerance, 1e-5))
 

@@ -436,7 +436,7 @@ def test_launches_agree(block_n, block_m, heads):
 
 @each_backend
 def test_nothing_of_queries_times_keys_is_allocated(way):
-    queries = 2048 if way == "cpu" else 128
+    queries = 4096 if way == "cpu" else 128
     arguments = routed_attention_arguments(batch=1, heads=1, queries=queries, channels=2, rank=2, gate_rank=1)
     arguments["key_ranges"] = torch.tensor([[0, queries], [0, 0]], dtype=torch.int32).repeat(queries, 1, 1)
     settings = {} if way == "cpu" else dict(BLOCK_N=64, BLOCK_M=64, HEADS_PER_PROGRAM=2)

@@ -70,8 +70,9 @@ template <typename T>
 struct Backward {
   const Args& a;
   const Gradients& grad = a.grad;
-  int64_t parts;    // of an image
-  int64_t sharers;  // workers that have parts
+  int64_t parts;            // of an image
+  int64_t sharers;          // workers that have parts
+  int64_t spare_slots = 0;  // of each of them
   int64_t slot_bytes, scratch_bytes;
 
   explicit Backward(const Args& args) : a(args) {
@@ -79,6 +80,13 @@ struct Backward {
     parts = a.batch < 16 ? smaller(larger(blocks, 1), 4) : 1;
     if (a.batch < 16 && parts < 4 && a.batch * parts % 2 != 0) ++parts;  // for two threads: the same work
     sharers = smaller(a.parallel.workers, larger(a.batch * parts, 1));
+    bool adds = false;
+    for (int64_t worker = 0; worker < sharers; ++worker)
+      for_groups(a.batch, parts, worker, sharers, [&](int64_t, const Share& mine) {
+        adds = adds || (mine.begin == 0 && mine.end > 1);
+        if (mine.begin > 0) spare_slots = larger(spare_slots, mine.end - mine.begin - 1);
+      });
+    if (adds) spare_slots = a.batch == 1 ? larger(spare_slots, 1) : spare_slots + 1;
     Blocks counting_slot(nullptr), counting_scratch(nullptr);
     slot_bytes = KeyGradients<T>(counting_slot, a).bytes + ALIGNMENT;
     BackwardScratch<T>(counting_scratch, a);
@@ -87,8 +95,7 @@ struct Backward {
 
   // A worker that begins within an image keeps each of its parts; others add them to the first one. All but the first
   // are in slots beside the (worker, image) pairs'.
-  int64_t spare_slots() const { return sharers < a.batch * parts ? parts - 1 : 0; }
-  int64_t slots() const { return sharers + a.batch - 1 + sharers * spare_slots(); }
+  int64_t slots() const { return sharers + a.batch - 1 + sharers * spare_slots; }
   int64_t workspace_bytes() const { return slots() * slot_bytes + a.parallel.workers * scratch_bytes; }
 
   KeyGradients<T> slot(int64_t index) const {
@@ -100,7 +107,7 @@ struct Backward {
   KeyGradients<T> first_slot_of(int64_t worker, int64_t b) const { return slot(worker + b); }
 
   KeyGradients<T> spare_slot_of(int64_t worker, int64_t index) const {
-    return slot(sharers + a.batch - 1 + worker * spare_slots() + index);
+    return slot(sharers + a.batch - 1 + worker * spare_slots + index);
   }
 
   BackwardScratch<T> scratch_of(int64_t worker) const {
@@ -114,7 +121,7 @@ struct Backward {
       const KeyGradients<T> first = first_slot_of(worker, b);
       differentiate_part(s, first, b, mine.begin);
       for (int64_t part = mine.begin + 1; part < mine.end; ++part) {
-        const KeyGradients<T> next = spare_slot_of(worker, mine.begin == 0 ? 0 : part - mine.begin);
+        const KeyGradients<T> next = spare_slot_of(worker, mine.begin == 0 ? spare_slots - 1 : part - mine.begin - 1);
         differentiate_part(s, next, b, part);
         if (mine.begin == 0) add(first.key, next.key, first.bytes / int64_t(sizeof(T)));
       }
@@ -323,7 +330,7 @@ struct Backward {
       if (mine.begin == mine.end) continue;
       add(sum, first_slot_of(worker, b).*member + offset, count * padded);
       for (int64_t kept = 1; mine.begin > 0 && kept < mine.end - mine.begin; ++kept)
-        add(sum, spare_slot_of(worker, kept).*member + offset, count * padded);
+        add(sum, spare_slot_of(worker, kept - 1).*member + offset, count * padded);
     }
     for (int64_t j = 0; j < count; ++j)
       write_row<T>(

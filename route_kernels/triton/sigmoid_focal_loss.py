@@ -34,6 +34,7 @@ def sigmoid_focal_loss_forward(
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     target = tl.load(targets_ptr + t, t < T, other=-1)
     loss = tl.zeros([BLOCK_T], ACCUMULATE)
+    alpha, rest = tl.full([], ALPHA, ACCUMULATE), tl.full([], REST, ACCUMULATE)  # tl.where of two numbers is float32
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         # [BLOCK_T, BLOCK_K]
@@ -48,10 +49,10 @@ def sigmoid_focal_loss_forward(
         smaller = e * larger
         q = tl.where(z > 0, larger, smaller)
         power = q * q if GAMMA == 2.0 else tl.exp((tl.where(z > 0, 0.0, -z) + log_e) * -GAMMA)
-        loss += tl.sum(tl.where(mask, tl.where(positive, ALPHA, REST) * power * softplus, 0.0), 1)
+        loss += tl.sum(tl.where(mask, tl.where(positive, alpha, rest) * power * softplus, 0.0), 1)
         if DIFFERENTIATED:
             p_t = tl.where(z > 0, smaller, larger)
-            grad = tl.where(positive, -ALPHA, REST) * power * (GAMMA * p_t * softplus + q) * SCALE
+            grad = tl.where(positive, -alpha, rest) * power * (GAMMA * p_t * softplus + q) * SCALE
             tl.store(grad_ptr + t[:, None] * K + k[None, :], rounded(grad, grad_ptr.dtype.element_ty), mask)
     tl.store(loss_ptr + t, loss, t < T)
 
