@@ -191,7 +191,8 @@ def test_every_element_is_written_and_nothing_beside(op, label, way, threads):
     if threads > 1 and way != "cpu":
         pytest.skip("Triton's interpreter has one thread")
     torch.set_num_threads(threads)
-    for dtype in [dtype for dtype in DTYPES.values() if runs(op, way, dtype)]:
+    dtypes = [dtype for dtype in DTYPES.values() if runs(op, way, dtype)]
+    for dtype in dtypes[:1] if way == "triton in order" else dtypes:  # 5 s each in the interpreter
         arguments = arguments_of(op, label, way, dtype)
         expected = results(op, arguments, way)
         with guarded() as buffers:
