@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import route_kernels as rk
 from route_kernels.testing import EAGER, Arguments, named_tensors
 
-from .registry import Contender, Unavailable, ours
+from .registry import Case, Contender, Unavailable, ours
+from .work import R50_POSITIONS
 
 FORMULA = EAGER["routed_attention"]
 DTYPES = ((torch.bfloat16, "bf16"), (torch.float32, "f32"))
@@ -57,6 +58,24 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def compiled_eager(op: str) -> Contender:
     """The op as PyTorch users write it, through torch.compile."""
     return Contender("eager, torch.compile", compiled(EAGER[op]), EAGER[op])
+
+
+def rows_of_queries(
+    op: str, make: Callable[..., Arguments], contenders: Sequence[Contender], device: str
+) -> list[Case]:
+    """Rows of an op that takes every query by itself: those of a decoder and of an encoder."""
+    if device == "cuda":
+        return [
+            Case(
+                op, f"B 2 N {R50_POSITIONS} {suffix}", True, partial(make, batch=2, queries=R50_POSITIONS, dtype=dtype),
+                (*contenders, compiled_eager(op)), part=op,
+            )
+            for dtype, suffix in DTYPES
+        ]  # fmt: skip
+    return [
+        Case(op, f"B 1 N {n}", True, partial(make, batch=1, queries=n), contenders, quick=n == 900)
+        for n in (900, R50_POSITIONS)
+    ]
 
 
 def on_backend(op: str, backend: str) -> Contender:

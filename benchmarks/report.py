@@ -81,14 +81,6 @@ def line(row: Row) -> str:
     return where + "; ".join(f"{name} {_milliseconds(each)}" for name, each in row["contenders"].items())
 
 
-def memory_line(row: Row) -> str:
-    """One row of memory in one line."""
-    where = f"{row['op']}, {row['case']}, {row['pass']}: {row['contender']} "
-    if row["failure"]:
-        return where + f"FAILED: {row['failure']}"
-    return where + f"{row['peak_bytes'] / 1e6:.0f} MB"
-
-
 def speed_cells(rows: Iterable[Row]) -> list[list[str]]:
     """op, case, pass, our time, the contender, its time, ours over its, target: a line for each other contender."""
     table = []

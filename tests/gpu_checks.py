@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks import timing
 from benchmarks.measure import Results, complaint, yardstick
 from route_kernels.testing import EAGER, Arguments, call, declaration, map_tensors, named_tensors, outcome
 
@@ -180,12 +181,7 @@ def check_many_images(op: str, function: Function, arguments: Arguments) -> None
 def peak_beside_inputs(run: Callable[[], object], device: torch.device) -> int:
     """The most bytes that `run` holds at a time beside what is there already."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return timing.peak_beside_inputs(run, device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from route_kernels.precision import FLOATING, accumulate_dtype
 from route_kernels.testing import add_layer_norm_arguments
 
-from ..contenders import DTYPES, compiled_eager
+from ..contenders import rows_of_queries
 from ..registry import Case, eager, ours
 from ..work import R50_POSITIONS, Counted, KernelCall, Sizes, Work, name_of
 
@@ -25,18 +25,7 @@ CONTENDERS = (ours(OP), eager(OP, "sum and layer_norm"))
 
 
 def cases(device: str) -> list[Case]:
-    if device == "cuda":
-        return [
-            Case(
-                OP, f"B 2 N 22223 {suffix}", True, partial(MAKE, batch=2, queries=22223, dtype=dtype),
-                (*CONTENDERS, compiled_eager(OP)), part=OP,
-            )
-            for dtype, suffix in DTYPES
-        ]  # fmt: skip
-    return [
-        Case(OP, f"B 1 N {n}", True, partial(MAKE, batch=1, queries=n), CONTENDERS, quick=n == 900)
-        for n in (900, 22223)
-    ]
+    return rows_of_queries(OP, MAKE, CONTENDERS, device)
 
 
 def is_gpu_headline(case: Case) -> bool:

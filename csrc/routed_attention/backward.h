@@ -130,8 +130,8 @@ struct Backward {
 
   void differentiate_part(BackwardScratch<T>& s, const KeyGradients<T>& keys, int64_t b, int64_t part) const {
     memset(keys.key, 0, size_t(keys.bytes));
-    for_blocks(a, b, 1, part, parts, [&](int64_t image, int64_t first, int64_t rows) {
-      differentiate_block(s, keys, {image, first, rows, round_up_to_lanes<T>(rows)});
+    for_blocks(a, part, parts, [&](int64_t first, int64_t rows) {
+      differentiate_block(s, keys, {b, first, rows, round_up_to_lanes<T>(rows)});
     });
   }
 

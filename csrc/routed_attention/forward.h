@@ -144,7 +144,7 @@ struct Forward {
   // A large logit sends its whole block the other way, so blocks too are cut by the shapes: few images into 16
   // together.
   int64_t parts_of_image() const {
-    const int64_t units = (a.queries + 15) / 16, whole = (a.queries + BLOCK_N - 1) / BLOCK_N;
+    const int64_t units = (a.queries + UNIT - 1) / UNIT, whole = (a.queries + BLOCK_N - 1) / BLOCK_N;
     return larger(larger(whole, smaller((15 + a.batch) / larger(a.batch, 1), (units + 1) / 2)), 1);
   }
 
@@ -152,11 +152,12 @@ struct Forward {
     Blocks own(a.workspace + worker * scratch_bytes);
     ForwardScratch<T> s(own, a);
     const int64_t parts = parts_of_image();
-    const Share share = share_of(a.batch * parts, worker, a.parallel.workers);
-    for (int64_t item = share.begin; item < share.end; ++item)
-      for_blocks(a, item / parts, 1, item % parts, parts, [&](int64_t b, int64_t first, int64_t rows) {
-        attend_block(s, {b, first, rows, round_up_to_lanes<T>(rows)});
-      });
+    for_groups(a.batch, parts, worker, a.parallel.workers, [&](int64_t b, const Share& mine) {
+      for (int64_t part = mine.begin; part < mine.end; ++part)
+        for_blocks(a, part, parts, [&](int64_t first, int64_t rows) {
+          attend_block(s, {b, first, rows, round_up_to_lanes<T>(rows)});
+        });
+    });
   }
 
   void attend_block(ForwardScratch<T>& s, const Place& block) const {

@@ -14,22 +14,17 @@ using namespace rk::RK_SIMD;
 namespace {
 
 constexpr int64_t BLOCK_N = 128;  // queries of a tile
+constexpr int64_t UNIT = 16;      // queries that are never parted
 constexpr int64_t BLOCK_M = 64;   // keys of a tile
 constexpr int64_t TILE_SIZE = BLOCK_M * BLOCK_N;
 
-// Calls block(b, first, rows) for one of `shares` equal shares of the queries of `images` images from image b0 on: cut
-// at multiples of 16 rows and walked in blocks of at most BLOCK_N that do not cross images.
+// Calls block(first, rows) for a part of an image's queries: near-equal parts, cut at multiples of UNIT rows and walked
+// in blocks of at most BLOCK_N.
 template <typename Block>
-inline void for_blocks(const Args& a, int64_t b0, int64_t images, int64_t index, int64_t shares, Block block) {
-  constexpr int64_t UNIT = 16;
-  const int64_t units_of_image = (a.queries + UNIT - 1) / UNIT;
-  const Share share = share_of(images * units_of_image, index, shares);
-  for (int64_t unit = share.begin; unit < share.end;) {
-    const int64_t b = unit / units_of_image, first = unit % units_of_image;
-    const int64_t units = smaller(smaller(BLOCK_N / UNIT, share.end - unit), units_of_image - first);
-    block(b0 + b, first * UNIT, smaller(units * UNIT, a.queries - first * UNIT));
-    unit += units;
-  }
+inline void for_blocks(const Args& a, int64_t part, int64_t parts, const Block& block) {
+  const Share share = share_of((a.queries + UNIT - 1) / UNIT, part, parts);
+  const int64_t end = smaller(share.end * UNIT, a.queries);
+  for (int64_t first = share.begin * UNIT; first < end; first += BLOCK_N) block(first, smaller(BLOCK_N, end - first));
 }
 
 // Where a block of queries meets a tile of keys.

@@ -23,6 +23,18 @@ def _boxes(box, mask, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
+def _pairs(boxes_ptr, true_boxes_ptr, target_ptr, stride_m, M, T, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """This program's predictions m, which of them are matched, each one's box and that of its target."""
+    # [BLOCK_M]
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(target_ptr + m, m < M, other=-1)
+    matched = (target >= 0) & (target < T)
+    cx, cy, w, h = _boxes(boxes_ptr + m * stride_m, matched, ACCUMULATE)
+    tcx, tcy, tw, th = _boxes(true_boxes_ptr + target * 4, matched, ACCUMULATE)
+    return m, matched, cx, cy, w, h, tcx, tcy, tw, th
+
+
+@triton.jit
 def _sign(x):
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
@@ -48,12 +60,9 @@ def box_loss_forward(
     L1: tl.constexpr, GIOU: tl.constexpr, TINY: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     ACCUMULATE: tl.constexpr = output_ptr.dtype.element_ty
-    # [BLOCK_M]
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    target = tl.load(target_ptr + m, m < M, other=-1)
-    matched = (target >= 0) & (target < T)
-    cx, cy, w, h = _boxes(boxes_ptr + m * stride_m, matched, ACCUMULATE)
-    tcx, tcy, tw, th = _boxes(true_boxes_ptr + target * 4, matched, ACCUMULATE)
+    m, matched, cx, cy, w, h, tcx, tcy, tw, th = _pairs(
+        boxes_ptr, true_boxes_ptr, target_ptr, stride_m, M, T, ACCUMULATE, BLOCK_M
+    )  # fmt: skip
     giou = 1.0 - generalized_iou(
         cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h,
         tcx - 0.5 * tw, tcy - 0.5 * th, tcx + 0.5 * tw, tcy + 0.5 * th, TINY,
@@ -76,12 +85,9 @@ def box_loss_backward(
 ):  # fmt: skip
     ACCUMULATE: tl.constexpr = grad_output_ptr.dtype.element_ty
     STORED: tl.constexpr = grad_boxes_ptr.dtype.element_ty
-    # [BLOCK_M]
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    target = tl.load(target_ptr + m, m < M, other=-1)
-    matched = (target >= 0) & (target < T)
-    cx, cy, w, h = _boxes(boxes_ptr + m * stride_m, matched, ACCUMULATE)
-    tcx, tcy, tw, th = _boxes(true_boxes_ptr + target * 4, matched, ACCUMULATE)
+    m, matched, cx, cy, w, h, tcx, tcy, tw, th = _pairs(
+        boxes_ptr, true_boxes_ptr, target_ptr, stride_m, M, T, ACCUMULATE, BLOCK_M
+    )  # fmt: skip
     by_l1 = L1 * tl.load(grad_output_ptr + m * 2, matched, other=0.0)
     by_giou = GIOU * tl.load(grad_output_ptr + m * 2 + 1, matched, other=0.0)
     x0, y0, x1, y1 = cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h
