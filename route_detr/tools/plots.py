@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from route_detr.compare.statistics import CONFIDENCE
 from route_detr.config import Config
 from route_detr.files import save_figure
 from route_detr.model.schedule import routing_values
@@ -298,7 +299,7 @@ def plot_comparison(found: Mapping[str, Any], path: str | Path) -> None:
     differences.set_ylim(-0.7, len(rows) - 0.3)
     style(
         differences,
-        f"AP less that of {next(iter(found['arms']))}, {found['method']['confidence']:.0%} intervals",
+        f"AP less that of {next(iter(found['arms']))}, {CONFIDENCE:.0%} intervals",
         "difference; a mark a seed",
     )
     save_figure(figure, path)
