@@ -213,7 +213,7 @@ def _add_pairs(sums: Moments, trained: Trained, layer: int, queries: Queries) ->
     factors = trained.detector.decoder.routing(layer, queries, strength=1.0, route_type="gated")
     bias, gate = rk.routing_bias(factors), (factors.gate_q @ factors.gate_k.mT).sigmoid()
     for image in range(len(bias)):
-        boxes = _xywh(queries.box_logits[image, 0].sigmoid())
+        boxes = _xywh(queries.boxes[image, 0])
         score = queries.confidence[image, 0].double().cpu().numpy()
         classes = np.zeros(len(score)) if queries.logits is None else queries.logits[image, 0].argmax(-1).cpu().numpy()
         pairs = [bias[image].double().cpu().numpy(), gate[image].double().cpu().numpy(), overlaps(boxes, boxes)]

@@ -90,7 +90,7 @@ class Member(NamedTuple):
         environment = os.environ | {"OMP_NUM_THREADS": str(self.sitting.threads)}
         with open(with_folder(self.log), "ab") as log:
             return subprocess.Popen(
-                *(self.command(),), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
+                self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
                 start_new_session=True,
             )  # fmt: skip
 
