@@ -8,6 +8,7 @@ import torch
 
 from ..arguments import LEVELS, Arguments, empty, normals
 from ..bad_inputs import bad_inputs, constant, no_integers, to, without_last
+from . import ms_deform_attn as plain
 
 
 def arguments(
@@ -59,15 +60,10 @@ SHAPES = {  # channels around vectors of 2 to 16 lanes, points around blocks of 
     "box, masked": dict(coordinates=4, masked=True),
     "box a level": dict(coordinates=4, reference_levels=3),
 }
-SMALL_SHAPES = {  # channels of no power of two, more queries than a block, levels of one pixel, row and column
+SMALL_SHAPES = {
     label: sizes | dict(coordinates=4, masked=True)
     for label, sizes in {
-        "one of each": dict(levels=((1, 1),), batch=1, heads=1, channels=1, queries=1, points=1),
-        "3 channels": dict(levels=((5, 7), (3, 4)), channels=3, queries=8, points=1),
-        "several blocks": dict(levels=((6, 5),), channels=16, queries=37, points=2, heads=1),
-        "24 channels": dict(levels=((4, 3), (2, 2)), channels=24, queries=11, points=2, batch=1),
-        "rows and columns": dict(levels=((1, 9), (9, 1), (1, 1)), channels=8, batch=1, points=3),
-        "8 levels": dict(levels=((2, 3), (4, 1)) * 4, channels=4, points=1, batch=1),
+        **plain.SMALL_SHAPES,
         "box a level": dict(levels=((3, 4), (1, 2)), batch=1, queries=5, reference_levels=2),
     }.items()
 } | {
@@ -81,14 +77,7 @@ GRADCHECK = tuple(
 )
 PER_QUERY = {"reference_points": 1, "sampling_offsets": 1, "attention_logits": 1, "output": 1}
 SUMMED_BY_ATOMICS = ("grad value",)
-MIXED = tuple(
-    dict(dtype=dtype, point_dtype=point_dtype, coordinates=4)
-    for dtype, point_dtype in (
-        (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16), (torch.float16, torch.bfloat16), (torch.float64, torch.float32),
-        (torch.float64, torch.float16),
-    )
-)  # fmt: skip
+MIXED = tuple(dtypes | dict(coordinates=4) for dtypes in plain.MIXED)
 EMPTY = empty(arguments, "batch", "queries", "heads", "channels", "points")
 EMPTY["queries of boxes"] = lambda: arguments(queries=0, coordinates=4, masked=True)
 EMPTY["points of boxes"] = lambda: arguments(points=0, coordinates=4)
