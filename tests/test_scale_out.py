@@ -316,7 +316,7 @@ def test_deepspeed_gives_the_losses_of_one(precision, tmp_path, alone, paths, co
 def test_what_deepspeed_is_not_made_to_do_here_is_refused(stage, precision, message, config):
     accelerator = SimpleNamespace(
         num_processes=2, distributed_type=DistributedType.DEEPSPEED, mixed_precision=precision,
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+        device=torch.device("cpu"), state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
     )  # fmt: skip
     with pytest.raises(UsageError, match=message):
         prepared(accelerator, nn.Linear(1, 1), None, config.train)

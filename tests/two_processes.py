@@ -18,6 +18,7 @@ from route_detr.config import Config
 from route_detr.model.criterion import Criterion
 from route_detr.run import Run, load_checkpoint
 from route_detr.scale_out import start_processes
+from route_detr.tools.plots import plot_curves
 from route_detr.train import Training
 
 RANK = int(os.environ.get("RANK", 0))
@@ -38,10 +39,13 @@ def seen_while_training(training: Training) -> dict:
         seen["evaluations"].append([results, image_ids])
         return average_precision(coco, results, image_ids, **options)
 
+    def draw():
+        return training.run.draw("curves.png", lambda path: plot_curves(training.run.records(), path))
+
     training.criterion, evaluation.average_precision = watching_criterion, watching_average_precision
     try:
         training.start()
-        training.fit()
+        training.fit(after_evaluation=draw)
     finally:
         evaluation.average_precision = average_precision
     router = next(training.detector.decoder.routers.parameters())
